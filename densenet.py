@@ -1,0 +1,264 @@
+"""DenseNet and DenseNet-BC (Huang, Liu, van der Maaten and Weinberger, arXiv 1608.06993).
+
+    from densenet import DenseNet, densenet121
+    model = DenseNet(depth=100, growth_rate=12)       # the paper's DenseNet-BC for CIFAR, 769,162 parameters
+    logits = model(torch.randn(64, 3, 32, 32))        # (64, 10)
+"""
+
+import re
+from collections import OrderedDict
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# Table 2 (CIFAR, SVHN) and Table 1 (ImageNet) of the paper, as arguments of DenseNet.
+ARCHITECTURES = {
+    "densenet_40_12": dict(depth=40, growth_rate=12, bottleneck=False, reduction=1.0),
+    "densenet_100_12": dict(depth=100, growth_rate=12, bottleneck=False, reduction=1.0),
+    "densenet_100_24": dict(depth=100, growth_rate=24, bottleneck=False, reduction=1.0),
+    "densenet_bc_100_12": dict(depth=100, growth_rate=12),
+    "densenet_bc_250_24": dict(depth=250, growth_rate=24),
+    "densenet_bc_190_40": dict(depth=190, growth_rate=40),
+    "densenet121": dict(block_config=(6, 12, 24, 16), growth_rate=32, init_channels=64, stem="imagenet"),
+    "densenet169": dict(block_config=(6, 12, 32, 32), growth_rate=32, init_channels=64, stem="imagenet"),
+    "densenet201": dict(block_config=(6, 12, 48, 32), growth_rate=32, init_channels=64, stem="imagenet"),
+    "densenet161": dict(block_config=(6, 12, 36, 24), growth_rate=48, init_channels=96, stem="imagenet"),
+}
+
+
+class SingleLayer(nn.Module):
+    """BN-ReLU-Conv3×3: (N, C, H, W) → (N, k, H, W) (section 3, "composite function")."""
+
+    def __init__(self, in_channels, growth_rate, drop_rate):
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, growth_rate, 3, padding=1, bias=False)
+        self.drop_rate = drop_rate
+
+    def forward(self, x):
+        # F.relu is not in place: a hook on norm1 must see what norm1 returned.
+        x = self.conv1(F.relu(self.norm1(x)))
+        return F.dropout(x, self.drop_rate, self.training)
+
+
+class BottleneckLayer(nn.Module):
+    """BN-ReLU-Conv1×1 to 4k channels, BN-ReLU-Conv3×3: (N, C, H, W) → (N, k, H, W) (section 3, "bottleneck layers")."""
+
+    def __init__(self, in_channels, growth_rate, drop_rate):
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, 4 * growth_rate, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(4 * growth_rate)
+        self.conv2 = nn.Conv2d(4 * growth_rate, growth_rate, 3, padding=1, bias=False)
+        self.drop_rate = drop_rate
+
+    def forward(self, x):
+        x = self.conv1(F.relu(self.norm1(x)))
+        x = F.dropout(x, self.drop_rate, self.training)
+        x = self.conv2(F.relu(self.norm2(x)))
+        return F.dropout(x, self.drop_rate, self.training)
+
+
+def naive(layers, x):
+    """Concatenate after every layer; autograd keeps every copy, so memory grows with the square of the depth."""
+    for layer in layers:
+        x = torch.cat((x, layer(x)), 1)
+    return x
+
+
+# The ways to run a dense block, (N, C, H, W) → (N, C + L·k, H, W). All compute the same function of the same
+# parameters, so a state_dict trained with one loads into a model that uses another.
+BLOCKS = {"naive": naive}
+
+
+class DenseBlock(nn.Module):
+    """L layers, each reading the block's input and the outputs of all layers before it (equation 2)."""
+
+    def __init__(self, layers, block):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.block = block
+
+    def forward(self, x):
+        return BLOCKS[self.block](self.layers, x)
+
+    def extra_repr(self):
+        return f"block={self.block!r}"
+
+
+class Transition(nn.Module):
+    """BN-ReLU-Conv1×1 and 2×2 average pooling: (N, C, H, W) → (N, out_channels, H/2, W/2) (section 3)."""
+
+    def __init__(self, in_channels, out_channels, drop_rate):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(in_channels)
+        self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        self.drop_rate = drop_rate
+
+    def forward(self, x):
+        x = self.conv(F.relu(self.norm(x)))
+        return F.avg_pool2d(F.dropout(x, self.drop_rate, self.training), 2)
+
+
+def make_stem(kind, out_channels):
+    """The layers before the first dense block: (N, 3, H, W) → (N, out_channels, H, W), or H/4, W/4 for ImageNet."""
+    if kind == "cifar":
+        return nn.Sequential(OrderedDict(conv=nn.Conv2d(3, out_channels, 3, padding=1, bias=False)))
+    return nn.Sequential(
+        OrderedDict(
+            conv=nn.Conv2d(3, out_channels, 7, stride=2, padding=3, bias=False),
+            norm=nn.BatchNorm2d(out_channels),
+            relu=nn.ReLU(),
+            pool=nn.MaxPool2d(3, stride=2, padding=1),
+        )
+    )
+
+
+def layers_per_block(depth, bottleneck):
+    """Layers in each of the three dense blocks of a CIFAR network, from its depth (section 4.2).
+
+    Raises ValueError, naming the nearest valid depths, where the depth does not divide.
+    """
+    step = 6 if bottleneck else 3  # 3 blocks of layers with 2 convolutions or 1; 4 = stem, 2 transitions, classifier
+    layers, rest = divmod(depth - 4, step)
+    if layers >= 1 and rest == 0:
+        return layers
+    below = 4 + step * max(1, layers)
+    names = f"{below}" if layers < 1 else f"{below} or {below + step}"
+    kind = "network with bottlenecks" if bottleneck else "network without bottlenecks"
+    raise ValueError(f"depth {depth}: a {kind} needs depth = {step}n + 4, such as {names}")
+
+
+class DenseNet(nn.Module):
+    """DenseNet and DenseNet-BC: float images (N, 3, H, W) → logits (N, num_classes), H and W at least 4.
+
+    Args:
+        depth: layers with weights, 6n + 4 with bottlenecks, 3n + 4 without.
+        growth_rate: k, channels that each layer adds.
+        reduction: θ in (0, 1], the share of its channels that a transition keeps.
+        bottleneck: a 1×1 convolution to 4k channels before each 3×3 one.
+        num_classes: length of the logits.
+        drop_rate: dropout in [0, 1) after every convolution but the first.
+        init_channels: channels of the stem; by default 2k with bottlenecks, else 16 (section 4.2).
+        block: how dense blocks run, a key of ``BLOCKS``; it changes memory and time, not the function.
+        block_config: layers of each block, in place of ``depth``: (6, 12, 24, 16) is DenseNet-121.
+        stem: "cifar", a 3×3 convolution, or "imagenet", 7×7 with stride 2 and max-pooling (H and W at least 32).
+
+    Raises ValueError where an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        depth=100,
+        growth_rate=12,
+        reduction=0.5,
+        bottleneck=True,
+        num_classes=10,
+        drop_rate=0.0,
+        init_channels=None,
+        block="naive",
+        *,
+        block_config=None,
+        stem="cifar",
+    ):
+        super().__init__()
+        if block_config is None:
+            block_config = [layers_per_block(depth, bottleneck)] * 3
+        if init_channels is None:
+            init_channels = 2 * growth_rate if bottleneck else 16
+        check(growth_rate >= 1, f"growth rate {growth_rate}: needs at least 1")
+        check(0 < reduction <= 1, f"reduction {reduction}: needs a number in (0, 1], such as 0.5")
+        check(0 <= drop_rate < 1, f"drop rate {drop_rate}: needs a number in [0, 1), such as 0.2")
+        check(init_channels >= 1, f"initial channels {init_channels}: needs at least 1")
+        check(num_classes >= 1, f"{num_classes} classes: needs at least 1")
+        check(block in BLOCKS, f"block {block!r}: choose one of {', '.join(BLOCKS)}")
+        check(stem in ("cifar", "imagenet"), f"stem {stem!r}: choose cifar or imagenet")
+
+        make_layer = BottleneckLayer if bottleneck else SingleLayer
+        channels = init_channels
+        self.stem = make_stem(stem, channels)
+        self.blocks, self.transitions = nn.ModuleList(), nn.ModuleList()
+        for i, num_layers in enumerate(block_config):
+            if i > 0:
+                self.transitions.append(Transition(channels, int(channels * reduction), drop_rate))
+                channels = int(channels * reduction)
+            layers = [make_layer(channels + j * growth_rate, growth_rate, drop_rate) for j in range(num_layers)]
+            self.blocks.append(DenseBlock(layers, block))
+            channels += num_layers * growth_rate
+        self.norm = nn.BatchNorm2d(channels)
+        self.classifier = nn.Linear(channels, num_classes)
+        self.apply(init_weights)
+
+    def forward(self, x):
+        x = self.blocks[0](self.stem(x))
+        for transition, block in zip(self.transitions, self.blocks[1:], strict=True):
+            x = block(transition(x))
+        x = F.adaptive_avg_pool2d(F.relu(self.norm(x)), 1)
+        return self.classifier(x.flatten(1))
+
+    def load_torchvision(self, state_dict):
+        """Load weights in torchvision's names, those of its early releases ("norm.1") included.
+
+        Raises RuntimeError, as load_state_dict does, where names or shapes do not fit this architecture.
+        """
+        self.load_state_dict({rename(key, FROM_TORCHVISION): value for key, value in state_dict.items()})
+
+    def torchvision_state_dict(self):
+        """The weights in torchvision's names: what ``torchvision.models.densenet121().load_state_dict`` takes."""
+        return {rename(key, TO_TORCHVISION): value for key, value in self.state_dict().items()}
+
+
+def check(condition, message):
+    if not condition:
+        raise ValueError(message)
+
+
+def init_weights(module):
+    """Convolutions N(0, sqrt(2 / (k·k·out))), batch norm 1 and 0, classifier bias 0, as in the paper's Lua code."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    elif isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)
+
+
+# (pattern, replacement) pairs; a number in angle brackets is shifted by the given offset, since torchvision counts
+# blocks and layers from 1.
+FROM_TORCHVISION = (
+    (r"^features\.(conv|norm)0\.", r"stem.\1."),
+    (r"^features\.denseblock(\d+)\.denselayer(\d+)\.(norm|conv)\.?(\d)\.", r"blocks.<\1-1>.layers.<\2-1>.\3\4."),
+    (r"^features\.transition(\d+)\.", r"transitions.<\1-1>."),
+    (r"^features\.norm5\.", r"norm."),
+)
+TO_TORCHVISION = (
+    (r"^stem\.(conv|norm)\.", r"features.\g<1>0."),
+    (r"^blocks\.(\d+)\.layers\.(\d+)\.", r"features.denseblock<\1+1>.denselayer<\2+1>."),
+    (r"^transitions\.(\d+)\.", r"features.transition<\1+1>."),
+    (r"^norm\.", r"features.norm5."),
+)
+
+
+def rename(key, rules):
+    for pattern, replacement in rules:
+        key = re.sub(pattern, replacement, key)
+    return re.sub(r"<(\d+)([+-]1)>", lambda match: str(int(match[1]) + int(match[2])), key)
+
+
+def densenet121(**options):
+    """DenseNet-121 for 224×224 images and 1000 classes; ``options`` as in DenseNet."""
+    return DenseNet(**ARCHITECTURES["densenet121"] | {"num_classes": 1000} | options)
+
+
+def densenet169(**options):
+    """DenseNet-169 for 224×224 images and 1000 classes; ``options`` as in DenseNet."""
+    return DenseNet(**ARCHITECTURES["densenet169"] | {"num_classes": 1000} | options)
+
+
+def densenet201(**options):
+    """DenseNet-201 for 224×224 images and 1000 classes; ``options`` as in DenseNet."""
+    return DenseNet(**ARCHITECTURES["densenet201"] | {"num_classes": 1000} | options)
+
+
+def densenet161(**options):
+    """DenseNet-161 (k = 48) for 224×224 images and 1000 classes; ``options`` as in DenseNet."""
+    return DenseNet(**ARCHITECTURES["densenet161"] | {"num_classes": 1000} | options)

@@ -1,0 +1,141 @@
+"""Test error of a trained network, or its class probabilities for image files.
+
+Example: python evaluate.py work/digits.base/latest.pth
+         python evaluate.py work/cifar10.base/latest.pth cat.jpg dog.png
+"""
+
+import argparse
+import functools
+import sys
+
+import torch
+import torch.nn.functional as F
+
+import data
+from densenet import DenseNet
+from workdir import RunError, read_checkpoint
+
+
+@torch.no_grad()
+def predict(model, batches, amp):
+    """Yield (logits (B, classes) float32, labels (B,)) of every batch, in order, in evaluation mode."""
+    model.eval()
+    for images, labels in batches.in_order():
+        with amp():
+            logits = model(images)
+        yield logits.float(), labels
+
+
+def evaluate(model, batches, amp):
+    """Mean cross-entropy loss and error in percent, averaged over images."""
+    loss = wrong = images = 0
+    for logits, labels in predict(model, batches, amp):
+        loss = loss + F.cross_entropy(logits, labels, reduction="sum")  # summed on the device, read once below
+        wrong = wrong + (logits.argmax(1) != labels).sum()
+        images += len(labels)
+    return loss.item() / images, 100 * wrong.item() / images
+
+
+def load_model(checkpoint, block="naive"):
+    """The trained network of a checkpoint's dict, in evaluation mode."""
+    model = DenseNet(**checkpoint["config"]["model"] | {"block": block})
+    model.load_state_dict(checkpoint["model"])
+    return model.eval()
+
+
+def choose_device(name):
+    """A torch.device for "auto", "cpu", "cuda", "cuda:N" or "mps". Raises ValueError where this machine lacks it."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} is not available here ({str(error).splitlines()[0]}): try cpu") from error
+    return device
+
+
+def choose_precision(name, device):
+    """A function that makes the autocast context for "fp32", "bf16" or "auto", and the name of what was chosen.
+
+    "auto" is bf16 where the hardware computes in it natively; elsewhere bf16 is emulated and slower than fp32.
+    """
+    if name == "auto":
+        native = {
+            "cpu": torch.cpu._is_avx512_bf16_supported,
+            "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
+        }
+        name = "bf16" if native.get(device.type, lambda: False)() else "fp32"
+    amp = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=name == "bf16")
+    return amp, name
+
+
+def confusion_matrix(model, batches, amp, count):
+    """(count, count) int64: images of class row that were taken for class column."""
+    matrix = torch.zeros(count, count, dtype=torch.int64)
+    for logits, labels in predict(model, batches, amp):
+        pairs = labels * count + logits.argmax(1)
+        matrix += torch.bincount(pairs.cpu(), minlength=count * count).view(count, count)
+    return matrix
+
+
+def print_test_error(matrix, classes):
+    images, wrong = int(matrix.sum()), int(matrix.sum() - matrix.trace())
+    error = wrong / images
+    interval = 1.96 * (error * (1 - error) / images) ** 0.5
+    print(f"test error {100 * error:.2f} % ± {100 * interval:.2f} (95 % interval), {wrong} of {images} images wrong")
+    width = max(map(len, classes))
+    print(f"\n{'class':{width}}  error %  taken for")
+    for i, name in enumerate(classes):
+        row = matrix[i].clone()
+        total, right = int(row.sum()), int(row[i])
+        row[i] = 0
+        confused = [f"{classes[j]} {int(row[j])}" for j in row.argsort(descending=True)[:3].tolist() if row[j]]
+        print(f"{name:{width}}  {100 * (1 - right / max(1, total)):7.2f}  {', '.join(confused)}")
+    if len(classes) <= 20:
+        print("\nconfusion matrix (row: class, column: taken for)")
+        for name, row in zip(classes, matrix.tolist(), strict=True):
+            print(f"{name:{width}}", *(f"{value:5}" for value in row))
+
+
+def print_probabilities(paths, predictions, classes):
+    probabilities = torch.cat([logits.softmax(1).cpu() for logits, _ in predictions])  # (images, classes)
+    for path, row in zip(paths, probabilities, strict=True):
+        best = row.argsort(descending=True)[:5].tolist()
+        print(f"{path}:", ", ".join(f"{classes[i]} {100 * row[i]:.1f} %" for i in best))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="latest.pth or best.pth of a run")
+    parser.add_argument("images", nargs="*", help="image files to classify (default: evaluate the test set)")
+    parser.add_argument("--data", metavar="DIR", help="where the data set lives (default: as in training)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="(default: %(default)s)")
+    args = parser.parse_args(argv)
+    try:
+        checkpoint = read_checkpoint(args.checkpoint)
+        device = choose_device(args.device)
+        amp, _ = choose_precision(args.precision, device)
+        model = load_model(checkpoint).to(device, memory_format=torch.channels_last)
+        trained, classes = checkpoint["config"]["arguments"], checkpoint["classes"]
+        if args.images:
+            images = data.unlabelled(args.images, trained["image_size"])
+        else:
+            dataset = data.load(trained["dataset"], args.data or trained["data"], trained["image_size"])
+            if list(dataset.classes) != classes:
+                raise data.DataError(f"the classes of the data set are not those of {args.checkpoint}")
+            images = dataset.limit(test=trained["limit_test"]).test
+        batches = images.to(device).batches(trained["batch_size"], checkpoint["normalize"])
+        if args.images:
+            print_probabilities(args.images, predict(model, batches, amp), classes)
+        else:
+            print_test_error(confusion_matrix(model, batches, amp, len(classes)), classes)
+    except (RunError, data.DataError, ValueError) as error:
+        print(f"evaluate.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

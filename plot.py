@@ -1,0 +1,221 @@
+"""Draw the loss and error curves of one or more runs from their CSV logs.
+
+Example: python plot.py work/digits.base
+         python plot.py work/sgd work/adam --out images --format svg --smooth 3
+
+Reads the logs of train.py, of bamos/densenet.pytorch (train.csv, test.csv without header) and of
+gpleiss/efficient_densenet_pytorch (results.csv).
+"""
+
+import argparse
+import io
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart; of one run, the training curve is the lighter one.
+SPLIT_COLORS = {"train": "#56B4E9", "valid": "#009E73", "test": "#D55E00"}
+RUN_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9")
+SPLIT_STYLES = {"train": "--", "valid": ":", "test": "-"}
+FIGURES = {"loss": ("loss",), "error": ("error",), "loss-error": ("loss", "error")}
+
+
+class LogError(Exception):
+    """Logs that cannot be drawn. The message is one line."""
+
+
+@dataclass
+class Log:
+    """The logs of one run: split → table with the columns epoch, loss, error (percent) and, if known, lr.
+
+    ``fine`` holds rows within epochs; ``tables["train"]`` then holds the epochs' averages.
+    """
+
+    name: str
+    tables: dict
+    fine: pd.DataFrame | None = None
+
+    @property
+    def headline(self):
+        """The split whose error is reported: test, or validation where there is no test error per epoch."""
+        return "test" if len(self.tables.get("test", ())) > 1 or "valid" not in self.tables else "valid"
+
+
+def read_table(path, names=None):
+    """A CSV file as numbers, without a half-written last line; None where the file is missing or has no row."""
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise LogError(f"{path} cannot be read ({error})") from error
+    text = text[: text.rfind("\n") + 1]
+    has_header = text.startswith("epoch")
+    try:
+        table = pd.read_csv(io.StringIO(text), header=0 if has_header else None, names=None if has_header else names)
+        table = table.astype(float)
+    except pd.errors.EmptyDataError:
+        return None
+    except (ValueError, pd.errors.ParserError) as error:
+        raise LogError(f"{path} is not a log: {str(error).splitlines()[0]}") from error
+    if "epoch" not in table:
+        raise LogError(f"{path} is not a log: it has no header that begins with epoch")
+    return table if len(table) else None
+
+
+def read_log(directory):
+    """The Log of a run directory. Raises LogError where it has none, or no row yet."""
+    directory = Path(directory)
+    results = read_table(directory / "results.csv")
+    if results is not None and "train_loss" in results:
+        return read_results(directory.name, results)
+    tables = {}
+    for split in ("train", "valid", "test"):
+        table = read_table(directory / f"{split}.csv", names=["epoch", "loss", "error"])
+        if table is not None:
+            missing = {"loss", "error"} - set(table)
+            if missing:
+                raise LogError(f"{directory / split}.csv is not a log: it has no column {missing.pop()}")
+            tables[split] = table
+    if not tables:
+        raise LogError(f"{directory} has no log with a row: train.csv, test.csv or results.csv")
+    fine = None
+    if "train" in tables:
+        whole = tables["train"].epoch == tables["train"].epoch.round()
+        if not whole.all():
+            fine = tables["train"][~whole]
+            tables["train"] = average_epochs(tables["train"]) if "lr" not in tables["train"] else tables["train"][whole]
+    return Log(directory.name, tables, fine)
+
+
+def average_epochs(table):
+    """One row per epoch of a table with a row per iteration; the row at epoch 3.0 ends the third epoch."""
+    epoch = (table.epoch - 1e-9).floordiv(1) + 1
+    return table.groupby(epoch)[["loss", "error"]].mean().reset_index(names="epoch")
+
+
+def read_results(name, results):
+    """The Log of gpleiss/efficient_densenet_pytorch: errors are fractions, the last row holds the test error alone."""
+    tables = {}
+    for split in ("train", "valid"):
+        table = results[["epoch", f"{split}_loss", f"{split}_error"]].dropna()
+        table.columns = ["epoch", "loss", "error"]
+        tables[split] = table.assign(error=100 * table.error)
+    test = results.test_error.dropna()
+    if len(test):
+        last = tables["train"].epoch.max()
+        tables["test"] = pd.DataFrame({"epoch": [last], "loss": [float("nan")], "error": [100 * test.iloc[-1]]})
+    return Log(name, tables)
+
+
+def smooth(table, epochs):
+    """Rolling mean over the last ``epochs`` epochs."""
+    if not epochs:
+        return table
+    days = pd.to_timedelta(table.epoch, unit="D")  # pandas rolls over a span only along a time axis
+    rolled = table.set_index(days)[["loss", "error"]].rolling(pd.Timedelta(days=epochs)).mean().reset_index(drop=True)
+    return rolled.assign(epoch=table.epoch.to_numpy())
+
+
+def drops(table):
+    """Epochs at whose start the learning rate fell to half or less."""
+    if "lr" not in table:
+        return []
+    table = table.reset_index(drop=True)
+    return (table.epoch[table.lr < 0.5 * table.lr.shift()] - 1).tolist()
+
+
+def summary(log):
+    """Final and best error of the log, in words."""
+    split = log.headline
+    if split not in log.tables:
+        return log.name
+    table = log.tables[split]
+    final, best = table.iloc[-1], table.loc[table.error.idxmin()]
+    text = f"{split} error: final {final.error:.2f} % (epoch {final.epoch:.0f}), "
+    text += f"best {best.error:.2f} % (epoch {best.epoch:.0f})"
+    if split == "valid" and "test" in log.tables:
+        text += f"; test {log.tables['test'].error.iloc[-1]:.2f} %"
+    return text
+
+
+def draw(axes, logs, quantity, scale, smooth_epochs):
+    """Draw one quantity, "loss" or "error", of all logs."""
+    for i, log in enumerate(logs):
+        for split, table in log.tables.items():
+            color = SPLIT_COLORS[split] if len(logs) == 1 else RUN_COLORS[i % len(RUN_COLORS)]
+            label = split if len(logs) == 1 else f"{log.name}, {split}"
+            style = {"color": color, "linestyle": SPLIT_STYLES[split], "linewidth": 1.1 if split == "train" else 1.8}
+            if split == "train" and log.fine is not None:
+                axes.plot(log.fine.epoch, log.fine[quantity], color=color, linewidth=0.5, alpha=0.3)
+            if smooth_epochs and len(table) > 1:
+                axes.plot(table.epoch, table[quantity], color=color, linewidth=0.5, alpha=0.4)
+            marker = "o" if len(table) == 1 else None
+            line = smooth(table, smooth_epochs)
+            axes.plot(line.epoch, line[quantity], label=label, marker=marker, **style)
+    for epoch in sorted({epoch for log in logs for epoch in drops(log.tables.get("train", pd.DataFrame()))}):
+        axes.axvline(epoch, color="0.6", linestyle=(0, (1, 2)), linewidth=1, zorder=0)
+    axes.set(xlabel="epoch", ylabel="cross-entropy loss (nats)" if quantity == "loss" else "error (%)", yscale=scale)
+    axes.grid(color="0.9", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def make_figure(logs, quantities, scales, smooth_epochs):
+    figure = Figure(figsize=(5.6 * len(quantities), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(quantities), squeeze=False)[0]
+    for axes, quantity in zip(panels, quantities, strict=True):
+        draw(axes, logs, quantity, scales[quantity], smooth_epochs)
+    if len(logs) == 1:
+        figure.suptitle(f"{logs[0].name}\n{summary(logs[0])}", fontsize=10)
+    else:
+        figure.suptitle("\n".join(f"{log.name}: {summary(log)}" for log in logs), fontsize=8)
+    handles, labels = panels[-1].get_legend_handles_labels()
+    if any(drops(log.tables.get("train", pd.DataFrame())) for log in logs):
+        handles.append(panels[0].axvline(float("nan"), color="0.6", linestyle=(0, (1, 2)), linewidth=1))
+        labels.append("learning rate drops")
+    columns = 4 if len(logs) == 1 else min(4, len(logs))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+    return figure
+
+
+def save(figure, path):
+    """Write a figure in one step, the same bytes for the same logs."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    kind = path.suffix[1:]
+    metadata = {"png": {"Software": None}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}[kind]
+    figure.savefig(temporary, format=kind, dpi=150, metadata=metadata)
+    os.replace(temporary, path)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="DIR", help="run directories; several are drawn over each other")
+    parser.add_argument("--out", metavar="DIR", help="where figures go (default: DIR; of several, here)")
+    parser.add_argument("--format", choices=("png", "pdf", "svg"), default="png", help="(default: %(default)s)")
+    parser.add_argument("--smooth", type=float, default=0, metavar="EPOCHS", help="rolling mean (default: none)")
+    parser.add_argument("--loss-scale", choices=("log", "linear"), default="log", help="(default: %(default)s)")
+    parser.add_argument("--error-scale", choices=("log", "linear"), default="linear", help="(default: %(default)s)")
+    args = parser.parse_args(argv)
+    out = Path(args.out or (args.runs[0] if len(args.runs) == 1 else "."))
+    try:
+        logs = [read_log(run) for run in args.runs]
+        out.mkdir(parents=True, exist_ok=True)
+        for name, quantities in FIGURES.items():
+            figure = make_figure(logs, quantities, {"loss": args.loss_scale, "error": args.error_scale}, args.smooth)
+            save(figure, out / f"{name}.{args.format}")
+            print(out / f"{name}.{args.format}")
+    except LogError as error:
+        print(f"plot.py: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"plot.py: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

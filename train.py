@@ -1,0 +1,540 @@
+"""Train a DenseNet. Example: python train.py --dataset digits
+
+Without arguments: DenseNet-BC-100 (growth rate 12) on augmented CIFAR-10 by the recipe of the paper (arXiv 1608.06993).
+"""
+
+import argparse
+import contextlib
+import datetime
+import math
+import os
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import data
+from densenet import ARCHITECTURES, BLOCKS, DenseNet
+from evaluate import choose_device, choose_precision, evaluate
+from workdir import Figures, Run, RunError, provenance, read_checkpoint
+
+# Defaults that depend on another argument; everything else is the parser's default.
+BY_DATASET = {
+    "digits": {"depth": 22, "epochs": 20, "augment": False},
+    "svhn": {"epochs": 40, "augment": False, "valid_size": 6000},
+}
+BY_OPTIMIZER = {
+    "sgd": {"lr": 0.1, "schedule": "step"},
+    "adam": {"lr": 1e-3, "schedule": "constant"},
+    "rmsprop": {"lr": 1e-2, "schedule": "constant"},
+}
+# What --resume may change: none of it changes what is computed, but for the schedule's length and rounding.
+RESUMABLE = {
+    *("data", "workers", "block", "epochs", "device", "precision", "compile", "deterministic"),
+    *("save", "resume", "overwrite", "log_every", "plot", "progress"),
+}
+# Flags of bamos/densenet.pytorch and gpleiss/efficient_densenet_pytorch, so that old command lines still run.
+OLD_FLAGS = {
+    "--batchSz": "--batch-size",
+    "--batch_size": "--batch-size",
+    "--nEpochs": "--epochs",
+    "--n_epochs": "--epochs",
+    "--growth_rate": "--growth-rate",
+    "--valid_size": "--valid-size",
+}
+
+
+class NotFinite(Exception):
+    """The loss became NaN or infinite in iteration ``step`` (from 1) of an epoch."""
+
+    def __init__(self, step):
+        super().__init__(step)
+        self.step = step
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM arrived."""
+
+    def __init__(self, number):
+        super().__init__(number)
+        self.number = number
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """One line, without the usage that argparse prints first."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def positive(text):
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return int(text)
+
+
+def natural(text):
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return int(text)
+
+
+def make_parser():
+    parser = Parser(
+        prog="train.py",
+        description=__doc__,
+        epilog="Old spellings work too: --batchSz, --nEpochs, --no-cuda (bamos/densenet.pytorch); --batch_size, "
+        "--n_epochs,\n--growth_rate, --valid_size, --efficient [True|False] (gpleiss/efficient_densenet_pytorch).",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    switch = argparse.BooleanOptionalAction
+
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", choices=data.DATASETS, default="cifar10",
+        help="digits needs no download (default: %(default)s)")
+    add("--data", metavar="DIR", default="data",
+        help="where data sets live; folder: has train/<class>/* and test/<class>/* (default: %(default)s)")
+    add("--image-size", type=positive, default=32, metavar="N",
+        help="folder and digits: resize images to N×N pixels (default: %(default)s); "
+        f"a folder is streamed from disk, not held in memory, from {data.STREAM_FROM} on")
+    add("--augment", action=switch, help="random crops and mirror images (default: on; digits and svhn off)")
+    add("--crop-fill", choices=("mean", "black"), default="mean",
+        help="beyond the border of a shifted image: mean colour (paper) or raw zeros (default: %(default)s)")
+    add("--valid-size", type=natural, metavar="N",
+        help="training images to hold out for validation (default: 0; svhn 6000)")
+    add("--limit-train", type=positive, metavar="N", help="train on the first N images (default: all)")
+    add("--limit-test", type=positive, metavar="N",
+        help="test and validate on the first N images (default: all)")
+    add("--workers", type=natural, default=0, metavar="N",
+        help="processes that decode streamed images (default: %(default)s)")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--arch", choices=ARCHITECTURES, metavar="NAME",
+        help=f"a network of the paper by name: {', '.join(ARCHITECTURES)}")
+    add("--depth", type=int, metavar="L",
+        help="layers with weights: 6n + 4, or 3n + 4 without bottlenecks (default: 100; digits 22)")
+    add("--growth-rate", type=int, default=12, metavar="K",
+        help="channels that each layer adds (default: %(default)s)")
+    add("--reduction", type=float, default=0.5, metavar="R",
+        help="share of the channels that a transition keeps (default: %(default)s)")
+    add("--bottleneck", action=switch, default=True,
+        help="1×1 convolutions before the 3×3 ones (default: on)")
+    add("--drop-rate", type=float, default=0.0, metavar="P",
+        help="dropout after every convolution but the first (default: %(default)s)")
+    add("--init-channels", type=int, metavar="N",
+        help="channels of the first convolution (default: 2K, or 16 without bottlenecks)")
+    add("--block", choices=("auto", *BLOCKS), default="auto",
+        help="how dense blocks run; auto is the fastest one verified on the device (default: %(default)s)")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=positive, metavar="N",
+        help="passes over the training set (default: 300; digits 20, svhn 40)")
+    add("--batch-size", type=positive, default=64, metavar="N", help="images (default: %(default)s)")
+    add("--opt", choices=BY_OPTIMIZER, default="sgd", help="optimiser (default: %(default)s)")
+    add("--lr", type=float, metavar="X",
+        help="initial learning rate (default: 0.1; adam 0.001, rmsprop 0.01)")
+    add("--momentum", type=float, default=0.9, metavar="X", help="sgd only (default: %(default)s)")
+    add("--nesterov", action=switch, default=True, help="sgd only (default: on)")
+    add("--weight-decay", type=float, default=1e-4, metavar="X",
+        help="on every parameter (default: %(default)s)")
+    add("--schedule", choices=("step", "cosine", "constant"),
+        help="step: ×0.1 at 50 %% and 75 %% of the epochs (default: step; adam and rmsprop constant)")
+    add("--seed", type=natural, default=1, metavar="N",
+        help="of split, weights, order, augmentation, dropout (default: %(default)s)")
+
+    add = parser.add_argument_group("run").add_argument
+    add("--save", metavar="DIR", help="the run directory (default: work/<dataset>.base)")
+    add("--resume", action="store_true",
+        help="continue the run in the run directory, with its arguments (default: off)")
+    add("--overwrite", action="store_true", help="replace the run in the run directory (default: off)")
+    add("--device", default="auto", metavar="NAME",
+        help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
+        help="auto is bf16 where the hardware has it, else fp32 (default: %(default)s)")
+    add("--compile", action=switch, default=False, help="use torch.compile (default: off)")
+    add("--deterministic", action=switch, default=False,
+        help="repeat bit for bit on a GPU, too (default: off)")
+    add("--log-every", type=natural, default=0, metavar="N",
+        help="more train.csv rows, one per N iterations (default: %(default)s: one per epoch)")
+    add("--plot", action=switch, default=True, help="redraw the figures after each epoch (default: on)")
+    add("--progress", action=switch, default=sys.stderr.isatty(),
+        help="progress bars (default: on in a terminal)")
+    return parser
+
+
+def modernize(argv):
+    """The command line with the old spellings replaced."""
+    result, argv = [], list(argv)
+    while argv:
+        flag, equals, value = argv.pop(0).partition("=")
+        if flag == "--no-cuda":
+            result += ["--device", "cpu"]
+        elif flag == "--efficient":
+            if not equals and argv and argv[0].lower() in ("true", "false"):
+                value = argv.pop(0)
+            result += ["--block", "naive" if value.lower() == "false" else "checkpoint"]
+        else:
+            result.append(OLD_FLAGS.get(flag, flag) + equals + value)
+    return result
+
+
+def parse_args(argv=None):
+    """Arguments, resolved in this order: given on the command line, saved by the run that is resumed, defaults.
+
+    Returns the namespace and, with --resume, the checkpoint to go on from. Ends the program with status 2 where
+    arguments are wrong or contradict each other.
+    """
+    parser, argv = make_parser(), sys.argv[1:] if argv is None else argv
+    defaults = vars(parser.parse_args([]))
+    unset = object()
+    given = vars(parser.parse_args(modernize(argv), argparse.Namespace(**dict.fromkeys(defaults, unset))))
+    given = {name: value for name, value in given.items() if value is not unset}
+    checkpoint = None
+    try:
+        if given.get("resume"):
+            checkpoint, saved = read_saved(given)
+            args = argparse.Namespace(**saved | given)
+        else:
+            args = argparse.Namespace(**resolve_defaults(defaults, given))
+        Run(args.save).check(args.resume, args.overwrite)
+        check_args(args)
+    except (RunError, ValueError) as error:
+        parser.error(str(error))
+    return args, checkpoint
+
+
+def resolve_defaults(defaults, given):
+    dataset, opt = given.get("dataset", defaults["dataset"]), given.get("opt", defaults["opt"])
+    general = {"depth": 100, "epochs": 300, "augment": True, "valid_size": 0, "save": f"work/{dataset}.base"}
+    args = defaults | general | BY_DATASET.get(dataset, {}) | BY_OPTIMIZER[opt] | given
+    if "arch" in given:
+        preset = ARCHITECTURES[args["arch"]]
+        clash = [name for name in ("depth", *preset) if name in given]
+        if clash:
+            raise ValueError(f"--arch {args['arch']} sets the {clash[0].replace('_', ' ')}: leave out one of the two")
+        args |= {"depth": None} | {name: value for name, value in preset.items() if name in args}
+    return args
+
+
+def read_saved(given):
+    """The checkpoint to resume, and its run's arguments. Raises where ``given`` would make it another run."""
+    path = Path(given.get("save") or f"work/{given.get('dataset', 'cifar10')}.base")
+    Run(path).check(resume=True, overwrite=False)
+    checkpoint = read_checkpoint(path / "latest.pth")
+    saved = checkpoint["config"]["arguments"] | {"save": str(path), "resume": True, "overwrite": False}
+    for name, value in given.items():
+        if name not in RESUMABLE and value != saved[name]:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"the run in {path} was started with {flag} {saved[name]}, not {value}: "
+                f"leave out {flag}, or start another run with --save"
+            )
+    if "optimizer" not in checkpoint:
+        raise RunError(f"{path / 'latest.pth'} holds weights only: training cannot go on from it")
+    saved["progress"] = sys.stderr.isatty()
+    return checkpoint, saved
+
+
+def check_args(args):
+    if args.resume and args.overwrite:
+        raise ValueError("--resume and --overwrite exclude each other: choose one")
+    for name in ("lr", "momentum", "weight_decay"):
+        value = getattr(args, name)
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"--{name.replace('_', '-')} {value}: needs a number of 0 or more")
+    if args.nesterov and args.opt == "sgd" and args.momentum == 0:
+        raise ValueError("--momentum 0 excludes Nesterov momentum: add --no-nesterov")
+    choose_device(args.device)
+    with torch.device("meta"):  # raises ValueError for an impossible architecture, without making the weights
+        DenseNet(**model_options(args, num_classes=2))
+
+
+def model_options(args, num_classes):
+    """Arguments of DenseNet; kept in the checkpoint, so that the network can be built again from it."""
+    names = ("depth", "growth_rate", "reduction", "bottleneck", "drop_rate", "init_channels")
+    options = {name: getattr(args, name) for name in names} | {"num_classes": num_classes}
+    return options | ARCHITECTURES.get(args.arch, {})
+
+
+def choose_block(name, device):
+    """"auto" is the fastest block verified on the device: so far only naive has been."""
+    return "naive" if name == "auto" else name
+
+
+def make_optimizer(args, parameters):
+    if args.opt == "sgd":
+        momentum = {"momentum": args.momentum, "nesterov": args.nesterov}
+        return torch.optim.SGD(parameters, args.lr, weight_decay=args.weight_decay, **momentum)
+    kind = {"adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}[args.opt]
+    return kind(parameters, args.lr, weight_decay=args.weight_decay)
+
+
+def learning_rate(args, epoch, progress):
+    """The learning rate of an epoch (from 1), at ``progress`` in [0, 1) through it."""
+    if args.schedule == "step":  # with 300 epochs: epoch 150 is the first at a tenth, as in the paper's Lua code
+        return args.lr / 10 ** ((epoch >= 0.5 * args.epochs) + (epoch >= 0.75 * args.epochs))
+    if args.schedule == "cosine":
+        return args.lr * 0.5 * (1 + math.cos(math.pi * (epoch - 1 + progress) / args.epochs))
+    return args.lr
+
+
+def train_epoch(model, batches, optimizer, schedule, amp, bar):
+    """One pass over ``batches``, an iterator. Returns (steps, 3) float64: summed loss, wrong images, images.
+
+    ``schedule`` gives the learning rate of a step. Nothing is read from the device but for the bar, once a second.
+    Raises NotFinite.
+    """
+    model.train()
+    log, refreshed = [], time.monotonic()
+    for step, (images, labels) in enumerate(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = schedule(step)
+        optimizer.zero_grad()
+        with amp():
+            logits = model(images)
+        loss = F.cross_entropy(logits.float(), labels)
+        loss.backward()
+        optimizer.step()
+        wrong = (logits.detach().argmax(1) != labels).sum()
+        log.append(torch.stack((loss.detach() * len(labels), wrong, torch.full_like(wrong, len(labels)))))
+        bar.update(len(labels))
+        if time.monotonic() - refreshed > 1:
+            loss, error = averages(read_log(log))
+            bar.set_postfix(loss=f"{loss:.3f}", error=f"{error:.1f} %")
+            refreshed = time.monotonic()
+    return read_log(log)
+
+
+def read_log(log):
+    """Stack the per-step tensors of an epoch on the CPU. Raises NotFinite for the first loss that is not."""
+    steps = torch.stack(log).cpu().double()
+    broken = (~steps[:, 0].isfinite()).nonzero()
+    if len(broken):
+        raise NotFinite(int(broken[0]) + 1)
+    return steps
+
+
+def averages(steps):
+    """Loss and error in percent of the steps of a log, weighing images."""
+    loss, wrong, images = steps.sum(0).tolist()
+    return loss / images, 100 * wrong / images
+
+
+def train_rows(steps, epoch, schedule, log_every, costs):
+    """Rows of train.csv for an epoch: one per ``log_every`` iterations, at fractional epochs, and the whole epoch's."""
+    rows = []
+    for end in range(log_every, len(steps), log_every) if log_every else ():
+        loss, error = averages(steps[end - log_every : end])
+        rows.append(log_row(epoch - 1 + end / len(steps), loss, error) | {"lr": schedule(end - 1)})
+    return [*rows, log_row(epoch, *averages(steps)) | {"lr": schedule(len(steps) - 1)} | costs]
+
+
+def log_row(epoch, loss, error):
+    return {"epoch": round(epoch, 4), "loss": round(loss, 6), "error": round(error, 4)}
+
+
+def peak_memory_mib(device):
+    """Most memory in use so far: of the CUDA allocator, elsewhere of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def load_data(args, device):
+    dataset = data.load(args.dataset, args.data, args.image_size, args.workers, args.progress)
+    if args.valid_size:
+        dataset = dataset.hold_out(args.valid_size, args.seed)
+    return dataset.limit(args.limit_train, args.limit_test).to(device)
+
+
+def make_batches(args, dataset):
+    """Batches by split: "train", "valid" where images are held out, "test"."""
+    splits = {"train": dataset.train, "valid": dataset.valid, "test": dataset.test}
+    fill = {"train": args.crop_fill} if args.augment else {}
+    return {
+        name: split.batches(args.batch_size, dataset.normalize, fill.get(name))
+        for name, split in splits.items()
+        if split is not None
+    }
+
+
+def make_model(args, dataset, device):
+    options = model_options(args, len(dataset.classes))
+    model = DenseNet(**options, block=choose_block(args.block, device))
+    return model.to(device, memory_format=torch.channels_last), options
+
+
+def first_checkpoint(args, dataset, model, options, here):
+    """The state before the first epoch: a run can be resumed from the moment it exists."""
+    parameters = sum(p.numel() for p in model.parameters())
+    return {
+        "epoch": 0,
+        "rng": {"seed": args.seed},  # with the epoch, the seed decides every random number
+        "config": here | {"arguments": vars(args), "model": options, "parameters": parameters, "resumed": []},
+        "normalize": dataset.normalize,
+        "classes": list(dataset.classes),
+        "metrics": {name: [] for name in (("train", "valid", "test") if dataset.valid else ("train", "test"))},
+    }
+
+
+def go_on_from(checkpoint, args, dataset, options, here):
+    """Note in the checkpoint's config that the run goes on here. Raises RunError where it does not fit the data."""
+    if checkpoint["config"]["model"] != options or checkpoint["classes"] != list(dataset.classes):
+        raise RunError(f"the checkpoint in {args.save} was trained on other classes than {args.data} has now")
+    checkpoint["config"]["arguments"] = vars(args)
+    checkpoint["config"]["resumed"].append(here | {"epoch": checkpoint["epoch"]})
+
+
+def train_and_test(args, epoch, model, optimizer, batches, amp):
+    """One epoch and its evaluations. Returns the new rows of each log."""
+    device = next(model.parameters()).device
+    epoch_seed = args.seed * 1_000_003 + epoch
+    torch.manual_seed(epoch_seed)  # dropout's masks
+
+    def schedule(step):
+        return learning_rate(args, epoch, step / len(batches["train"]))
+
+    start = time.monotonic()
+    with progress_bar(args, epoch, batches["train"]) as bar:
+        steps = train_epoch(model, batches["train"].shuffled(epoch_seed), optimizer, schedule, amp, bar)
+    costs = {
+        "images_per_second": round(int(steps[:, 2].sum()) / (time.monotonic() - start), 1),
+        "peak_memory_mib": round(peak_memory_mib(device), 1),
+    }
+    rows = {"train": train_rows(steps, epoch, schedule, args.log_every, costs)}
+    for name in batches.keys() - {"train"}:
+        rows[name] = [log_row(epoch, *evaluate(model, batches[name], amp))]
+    return rows
+
+
+def progress_bar(args, epoch, batches):
+    label = f"epoch {epoch}/{args.epochs}"
+    return tqdm(total=len(batches.images), desc=label, unit="img", leave=False, disable=not args.progress)
+
+
+def print_start(args, config, dataset):
+    name = args.arch or f"DenseNet{'-BC' if args.bottleneck else ''}-{args.depth} (k = {args.growth_rate})"
+    splits = {"training": dataset.train, "validation": dataset.valid, "test": dataset.test}
+    images = ", ".join(f"{len(split):,} {kind}" for kind, split in splits.items() if split)
+    print(f"{name}, {config['parameters']:,} parameters, block {config['block']}, {config['precision']}")
+    print(f"{args.dataset}: {images} images in {len(dataset.classes)} classes")
+    print(f"{config['device']}; writing {args.save}", flush=True)
+
+
+def print_epoch(args, rows, seconds):
+    """A line per epoch; ``seconds`` is what the epoch took, its evaluations included."""
+    train = rows["train"][-1]
+    parts = [f"epoch {train['epoch']:3}/{args.epochs}", f"loss {train['loss']:.4f}", f"error {train['error']:5.2f} %"]
+    parts += [f"{name} {rows[name][0]['error']:5.2f} %" for name in ("valid", "test") if name in rows]
+    left = datetime.timedelta(seconds=round(seconds * (args.epochs - train["epoch"])))
+    parts += [f"lr {train['lr']:.3g}", f"{train['images_per_second']:.0f} images/s", f"{left} left"]
+    print("  ".join(parts), flush=True)
+
+
+def print_end(run, model, batches, amp):
+    final, best = run.rows["test"][-1], run.best("test")
+    print(f"test error {final['error']:.2f} % after the last epoch, {final['epoch']}")
+    if "valid" in run.rows:
+        chosen = read_checkpoint(run.path / "best.pth", next(model.parameters()).device)
+        model.load_state_dict(chosen["model"])
+        _, error = evaluate(model, batches["test"], amp)
+        print(f"test error {error:.2f} % at epoch {chosen['epoch']}, which has the lowest validation error (best.pth)")
+    print(f"best on test {best['error']:.2f} %, epoch {best['epoch']}: chosen by looking at the test set, not a result")
+
+
+def train(args, checkpoint, run):
+    """Train to the last epoch, writing into ``run``; ``checkpoint`` is the state to go on from, or None."""
+    device = choose_device(args.device)
+    amp, precision = choose_precision(args.precision, device)
+    set_up_torch(args)
+    dataset = load_data(args, device)
+    model, options = make_model(args, dataset, device)
+    optimizer = make_optimizer(args, model.parameters())
+    here = provenance(device, precision, model.blocks[0].block)
+    if checkpoint is None:
+        checkpoint = first_checkpoint(args, dataset, model, options, here)
+    else:
+        go_on_from(checkpoint, args, dataset, options, here)
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    if args.compile:
+        model.compile()
+
+    def state(epoch):
+        return checkpoint | {"epoch": epoch, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+
+    first, batches = checkpoint["epoch"] + 1, make_batches(args, dataset)
+    run.lock()
+    run.check(args.resume, args.overwrite)
+    run.start(state(first - 1), clear=args.overwrite)
+    print_start(args, checkpoint["config"], dataset)
+    with Figures(run.path, args.plot) as figures:
+        for epoch in range(first, args.epochs + 1):
+            start = time.monotonic()
+            rows = train_and_test(args, epoch, model, optimizer, batches, amp)
+            run.finish_epoch(state(epoch), rows)
+            print_epoch(args, rows, time.monotonic() - start)
+            figures.redraw()
+    print_end(run, model, batches, amp)
+
+
+def set_up_torch(args):
+    torch.manual_seed(args.seed)
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not args.deterministic
+
+
+@contextlib.contextmanager
+def interruptible():
+    """Raise Interrupted on SIGINT and SIGTERM."""
+
+    def interrupt(number, frame):
+        raise Interrupted(number)
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def main(argv=None):
+    args, checkpoint = parse_args(argv)
+    run = Run(args.save)
+    try:
+        with interruptible(), run:
+            train(args, checkpoint, run)
+        return 0
+    except (data.DataError, RunError) as error:
+        status, message = 2, f"error: {error}"
+    except NotFinite as error:
+        where = f"epoch {run.epoch + 1}, iteration {error.step}"
+        status, message = 3, f"error: the loss is not finite in {where}; {saved(run)}"
+    except OSError as error:
+        status, message = 1, f"error: {error.filename or args.save}: {error.strerror or error}; {saved(run)}"
+    except Interrupted as error:
+        status, message = 128 + error.number, f"stopped; {saved(run)}"
+    print(f"train.py: {message}", file=sys.stderr)
+    return status
+
+
+def saved(run):
+    """What of a run that ended early is safe, and how to go on."""
+    if run.epoch is None:
+        return "nothing was saved"
+    resume = shlex.join(["python", "train.py", "--save", str(run.path), "--resume"])
+    return f"epoch {run.epoch} is saved in {run.path / 'latest.pth'}; to go on: {resume}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

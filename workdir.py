@@ -1,0 +1,226 @@
+"""What a run writes into its directory: config.json, CSV logs, checkpoints, figures. Survives a kill at any moment.
+
+The checkpoint is the truth: it holds every row of every log, and is replaced in one atomic step after each epoch. Only
+then are the new rows appended to the CSV files. A resumed run makes the CSV files agree with the checkpoint again.
+"""
+
+import contextlib
+import csv
+import io
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+
+COLUMNS = {
+    "train": ("epoch", "loss", "error", "lr", "images_per_second", "peak_memory_mib"),
+    "valid": ("epoch", "loss", "error"),
+    "test": ("epoch", "loss", "error"),
+}
+FIGURES = ("loss.png", "error.png", "loss-error.png")
+FILES = ("latest.pth", "best.pth", "config.json", *(f"{name}.csv" for name in COLUMNS), *FIGURES)
+
+
+class RunError(Exception):
+    """A run directory that cannot be used. The message is one line: what, where, what to do."""
+
+
+class Run:
+    """One run directory.
+
+    ``rows`` maps "train", "valid", "test" to the rows (dicts) logged so far; ``epoch`` counts the epochs that are safe
+    on disk, None before there is anything. As a context manager it lets go of its lock at the end.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.rows, self.epoch = {}, None
+        self._lock = FileLock(self.path / ".lock")  # flock: the kernel lets go of it when the process dies
+
+    def check(self, resume, overwrite):
+        """Raise RunError unless training may start, or go on, here. Writes nothing."""
+        if self.path.exists() and not self.path.is_dir():
+            raise RunError(f"{self.path} is a file: choose another directory with --save")
+        if resume and not (self.path / "latest.pth").exists():
+            raise RunError(f"{self.path} has no latest.pth to resume: leave out --resume, or name the run with --save")
+        existing = [name for name in FILES if (self.path / name).exists()]
+        if existing and not (resume or overwrite):
+            raise RunError(
+                f"{self.path} holds a run ({existing[0]}): --resume continues it, --overwrite replaces it, "
+                "--save DIR starts another"
+            )
+
+    def lock(self):
+        """Create the directory and keep other processes out of it until this one ends, however it ends."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise RunError(f"{self.path} is in use by another process: wait, or choose another --save") from error
+        except OSError as error:
+            raise RunError(f"{self.path} cannot be written ({error.strerror}): choose another --save") from error
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._lock.release()
+
+    def start(self, checkpoint, clear=False):
+        """Make the directory agree with ``checkpoint``, the state that training goes on from.
+
+        ``clear`` first deletes what an earlier run wrote here, and nothing else.
+        """
+        for name in FILES if clear else ():
+            (self.path / name).unlink(missing_ok=True)
+        self.rows = checkpoint["metrics"]
+        write_checkpoint(self.path / "latest.pth", checkpoint)
+        self.epoch = checkpoint["epoch"]
+        write_atomically(self.path / "config.json", (json.dumps(checkpoint["config"], indent=2) + "\n").encode())
+        for name, rows in self.rows.items():
+            header = ",".join(COLUMNS[name]) + "\n"
+            write_atomically(self.path / f"{name}.csv", (header + csv_lines(name, rows)).encode())
+
+    def finish_epoch(self, checkpoint, new_rows):
+        """Save the state after an epoch, then append its rows to the logs."""
+        for name, rows in new_rows.items():
+            self.rows[name].extend(rows)
+        if "valid" in self.rows and self.best("valid")["epoch"] == checkpoint["epoch"]:
+            # Before latest.pth: after a kill in between, the repeated epoch writes the same best.pth again.
+            write_checkpoint(self.path / "best.pth", checkpoint)
+        write_checkpoint(self.path / "latest.pth", checkpoint)
+        self.epoch = checkpoint["epoch"]
+        for name, rows in new_rows.items():
+            with open(self.path / f"{name}.csv", "a", newline="") as file:
+                file.write(csv_lines(name, rows))
+                file.flush()
+                os.fsync(file.fileno())
+
+    def best(self, name):
+        """The first row with the lowest error in a log."""
+        return min(self.rows[name], key=lambda row: row["error"])
+
+
+def csv_lines(name, rows):
+    buffer = io.StringIO()
+    csv.DictWriter(buffer, COLUMNS[name], lineterminator="\n").writerows(rows)
+    return buffer.getvalue()
+
+
+def write_checkpoint(path, checkpoint):
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    write_atomically(path, buffer.getbuffer())
+
+
+def read_checkpoint(path, device="cpu"):
+    """A checkpoint's dict, tensors on ``device``. Raises RunError where the file is missing, damaged or of no run."""
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise RunError(f"{path} does not exist") from None
+    except Exception as error:  # a damaged file makes torch.load raise nearly anything
+        raise RunError(f"{path} is damaged or no checkpoint ({type(error).__name__}): restore a copy") from error
+    if not isinstance(checkpoint, dict) or not {"model", "config", "normalize", "classes"} <= checkpoint.keys():
+        raise RunError(f"{path} is not a checkpoint of train.py")
+    return checkpoint
+
+
+def write_atomically(path, content):
+    """Write bytes so that ``path`` holds either its old content or all of the new, whatever happens meanwhile."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+class Figures:
+    """Runs ``plot.py`` on a run directory beside the training, one process at a time, at the lowest priority.
+
+    As a context manager: leaving it draws the last state and returns when that is on disk; leaving it by an exception
+    ends a drawing that is under way.
+    """
+
+    def __init__(self, path, enabled=True):
+        self.command = [sys.executable, str(Path(__file__).with_name("plot.py")), str(path)]
+        self.enabled, self.process, self.reported = enabled, None, False
+
+    def redraw(self):
+        """Start drawing, unless the last drawing is still under way: the next epoch will draw again."""
+        if not self.enabled or (self.process and self.process.poll() is None):
+            return
+        self._report()
+        self.process = subprocess.Popen(
+            self.command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        if hasattr(os, "setpriority"):
+            os.setpriority(os.PRIO_PROCESS, self.process.pid, 19)
+
+    def _report(self):
+        """Say once that drawing failed."""
+        if self.process and self.process.returncode and not self.reported:
+            lines = self.process.stderr.read().strip().splitlines() or [f"exit status {self.process.returncode}"]
+            print(f"plot.py failed, training goes on: {lines[-1]}", file=sys.stderr)
+            self.reported = True
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        if not self.enabled:
+            return
+        if kind:
+            if self.process:
+                self.process.kill()
+                self.process.wait()
+            return
+        if self.process:
+            self.process.wait()
+        self.redraw()
+        self.process.wait()
+        self._report()
+
+
+def device_name(device):
+    """The processor's or GPU's name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):  # Linux alone has this file, and there platform.processor() is often empty
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def provenance(device, precision, block):
+    """What numbers of a run depend on beside its arguments: command, commit, versions, hardware."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None  # not a clone, or no git
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "torchvision", "triton", "numpy", "pillow"):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "commit": commit,
+        "versions": versions,
+        "device": device_name(device),
+        "precision": precision,
+        "block": block,
+    }
