@@ -277,7 +277,8 @@ def load_torchvision(name, root):
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     make = [lambda part=part: kind(root, train=part, download=True) for part in (True, False)]
     train, test = download(name, root, [(kind.filename, kind.tgz_md5)], make)
-    splits = (Images(torch.from_numpy(split.data), torch.tensor(split.targets)) for split in (train, test))
+    # torchvision's pixels are a transposed view
+    splits = (Images(torch.from_numpy(split.data).contiguous(), torch.tensor(split.targets)) for split in (train, test))
     return Dataset(*splits, train.classes, NORMALIZE[name])
 
 

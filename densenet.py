@@ -5,12 +5,14 @@
     logits = model(torch.randn(64, 3, 32, 32))        # (64, 10)
 """
 
+import contextlib
 import re
 from collections import OrderedDict
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint as recompute
 
 # Table 2 (CIFAR, SVHN) and Table 1 (ImageNet) of the paper, as arguments of DenseNet.
 ARCHITECTURES = {
@@ -38,7 +40,9 @@ class SingleLayer(nn.Module):
 
     def forward(self, x):
         # F.relu is not in place: a hook on norm1 must see what norm1 returned.
-        x = self.conv1(F.relu(self.norm1(x)))
+        return self.after_first_conv(self.conv1(F.relu(self.norm1(x))))
+
+    def after_first_conv(self, x):
         return F.dropout(x, self.drop_rate, self.training)
 
 
@@ -54,7 +58,9 @@ class BottleneckLayer(nn.Module):
         self.drop_rate = drop_rate
 
     def forward(self, x):
-        x = self.conv1(F.relu(self.norm1(x)))
+        return self.after_first_conv(self.conv1(F.relu(self.norm1(x))))
+
+    def after_first_conv(self, x):
         x = F.dropout(x, self.drop_rate, self.training)
         x = self.conv2(F.relu(self.norm2(x)))
         return F.dropout(x, self.drop_rate, self.training)
@@ -67,9 +73,41 @@ def naive(layers, x):
     return x
 
 
+def checkpoint(layers, x):
+    """Keep each layer's output once; concatenate, normalise, rectify and convolve anew in the backward pass.
+
+    Memory grows linearly with depth. The recomputed part is the one whose input is wide, up to the first convolution.
+    """
+    outputs = [x]
+    for layer in layers:
+
+        def first_conv(*outputs, layer=layer):
+            return layer.conv1(F.relu(layer.norm1(torch.cat(outputs, 1))))
+
+        # Under torch.compile the recomputation happens within the graph, where batch norm updates its statistics once.
+        once = {} if torch.compiler.is_compiling() else {"context_fn": lambda norm=layer.norm1: statistics_once(norm)}
+        x = recompute(first_conv, *outputs, use_reentrant=False, preserve_rng_state=False, **once)
+        outputs.append(layer.after_first_conv(x))
+    return torch.cat(outputs, 1)
+
+
+def statistics_once(norm):
+    """Contexts for a forward pass and its recomputation, in which ``norm`` leaves its running statistics alone."""
+
+    @contextlib.contextmanager
+    def leave_alone():
+        tracking, norm.track_running_stats = norm.track_running_stats, False
+        try:
+            yield  # while training, batch norm now normalises by the batch and updates nothing
+        finally:
+            norm.track_running_stats = tracking
+
+    return contextlib.nullcontext(), leave_alone()
+
+
 # The ways to run a dense block, (N, C, H, W) → (N, C + L·k, H, W). All compute the same function of the same
 # parameters, so a state_dict trained with one loads into a model that uses another.
-BLOCKS = {"naive": naive}
+BLOCKS = {"naive": naive, "checkpoint": checkpoint}
 
 
 class DenseBlock(nn.Module):
@@ -181,8 +219,10 @@ class DenseNet(nn.Module):
         self.blocks, self.transitions = nn.ModuleList(), nn.ModuleList()
         for i, num_layers in enumerate(block_config):
             if i > 0:
-                self.transitions.append(Transition(channels, int(channels * reduction), drop_rate))
-                channels = int(channels * reduction)
+                kept = int(channels * reduction)
+                check(kept >= 1, f"reduction {reduction}: leaves a transition without channels, try 0.5")
+                self.transitions.append(Transition(channels, kept, drop_rate))
+                channels = kept
             layers = [make_layer(channels + j * growth_rate, growth_rate, drop_rate) for j in range(num_layers)]
             self.blocks.append(DenseBlock(layers, block))
             channels += num_layers * growth_rate

@@ -14,6 +14,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -187,7 +188,8 @@ def save(figure, path):
     temporary = path.with_name(f".{path.name}.tmp")
     kind = path.suffix[1:]
     metadata = {"png": {"Software": None}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}[kind]
-    figure.savefig(temporary, format=kind, dpi=150, metadata=metadata)
+    with matplotlib.rc_context({"svg.hashsalt": "densenet"}):
+        figure.savefig(temporary, format=kind, dpi=150, metadata=metadata)
     os.replace(temporary, path)
 
 

@@ -1,0 +1,318 @@
+import pickle
+import tarfile
+from hashlib import md5
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as tv
+
+import data
+from data import DataError, Dataset, Images
+
+NORMALIZE = ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7))
+
+
+def random_images(count=64, size=32, classes=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (count, size, size, 3), generator=generator, dtype=torch.uint8)
+    return Images(pixels, torch.arange(count) % classes)
+
+
+@pytest.mark.parametrize("fill", ["mean", "black"])
+def test_crop_and_flip_equal_torchvision_for_every_shift(fill):
+    images = random_images(1)
+    batches = images.batches(64, NORMALIZE, fill)
+    mean, std = ([value / 255 for value in values] for values in NORMALIZE)
+    image = images.pixels[0].permute(2, 0, 1)
+    for top in range(9):
+        for left in range(9):
+            for flip in (False, True):
+                ours = batches.crop_and_flip(torch.tensor([0]), torch.tensor([[top - 4, left - 4]]), torch.tensor([flip]))
+                expected = tv.to_dtype(image, torch.float32, scale=True)
+                if fill == "black":  # pad, then normalise
+                    expected = tv.normalize(tv.crop(tv.pad(expected, 4), top, left, 32, 32), mean, std)
+                else:  # normalise, then pad
+                    expected = tv.crop(tv.pad(tv.normalize(expected, mean, std), 4), top, left, 32, 32)
+                expected = tv.horizontal_flip(expected) if flip else expected
+                torch.testing.assert_close(ours[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_augmentation_is_distributed_as_torchvision_does_it():
+    """All 162 outcomes of RandomCrop(4, padding=4) and RandomHorizontalFlip, each as often as torchvision draws it."""
+    count, size = 40_000, 10
+    one = random_images(1, size)
+    many = Images(one.pixels.repeat(count, 1, 1, 1), one.labels.repeat(count))
+    ours = torch.cat([x for x, _ in many.batches(1000, ((0.0,) * 3, (1.0,) * 3), "black").shuffled(3)])
+    transform = v2.Compose([v2.RandomCrop(size, padding=4), v2.RandomHorizontalFlip()])
+    torch.manual_seed(0)
+    theirs = torch.stack([transform(one.pixels[0].permute(2, 0, 1)) for _ in range(count // 4)]).float()
+    outcomes, ours_drawn = ours.flatten(1).unique(dim=0, return_counts=True)
+    their_outcomes, theirs_drawn = theirs.flatten(1).unique(dim=0, return_counts=True)
+    assert len(outcomes) == 162
+    assert torch.equal(outcomes, their_outcomes)
+    for drawn in (ours_drawn.double(), theirs_drawn.double()):
+        expected = drawn.sum() / 162
+        chi_squared = ((drawn - expected) ** 2 / expected).sum()
+        assert chi_squared < 161 + 4 * (2 * 161) ** 0.5  # 4 standard deviations above the mean
+
+
+def test_every_image_once_in_an_order_that_the_seed_decides():
+    images = random_images(50)
+    images.pixels[:, 0, 0, 0] = torch.arange(50)
+    batches = images.batches(16, ((0.0,) * 3, (1.0,) * 3))
+
+    def order(seed):
+        return torch.cat([x[:, 0, 0, 0] for x, _ in batches.shuffled(seed)])
+
+    assert sorted(order(1).tolist()) == list(range(50))
+    assert torch.equal(order(1), order(1))
+    assert not torch.equal(order(1), order(2))
+    assert [len(y) for _, y in batches.shuffled(1)] == [16, 16, 16, 2]
+    assert len(batches) == 4
+    assert torch.equal(torch.cat([y for _, y in batches.in_order()]), images.labels)
+    x, y = next(iter(batches.shuffled(5)))
+    assert torch.equal(y, images.labels[x[:, 0, 0, 0].long()])
+
+
+def test_augmentation_does_not_depend_on_the_batch_size():
+    images = random_images(50)
+    small, large = (torch.cat([x for x, _ in images.batches(n, NORMALIZE, "mean").shuffled(9)]) for n in (7, 50))
+    assert torch.equal(small, large)
+
+
+def test_normalized_batches_are_channels_last_floats():
+    images = random_images(8)
+    x, _ = next(images.batches(8, NORMALIZE).in_order())
+    assert x.dtype == torch.float32
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    mean, std = (torch.tensor(values) for values in NORMALIZE)
+    torch.testing.assert_close(x.permute(0, 2, 3, 1), (images.pixels - mean) / std)
+
+
+def test_measure_equals_numpy_in_float64():
+    images = random_images(100)
+    mean, std = data.measure(images.pixels)
+    pixels = images.pixels.numpy().astype(np.float64)
+    np.testing.assert_allclose(mean, pixels.mean((0, 1, 2)), rtol=1e-12)
+    np.testing.assert_allclose(std, pixels.std((0, 1, 2)), rtol=1e-12)
+
+
+def test_constants_are_the_published_ones():
+    """CIFAR-10: fb.resnet.torch; the seeds measured the same to 0.1. CIFAR-100: fb.resnet.torch."""
+    mean, std = data.NORMALIZE["cifar10"]
+    np.testing.assert_allclose(mean, np.array([0.49139968, 0.48215827, 0.44653124]) * 255, atol=0.06)
+    np.testing.assert_allclose(std, np.array([0.24703233, 0.24348505, 0.26158768]) * 255, atol=0.06)
+    mean, std = data.NORMALIZE["cifar100"]
+    np.testing.assert_allclose(mean, np.array([0.50707516, 0.48654887, 0.44091784]) * 255, atol=0.06)
+    np.testing.assert_allclose(std, np.array([0.26733429, 0.25643846, 0.27615047]) * 255, atol=0.06)
+
+
+def test_hold_out_is_stratified_and_follows_the_seed():
+    images = random_images(200, size=8)
+    images.pixels[:, 0, 0, 0] = torch.arange(200)
+    dataset = Dataset(images, images, list("abcd"), NORMALIZE)
+    held = dataset.hold_out(40, seed=1)
+    assert (len(held.train), len(held.valid)) == (160, 40)
+    assert held.valid.labels.bincount().tolist() == [10, 10, 10, 10]
+    ids = torch.cat((held.train.pixels, held.valid.pixels))[:, 0, 0, 0]
+    assert sorted(ids.tolist()) == list(range(200))
+    assert torch.equal(held.valid.pixels, dataset.hold_out(40, seed=1).valid.pixels)
+    assert not torch.equal(held.valid.pixels, dataset.hold_out(40, seed=2).valid.pixels)
+    with pytest.raises(DataError, match="valid-size 200"):
+        dataset.hold_out(200, seed=1)
+    with pytest.raises(DataError, match="at least one image of 4 classes"):
+        dataset.hold_out(3, seed=1)
+
+
+def test_digits_need_no_download_and_are_always_split_alike():
+    dataset = data.load("digits", "nowhere")
+    assert (len(dataset.train), len(dataset.test)) == (1437, 360)
+    assert dataset.train.pixels.shape[1:] == (32, 32, 3)
+    assert int(dataset.train.pixels.max()) == 255
+    assert len(dataset.test.labels.unique()) == 10
+    assert dataset.train.labels[:8].tolist() == data.load("digits", "nowhere", 8).train.labels[:8].tolist()
+
+
+def write_folder(root, train=3, test=2, classes=("cat", "dog"), size=(40, 20), mode="RGB"):
+    for split, count in (("train", train), ("test", test)):
+        for label, name in enumerate(classes):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                image = Image.new("RGB", size, (60 * label, 10 * i, 200))
+                image.convert(mode).save(root / split / name / f"{i}.png")
+    return root
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1"])
+def test_folder_of_any_size_and_mode(tmp_path, mode):
+    dataset = data.load("folder", write_folder(tmp_path, mode=mode), image_size=16, progress=False)
+    assert dataset.classes == ["cat", "dog"]
+    assert dataset.train.pixels.shape == (6, 16, 16, 3)
+    assert dataset.train.labels.tolist() == [0, 1, 0, 1, 0, 1]  # classes alternate, so that --limit-train is fair
+    if mode == "RGB":
+        assert dataset.train.pixels[1, 5, 5].tolist() == [60, 0, 200]
+        assert dataset.normalize == data.measure(dataset.train.pixels)
+
+
+def test_folder_cache_is_used_and_notices_changes(tmp_path, monkeypatch, capsys):
+    write_folder(tmp_path)
+    first = data.load("folder", tmp_path, 16, progress=False).train.pixels
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "decode", lambda path: pytest.fail("decoded again"))
+        assert torch.equal(data.load("folder", tmp_path, 16, progress=False).train.pixels, first)
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(tmp_path / "train" / "cat" / "0.png")
+    assert data.load("folder", tmp_path, 16, progress=False).train.pixels[0, 0, 0].tolist() == [1, 2, 3]
+
+    cache = tmp_path / ".train-16.cache"
+    cache.write_bytes(cache.read_bytes()[:100])
+    assert len(data.load("folder", tmp_path, 16, progress=False).train) == 6
+    assert "decoding the images again" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".test-16.cache", ".train-16.cache", "test", "train"]
+
+
+def test_folder_mistakes_are_named(tmp_path):
+    with pytest.raises(DataError, match="train is missing"):
+        data.load("folder", tmp_path / "nowhere")
+    root = write_folder(tmp_path / "a")
+    (root / "test" / "dog").rename(root / "test" / "wolf")
+    with pytest.raises(DataError, match="in one alone: dog, wolf"):
+        data.load("folder", root)
+    root = write_folder(tmp_path / "b")
+    (root / "train" / "eel").mkdir()
+    with pytest.raises(DataError, match=r"eel holds no image"):
+        data.load("folder", root)
+    with pytest.raises(DataError, match="found one class, cat"):
+        data.load("folder", write_folder(tmp_path / "c", classes=("cat",)))
+    root = write_folder(tmp_path / "d")
+    (root / "train" / "dog" / "1.png").write_bytes((root / "train" / "dog" / "0.png").read_bytes()[:60])
+    with pytest.raises(DataError, match=r"dog/1.png is not a readable image"):
+        data.load("folder", root, progress=False)
+
+
+def test_folder_too_large_for_memory_says_how_much_it_needs(tmp_path, monkeypatch):
+    memory = type("Memory", (), {"available": 1000})
+    monkeypatch.setattr(data.psutil, "virtual_memory", lambda: memory)
+    with pytest.raises(DataError, match=r"10 images of 100×100 pixels need 0.0 GB of memory, of which 0.0 GB"):
+        data.load("folder", write_folder(tmp_path), image_size=100)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_large_images_are_streamed_behind_the_same_interface(tmp_path, workers):
+    dataset = data.load("folder", write_folder(tmp_path, size=(300, 200)), image_size=128, workers=workers)
+    batches = dataset.train.batches(4, dataset.normalize, "mean")
+    assert len(batches) == 2
+    first, second = ([(x, y) for x, y in batches.shuffled(1)] for _ in range(2))
+    assert [x.shape for x, _ in first] == [(4, 3, 128, 128), (2, 3, 128, 128)]
+    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(first, second, strict=True))
+    assert sorted(torch.cat([y for _, y in first]).tolist()) == [0, 0, 0, 1, 1, 1]
+    labels = torch.cat([y for _, y in dataset.limit(train=3).train.batches(4, dataset.normalize).in_order()])
+    assert labels.tolist() == [0, 1, 0]
+    held = dataset.hold_out(2, seed=1)
+    assert (len(held.train), len(held.valid)) == (4, 2)
+
+
+def md5sum(path):
+    return md5(path.read_bytes()).hexdigest()
+
+
+def write_cifar(root, kind, monkeypatch, label=None):
+    """An archive in CIFAR's own format: pickled dicts of rows of 3072 bytes, red first; small, but all files there."""
+    rng, folder = np.random.default_rng(0), root / kind.base_folder
+    folder.mkdir(parents=True)
+    key, fine = ("labels", False) if kind.base_folder == "cifar-10-batches-py" else ("fine_labels", True)
+    count = 100 if fine else 10
+    for attribute in ("train_list", "test_list"):
+        entries = []
+        for name, _ in getattr(kind, attribute):
+            labels = [label if label is not None else i % count for i in range(20)]
+            batch = {"data": rng.integers(0, 256, (20, 3072), dtype=np.uint8), key: labels}
+            (folder / name).write_bytes(pickle.dumps(batch))
+            entries.append([name, md5sum(folder / name)])
+        monkeypatch.setattr(kind, attribute, entries)
+    names = [f"class {i}" for i in range(count)]
+    meta = folder / kind.meta["filename"]
+    meta.write_bytes(pickle.dumps({kind.meta["key"]: names}))
+    monkeypatch.setattr(kind, "meta", kind.meta | {"md5": md5sum(meta)})
+    with tarfile.open(root / kind.filename, "w:gz") as archive:
+        archive.add(folder, kind.base_folder)
+    monkeypatch.setattr(kind, "tgz_md5", md5sum(root / kind.filename))
+    first = pickle.loads((folder / kind.train_list[0][0]).read_bytes())["data"][0]
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()  # the loader has to unpack the archive
+    return first
+
+
+@pytest.mark.parametrize(("name", "images"), [("cifar10", 100), ("cifar100", 20)])
+def test_cifar_archives(tmp_path, monkeypatch, name, images):
+    from torchvision import datasets
+
+    first = write_cifar(tmp_path, getattr(datasets, name.upper()), monkeypatch)
+    dataset = data.load(name, tmp_path)
+    assert (len(dataset.train), len(dataset.test)) == (images, 20)
+    assert dataset.classes[3] == "class 3" and len(dataset.classes) == int(name[5:])
+    assert torch.equal(dataset.train.pixels[0], torch.from_numpy(first.reshape(3, 32, 32)).permute(1, 2, 0))
+    x, _ = next(dataset.train.batches(16, dataset.normalize, "mean").shuffled(1))
+    assert x.shape == (16, 3, 32, 32)
+
+
+def test_damaged_archive_is_named_and_kept(tmp_path, monkeypatch):
+    from torchvision import datasets
+
+    write_cifar(tmp_path, datasets.CIFAR10, monkeypatch)
+    archive = tmp_path / "cifar-10-python.tar.gz"
+    archive.write_bytes(archive.read_bytes()[:1000])
+    with pytest.raises(DataError, match=r"cifar-10-python.tar.gz is incomplete or damaged .* delete it"):
+        data.load("cifar10", tmp_path)
+    assert archive.stat().st_size == 1000
+
+
+def test_labels_out_of_range_are_refused(tmp_path, monkeypatch):
+    from torchvision import datasets
+
+    write_cifar(tmp_path, datasets.CIFAR10, monkeypatch, label=10)
+    with pytest.raises(DataError, match="labels must lie in 0 … 9"):
+        data.load("cifar10", tmp_path)
+
+
+def test_without_network_or_archive_the_error_says_what_to_do(tmp_path, monkeypatch):
+    from torchvision.datasets import utils
+
+    def refuse(*args, **kwargs):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(utils, "_urlretrieve", refuse)
+    with pytest.raises(DataError, match=r"put cifar-10-python.tar.gz into .* by hand, or try --dataset digits"):
+        data.load("cifar10", tmp_path)
+
+
+def test_svhn_archives(tmp_path, monkeypatch):
+    """Three MATLAB files; images (32, 32, 3, N), labels 1 … 10 with 10 for the digit 0."""
+    from scipy.io import savemat
+    from torchvision import datasets
+
+    entries, pixels = {}, {}
+    for split, count in (("train", 20), ("extra", 30), ("test", 10)):
+        path = tmp_path / f"{split}_32x32.mat"
+        pixels[split] = np.random.default_rng(count).integers(0, 256, (32, 32, 3, count), dtype=np.uint8)
+        savemat(path, {"X": pixels[split], "y": np.arange(count)[:, None] % 10 + 1})
+        entries[split] = ["http://unused", path.name, md5sum(path)]
+    monkeypatch.setattr(datasets.SVHN, "split_list", entries)
+    dataset = data.load("svhn", tmp_path)
+    assert (len(dataset.train), len(dataset.test)) == (50, 10)
+    assert torch.equal(dataset.train.pixels[20], torch.from_numpy(pixels["extra"][..., 0]))
+    assert dataset.train.labels[:10].tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]
+    x, _ = next(dataset.test.batches(10, dataset.normalize).in_order())
+    torch.testing.assert_close(x.permute(0, 2, 3, 1), dataset.test.pixels / 255)  # divided by 255 and no more
+
+
+def test_stats_command(capsys):
+    assert data.main(["--dataset", "digits", "--stats"]) == 0
+    out = capsys.readouterr().out
+    assert "1,437 training and 360 test images in 10 classes" in out
+    assert "mean  77.9174" in out
+    assert data.main(["--dataset", "folder", "--data", "nowhere"]) == 2
+    assert capsys.readouterr().err.startswith("data.py: error: nowhere/train is missing")

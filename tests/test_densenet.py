@@ -1,0 +1,150 @@
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from densenet import ARCHITECTURES, DenseNet, densenet121
+
+
+def count(**options):
+    with torch.device("meta"):
+        return sum(p.numel() for p in DenseNet(**options).parameters())
+
+
+def test_parameter_counts_are_those_of_the_paper():
+    cifar = {
+        "densenet_40_12": 1_019_722,
+        "densenet_100_12": 6_979_642,
+        "densenet_100_24": 27_249_082,
+        "densenet_bc_100_12": 769_162,
+        "densenet_bc_250_24": 15_324_406,
+        "densenet_bc_190_40": 25_624_430,
+    }
+    imagenet = {
+        "densenet121": 7_978_856,
+        "densenet169": 14_149_480,
+        "densenet201": 20_013_928,
+        "densenet161": 28_681_000,
+    }
+    assert {name: count(**ARCHITECTURES[name]) for name in cifar} == cifar
+    assert {name: count(**ARCHITECTURES[name], num_classes=1000) for name in imagenet} == imagenet
+    assert count(depth=40) == 176_122
+    # The first convolution of the Lua code and of bamos/densenet.pytorch has 2k channels without bottlenecks, too.
+    assert count(depth=40, bottleneck=False, reduction=1.0, init_channels=24) == 1_059_298
+    assert count(depth=100, bottleneck=False, reduction=1.0, init_channels=24) == 7_083_538
+    assert count(depth=100, growth_rate=24, bottleneck=False, reduction=1.0, init_channels=48) == 28_071_706
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"depth": 43}, "depth 43: .* 6n \\+ 4, such as 40 or 46"),
+        ({"depth": 41, "bottleneck": False}, "3n \\+ 4, such as 40 or 43"),
+        ({"depth": 4}, "such as 10"),
+        ({"reduction": 0.0}, r"reduction 0.0: needs a number in \(0, 1\]"),
+        ({"reduction": 1.5}, "reduction 1.5"),
+        ({"reduction": 0.001}, "reduction 0.001: leaves a transition without channels"),
+        ({"drop_rate": 1.0}, "drop rate 1.0"),
+        ({"growth_rate": 0}, "growth rate 0"),
+        ({"init_channels": 0}, "initial channels 0"),
+        ({"num_classes": 0}, "0 classes"),
+        ({"block": "fast"}, "block 'fast': choose one of naive"),
+        ({"stem": "big"}, "stem 'big'"),
+    ],
+)
+def test_impossible_architectures_are_refused_in_words(options, words):
+    with pytest.raises(ValueError, match=words):
+        DenseNet(**options)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 47), (224, 224)])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_any_image_size_and_a_batch_of_one(size, batch):
+    assert DenseNet(depth=10, growth_rate=4)(torch.randn(batch, 3, *size)).shape == (batch, 10)
+
+
+def test_weights_start_as_in_the_paper():
+    torch.manual_seed(0)
+    model = DenseNet(depth=40, growth_rate=24)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            assert module.bias is None
+            k = module.kernel_size[0]
+            assert module.weight.std().item() == pytest.approx((2 / (k * k * module.out_channels)) ** 0.5, rel=0.15)
+            assert abs(module.weight.mean().item()) < 0.15 * module.weight.std().item()
+        if isinstance(module, nn.BatchNorm2d):
+            assert (module.weight == 1).all() and (module.bias == 0).all()
+    assert (model.classifier.bias == 0).all()
+
+
+def test_hooks_see_outputs_that_nothing_overwrites():
+    model, seen = DenseNet(depth=10, growth_rate=4), []
+    for module in model.modules():
+        if not list(module.children()):
+            module.register_forward_hook(lambda module, inputs, output: seen.append((output, output.clone())))
+    model(torch.randn(2, 3, 8, 8))
+    assert len(seen) == 1 + 3 * 4 + 2 * 2 + 2  # stem, layers, transitions, last norm and classifier
+    assert all(torch.equal(output, copy) for output, copy in seen)
+
+
+@pytest.mark.parametrize("bottleneck", [True, False])
+def test_dropout_follows_every_convolution_but_the_first(monkeypatch, bottleneck):
+    """One call for each convolution but the stem, with that convolution's output, and only while training."""
+    model, calls, outputs = DenseNet(depth=10, growth_rate=4, drop_rate=0.2, bottleneck=bottleneck), [], []
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    real = F.dropout
+    monkeypatch.setattr(F, "dropout", lambda x, p, training: calls.append((x, p, training)) or real(x, p, training))
+    model(torch.randn(2, 3, 8, 8))
+    assert [id(x) for x, _, _ in calls] == [id(x) for x in outputs[1:]]
+    assert {call[1:] for call in calls} == {(0.2, True)}
+    model.eval()
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(model(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["densenet121", "densenet161"])
+def test_equals_torchvision_in_float64(name):
+    """Outputs, gradients and running statistics, with the same random weights, in training and evaluation."""
+    import torchvision
+
+    torch.manual_seed(0)
+    theirs = getattr(torchvision.models, name)(num_classes=7).double()
+    ours = DenseNet(**ARCHITECTURES[name] | {"num_classes": 7}).double()
+    ours.load_torchvision(theirs.state_dict())
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    for model in (ours, theirs):
+        F.cross_entropy(model(x), torch.tensor([3, 5])).backward()
+    expected = {key: value.grad for key, value in theirs.named_parameters()}
+    for value in ours.parameters():
+        value.data.copy_(value.grad)
+    gradients = ours.torchvision_state_dict()
+    assert max((gradients[key] - value).abs().max() for key, value in expected.items()) < 1e-10
+
+    statistics = theirs.state_dict()
+    for key, value in ours.torchvision_state_dict().items():
+        if "running" in key or "tracked" in key:
+            torch.testing.assert_close(value, statistics[key], rtol=1e-12, atol=1e-12)
+    ours.load_torchvision(theirs.state_dict())
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=1e-12, atol=1e-12)
+
+
+def test_torchvision_names_go_both_ways():
+    import torchvision
+
+    ours, theirs = densenet121(), torchvision.models.densenet121()
+    assert ours.classifier.out_features == 1000
+    assert theirs.load_state_dict(ours.torchvision_state_dict()).missing_keys == []
+    # Weights published with early releases spell norm1 as norm.1, and have no num_batches_tracked.
+    early = {
+        key.replace(".norm1.", ".norm.1.").replace(".conv2.", ".conv.2."): value
+        for key, value in theirs.state_dict().items()
+        if "tracked" not in key
+    }
+    for value in ours.parameters():
+        value.data.zero_()
+    ours.load_torchvision(early)
+    assert torch.equal(ours.blocks[2].layers[7].conv2.weight, theirs.features.denseblock3.denselayer8.conv2.weight)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        DenseNet(**ARCHITECTURES["densenet161"]).load_torchvision(early)
