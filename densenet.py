@@ -14,6 +14,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 
+import fused
+
 # Table 2 (CIFAR, SVHN) and Table 1 (ImageNet) of the paper, as arguments of DenseNet.
 ARCHITECTURES = {
     "densenet_40_12": dict(depth=40, growth_rate=12, bottleneck=False, reduction=1.0),
@@ -92,22 +94,25 @@ def checkpoint(layers, x):
 
 
 def statistics_once(norm):
-    """Contexts for a forward pass and its recomputation, in which ``norm`` leaves its running statistics alone."""
+    """Contexts for a forward pass and for its recomputation, in which ``norm`` updates copies of its statistics."""
 
     @contextlib.contextmanager
-    def leave_alone():
-        tracking, norm.track_running_stats = norm.track_running_stats, False
+    def on_copies():
+        statistics = dict(norm.named_buffers())
+        for name, value in statistics.items():
+            setattr(norm, name, value.clone())
         try:
-            yield  # while training, batch norm now normalises by the batch and updates nothing
+            yield
         finally:
-            norm.track_running_stats = tracking
+            for name, value in statistics.items():
+                setattr(norm, name, value)
 
-    return contextlib.nullcontext(), leave_alone()
+    return contextlib.nullcontext(), on_copies()
 
 
 # The ways to run a dense block, (N, C, H, W) → (N, C + L·k, H, W). All compute the same function of the same
 # parameters, so a state_dict trained with one loads into a model that uses another.
-BLOCKS = {"naive": naive, "checkpoint": checkpoint}
+BLOCKS = {"naive": naive, "checkpoint": checkpoint, "fused": fused.dense_block}
 
 
 class DenseBlock(nn.Module):

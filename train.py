@@ -5,6 +5,7 @@ Without arguments: DenseNet-BC-100 (growth rate 12) on augmented CIFAR-10 by the
 
 import argparse
 import contextlib
+import ctypes
 import datetime
 import math
 import os
@@ -453,7 +454,7 @@ def train(args, checkpoint, run):
     """Train to the last epoch, writing into ``run``; ``checkpoint`` is the state to go on from, or None."""
     device = choose_device(args.device)
     amp, precision = choose_precision(args.precision, device)
-    set_up_torch(args)
+    set_up_torch(args, device)
     dataset = load_data(args, device)
     model, options = make_model(args, dataset, device)
     optimizer = make_optimizer(args, model.parameters())
@@ -485,7 +486,17 @@ def train(args, checkpoint, run):
     print_end(run, model, batches, amp)
 
 
-def set_up_torch(args):
+def keep_freed_memory():
+    """Let glibc keep what is freed: by default every large CPU tensor comes from the kernel anew, page by page."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library, which manages memory its own way
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: give nothing back
+
+
+def set_up_torch(args, device):
+    if device.type == "cpu":
+        keep_freed_memory()
     torch.manual_seed(args.seed)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -1,0 +1,240 @@
+"""The blocks compute one function: outputs, gradients and statistics are those of the naive block."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import densenet
+import fused
+from densenet import BLOCKS, DenseNet
+
+OTHERS = [name for name in BLOCKS if name != "naive"]
+
+
+def make(dtype=torch.float64, **options):
+    torch.manual_seed(0)
+    model = DenseNet(**{"depth": 16, "growth_rate": 6} | options).to(dtype)
+    for module in model.modules():  # away from the initial 1, 0, where some mistakes cannot be seen
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return model
+
+
+def with_block(model, block):
+    model = copy.deepcopy(model)
+    for module in model.blocks:
+        module.block = block
+    return model
+
+
+def step(model, x, amp=False, seed=3):
+    """Everything that a training step computes, by name."""
+    torch.manual_seed(seed)
+    x = x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        out = model(x)
+    F.cross_entropy(out.float() if amp else out, torch.arange(len(x)) % 10).backward()
+    result = {"output": out.detach(), "input gradient": x.grad}
+    result |= {f"gradient of {name}": p.grad for name, p in model.named_parameters()}
+    return result | dict(model.named_buffers())
+
+
+def assert_same(result, expected, rtol=1e-9):
+    assert result.keys() == expected.keys()
+    for name, value in expected.items():
+        if value is None:
+            assert result[name] is None, name
+        else:
+            scale = value.double().abs().max().item()
+            torch.testing.assert_close(result[name], value, rtol=0, atol=rtol * scale, msg=lambda m, name=name: f"{name}: {m}")
+
+
+SHAPES = [(3, 3, 8, 8), (1, 3, 9, 7), (2, 3, 33, 20)]
+
+
+@pytest.mark.parametrize("block", OTHERS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("options", [{}, {"bottleneck": False}, {"depth": 10}, {"growth_rate": 5, "reduction": 0.7}])
+def test_a_training_step_in_float64(block, shape, options):
+    model, x = make(**options), torch.randn(shape, dtype=torch.float64)
+    assert_same(step(with_block(model, block), x), step(with_block(model, "naive"), x))
+
+
+@pytest.mark.parametrize("block", OTHERS)
+def test_strided_and_channels_last_inputs(block):
+    model = make()
+    for x in (
+        torch.randn(8, 8, 3, 2, dtype=torch.float64).permute(3, 2, 1, 0),
+        torch.randn(2, 3, 8, 8, dtype=torch.float64).to(memory_format=torch.channels_last),
+        torch.randn(2, 3, 16, 16, dtype=torch.float64)[:, :, ::2, ::2],
+    ):
+        assert_same(step(with_block(model, block), x), step(with_block(model, "naive"), x))
+
+
+@pytest.mark.parametrize("block", OTHERS)
+def test_evaluation_mode(block):
+    model, x = make().eval(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    assert_same(step(with_block(model, block), x), step(with_block(model, "naive"), x))
+    with torch.no_grad():
+        torch.testing.assert_close(with_block(model, block)(x), model(x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("block", OTHERS)
+def test_frozen_parameters_and_frozen_batch_norms(block):
+    model, x = make(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    for i, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(i % 3 != 0)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for i, norm in enumerate(norms):
+        norm.train(i % 4 != 1)
+        norm.momentum = None if i % 5 == 2 else 0.3  # None: the average over all batches
+    ours, naive = with_block(model, block), with_block(model, "naive")
+    for _ in range(2):
+        assert_same(step(ours, x), step(naive, x))
+
+
+@pytest.mark.parametrize("block", OTHERS)
+def test_twenty_steps_keep_the_loss_curve(block):
+    """In float32, from the same weights and with the same batches."""
+    losses = {}
+    x, y = torch.randn(20, 16, 3, 8, 8), torch.randint(10, (20, 16))
+    for name in ("naive", block):
+        model, losses[name] = with_block(make(torch.float32), name), []
+        optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9, nesterov=True)
+        for i in range(20):
+            loss = F.cross_entropy(model(x[i]), y[i])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[name].append(loss.item())
+    torch.testing.assert_close(losses[block], losses["naive"], rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("block", OTHERS)
+@pytest.mark.parametrize("amp", [False, True])
+def test_rounding_error_is_at_most_twice_that_of_naive(block, amp):
+    """Against float64, for all gradients together, in float32 and under bf16 autocast."""
+    model, x = make(torch.float32, depth=22), torch.randn(8, 3, 16, 16)
+    exact = step(copy.deepcopy(model).double(), x.double())
+
+    def error(name):
+        result = step(with_block(model, name), x, amp)
+        keys = [key for key in exact if key.startswith("gradient") or key == "output"]
+        difference = sum((result[key].double() - exact[key]).square().sum() for key in keys)
+        return (difference / sum(exact[key].square().sum() for key in keys)).sqrt().item()
+
+    assert error(block) <= 2 * error("naive") + 1e-6
+
+
+def test_fused_gradcheck_in_float64():
+    for bottleneck in (True, False):
+        layers = make(depth=16, growth_rate=3, bottleneck=bottleneck).blocks[0].layers
+        parameters = [p for layer in layers for p in fused.layer_parameters(layer)]
+        x = torch.randn(2, layers[0].norm1.num_features, 3, 4, dtype=torch.float64, requires_grad=True)
+
+        def block(x, *parameters, layers=layers):
+            return fused.SharedBuffer.apply(x, layers, *parameters)
+
+        assert torch.autograd.gradcheck(block, (x, *parameters), fast_mode=False)
+
+
+def test_fused_says_what_it_cannot_do():
+    x = torch.randn(2, 3, 8, 8)
+    model = DenseNet(depth=10, growth_rate=4, drop_rate=0.2, block="fused")
+    with pytest.raises(ValueError, match="block 'fused' has no dropout: train with block 'naive' or 'checkpoint'"):
+        model(x)
+    model.eval()(x)
+    model = DenseNet(depth=10, growth_rate=4, block="fused")
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice: use block 'naive'"):
+        torch.autograd.grad(model(x.requires_grad_()).sum(), x, create_graph=True)
+    with pytest.raises(ValueError, match="more than one value per channel"):
+        DenseNet(depth=10, growth_rate=4, block="fused").blocks[0](torch.randn(1, 8, 1, 1))
+
+
+def test_fused_leaves_nothing_behind():
+    """No reference cycle and no growth of the graph from step to step: the buffer dies with its output."""
+    import gc
+    import weakref
+
+    model = DenseNet(depth=10, growth_rate=4, block="fused")
+    gc.collect()
+    gc.disable()
+    try:
+        out = model.blocks[0](torch.randn(2, 8, 8, 8))
+        buffer = weakref.ref(out)
+        out.sum().backward()
+        del out
+        assert buffer() is None
+    finally:
+        gc.enable()
+
+
+def test_checkpoint_has_the_same_dropout_masks_bit_for_bit():
+    model, x = make(torch.float32, drop_rate=0.3), torch.randn(4, 3, 8, 8)
+    results = {name: step(with_block(model, name), x) for name in ("naive", "checkpoint")}
+    assert_same(results["checkpoint"], results["naive"], rtol=0)
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_checkpoint_changes_no_bit_of_statistics_and_gradients(amp):
+    model, x = make(torch.float32), torch.randn(4, 3, 8, 8)
+    assert_same(step(with_block(model, "checkpoint"), x, amp), step(with_block(model, "naive"), x, amp), rtol=0)
+
+
+def test_statistics_updated_twice_would_be_noticed(monkeypatch):
+    """The comparison above fails for recomputation as torchvision and the efficient seed do it."""
+    from contextlib import nullcontext
+
+    monkeypatch.setattr(densenet, "statistics_once", lambda norm: (nullcontext(), nullcontext()))
+    model, x = make(torch.float32), torch.randn(4, 3, 8, 8)
+    with pytest.raises(AssertionError, match="running_mean|running_var|num_batches_tracked"):
+        assert_same(step(with_block(model, "checkpoint"), x), step(with_block(model, "naive"), x), rtol=0)
+
+
+def saved_bytes(model, x):
+    """Bytes that autograd keeps between forward and backward, each storage once, parameters aside."""
+    storages, parameters = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = (storage.nbytes(), tensor)  # kept, so that no address comes twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = model(x)
+    del out
+    return sum(size for size, _ in storages.values())
+
+
+def test_memory_of_a_training_step():
+    """DenseNet-BC-100-12 at batch 8 (bytes are proportional to it): what autograd keeps, relative to naive."""
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 32, 32)
+    kept = {name: saved_bytes(DenseNet(block=name), x) for name in BLOCKS}
+    assert kept["checkpoint"] <= 0.45 * kept["naive"]
+    assert kept["fused"] <= 0.22 * kept["naive"]
+
+
+@pytest.mark.parametrize(("block", "linear"), [("naive", False), ("checkpoint", True), ("fused", True)])
+def test_memory_grows_linearly_with_depth(block, linear):
+    depths = torch.tensor([40.0, 70, 100, 130], dtype=torch.float64)
+    x = torch.randn(1, 3, 32, 32)
+    kept = torch.tensor([saved_bytes(DenseNet(int(depth), block=block), x) for depth in depths], dtype=torch.float64)
+    second = (kept[2:] - 2 * kept[1:-1] + kept[:-2]) / kept[1:-1]  # second differences: 0 for a straight line
+    assert (second.abs().max() < 0.02) == linear
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", BLOCKS)
+def test_torch_compile_changes_nothing(block):
+    model, x = make(torch.float32, depth=10), torch.randn(4, 3, 8, 8)
+    compiled = with_block(model, block)
+    compiled.compile()
+    assert_same(step(compiled, x), step(with_block(model, "naive"), x), rtol=1e-4)
