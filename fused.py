@@ -20,8 +20,12 @@ written. Kept for the backward pass are buf, every h and the statistics.
               column. The gradient of a column is D − P − Q·(x − μ), formed when its own layer asks for it.
 
 A network without bottlenecks has the 3×3 convolution alone: o = conv3×3(relu(x·s + t), W1).
+
+The four steps, bn_relu_conv1x1, bn_relu_conv3x3 and their backward passes, stand below in plain torch, which runs
+everywhere and is what CPUs use, and in kernels.py for CUDA.
 """
 
+import sys
 from typing import NamedTuple
 
 import torch
@@ -52,41 +56,47 @@ def layer_parameters(layer):
     return parameters
 
 
+def steps_for(x):
+    """Where the four steps for tensors like x come from: the module kernels, or this one."""
+    if x.device.type == "cuda" and x.dtype in (torch.float32, torch.bfloat16, torch.float16):
+        import kernels
+
+        return kernels
+    return sys.modules[__name__]
+
+
 class SharedBuffer(torch.autograd.Function):
     """The block as one node of the graph: forward(x, layers, *parameters of all layers) → buf."""
 
     @staticmethod
     def forward(ctx, x, layers, *parameters):
-        kind = x.device.type
+        kind, shape = x.device.type, x.shape
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        start, growth_rate = x.shape[1], parameters[-1].shape[0]
+        start, growth_rate = shape[1], parameters[-1].shape[0]
         total = start + len(layers) * growth_rate
-        saved, batch_flags = [], []
+        saved, ctx.batch_flags = [], []
         with torch.autocast(kind, enabled=False):
             buf = x.new_empty(x[:, 0].numel(), total, dtype=dtype)  # (M, C0 + L·k)
             mean, var = (x.new_empty(total, dtype=torch.promote_types(dtype, torch.float32)) for _ in range(2))
-
-            def write(columns, values):
-                buf[:, columns] = values
-                mean[columns], var[columns] = statistics(values.to(dtype))
-
-            write(slice(0, start), rows(x))
+            steps = steps_for(buf)
+            buf[:, :start] = rows(x)
+            mean[:start], var[:start] = statistics(buf[:, :start].contiguous())
             for i, layer in enumerate(layers):
                 end = start + i * growth_rate
                 norm = take_norm(layer.norm1, mean[:end], var[:end], len(buf))
-                saved += [norm.mean, norm.rstd]
-                batch_flags.append([norm.batch])
-                inputs, weight = buf[:, :end], layer.conv1.weight
+                kept, flags, inputs, weight = [norm.mean, norm.rstd], [norm.batch], buf[:, :end], layer.conv1.weight
                 if hasattr(layer, "norm2"):
-                    h = bn_relu_conv1x1(inputs, norm, weight.to(dtype))
-                    norm = take_norm(layer.norm2, *statistics(h), len(h))
-                    saved += [h, norm.mean, norm.rstd]
-                    batch_flags[-1].append(norm.batch)
-                    inputs, weight = h, layer.conv2.weight
-                write(slice(end, end + growth_rate), bn_relu_conv3x3(inputs, norm, weight.to(dtype), x.shape))
-        out = images(buf, x.shape)
+                    h, h_statistics = steps.bn_relu_conv1x1(inputs, norm, weight.flatten(1).to(dtype))
+                    norm = take_norm(layer.norm2, *h_statistics, len(h))
+                    kept += [norm.mean, norm.rstd, h]
+                    flags, inputs, weight = [*flags, norm.batch], h, layer.conv2.weight
+                mine = slice(end, end + growth_rate)
+                mean[mine], var[mine] = steps.bn_relu_conv3x3(inputs, norm, weight.to(dtype), shape, buf[:, mine])
+                saved += kept
+                ctx.batch_flags.append(flags)
+        out = images(buf, shape)
         ctx.save_for_backward(out, mean, *saved, *parameters)
-        ctx.layers, ctx.batch_flags, ctx.x_info = len(layers), batch_flags, (start, x.dtype)
+        ctx.start, ctx.x_dtype = start, x.dtype
         return out
 
     @staticmethod
@@ -94,37 +104,54 @@ class SharedBuffer(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("block 'fused' cannot be differentiated twice: use block 'naive'")
         out, mean, *tensors = ctx.saved_tensors
-        (start, x_dtype), shape, buf = ctx.x_info, out.shape, rows(out)
-        flags = ctx.batch_flags
-        bottleneck = len(flags[0]) == 2
-        saved_per_layer, parameters_per_layer = (5, 6) if bottleneck else (2, 3)
-        saved, parameters = tensors[: saved_per_layer * ctx.layers], tensors[saved_per_layer * ctx.layers :]
-        grads, needed = [], ctx.needs_input_grad[2:]
-        growth_rate = parameters[-1].shape[0]
-        gradient = BufferGradient(rows(grad).to(out.dtype, copy=True), buf, mean)
+        layers, bottleneck = len(ctx.batch_flags), len(ctx.batch_flags[0]) == 2
+        split = layers * (5 if bottleneck else 2)
+        saved, parameters = in_groups(tensors[:split], layers), in_groups(tensors[split:], layers)
+        layer_backward = bottleneck_backward if bottleneck else single_backward
+        growth_rate = parameters[0][-1].shape[0]
+        gradient = BufferGradient(rows(grad).to(out.dtype, copy=True), rows(out), mean)
+        grads = []
         with torch.autocast(out.device.type, enabled=False):
-            for i in reversed(range(ctx.layers)):
-                end = start + i * growth_rate
-                mean1, rstd1, *rest = saved[i * saved_per_layer : (i + 1) * saved_per_layer]
-                mine = slice(i * parameters_per_layer, (i + 1) * parameters_per_layer)
-                weight1, bias1, conv1, *more = parameters[mine]
-                norm1 = Norm(mean1, rstd1, weight1, bias1, flags[i][0])
+            for i in reversed(range(layers)):
+                end = ctx.start + i * growth_rate
                 d_out = gradient.complete(slice(end, end + growth_rate))
-                if bottleneck:
-                    h, mean2, rstd2 = rest
-                    weight2, bias2, conv2 = more
-                    norm2 = Norm(mean2, rstd2, weight2, bias2, flags[i][1])
-                    d_relu, d_conv2 = conv3x3_backward(d_out, h, norm2, conv2, shape, needed[mine][5])
-                    dh, *d_norm2 = norm_backward(d_relu, h, norm2)
-                    d_conv1, *d_norm1 = conv1x1_backward(dh, gradient, end, norm1, conv1)
-                    grads = [*d_norm1, d_conv1, *d_norm2, d_conv2, *grads]
-                else:
-                    d_relu, d_conv1 = conv3x3_backward(d_out, buf[:, :end], norm1, conv1, shape, needed[mine][2])
-                    d_norm1 = gradient.add(slice(None), d_relu, norm1)
-                    grads = [*d_norm1, d_conv1, *grads]
-                gradient.defer(norm1, *d_norm1)
-            dx = images(gradient.complete(slice(0, start)), shape).to(x_dtype)
+                layer = saved[i], parameters[i], ctx.batch_flags[i]
+                grads = [*layer_backward(d_out, gradient, end, *layer, out.shape), *grads]
+            dx = images(gradient.complete(slice(0, ctx.start)), out.shape).to(ctx.x_dtype)
+        needed = ctx.needs_input_grad[2:]
         return dx, None, *(g if need else None for g, need in zip(grads, needed, strict=True))
+
+
+def in_groups(items, count):
+    """Cut a list into ``count`` lists of equal length."""
+    size = len(items) // count
+    return [items[i * size : (i + 1) * size] for i in range(count)]
+
+
+def bottleneck_backward(d_out, gradient, end, saved, parameters, flags, shape):
+    """From d_out (M, k): adds to the gradient of the first ``end`` columns; returns those of a layer's parameters."""
+    mean1, rstd1, mean2, rstd2, h = saved
+    weight1, bias1, conv1, weight2, bias2, conv2 = parameters
+    norm1, norm2 = Norm(mean1, rstd1, weight1, bias1, flags[0]), Norm(mean2, rstd2, weight2, bias2, flags[1])
+    steps = steps_for(h)
+    d_relu, d_weight2, d_bias2, d_conv2 = steps.conv3x3_backward(d_out, h, norm2, conv2.to(h.dtype), shape)
+    dh = norm2.input_gradient(d_weight2, d_bias2, len(h))
+    x, d = gradient.x[:, :end], gradient.d[:, :end]
+    d_weight1, d_bias1, d_conv1 = steps.conv1x1_backward(d_relu, h, dh, x, d, norm1, conv1.flatten(1).to(h.dtype))
+    gradient.defer(norm1, d_weight1, d_bias1)
+    d_conv1, d_conv2 = d_conv1.view_as(conv1).to(conv1.dtype), d_conv2.to(conv2.dtype)
+    return d_weight1, d_bias1, d_conv1, d_weight2, d_bias2, d_conv2
+
+
+def single_backward(d_out, gradient, end, saved, parameters, flags, shape):
+    """The same for a layer without bottleneck."""
+    weight1, bias1, conv1 = parameters
+    norm, x = Norm(*saved, weight1, bias1, flags[0]), gradient.x[:, :end]
+    step = steps_for(x).conv3x3_backward
+    d_relu, d_weight, d_bias, d_conv = step(d_out, x, norm, conv1.to(x.dtype), shape)
+    gradient.d[:, :end].addcmul_(d_relu, norm.scale)
+    gradient.defer(norm, d_weight, d_bias)
+    return d_weight, d_bias, d_conv.to(conv1.dtype)
 
 
 class Norm(NamedTuple):
@@ -146,6 +173,13 @@ class Norm(NamedTuple):
     @property
     def shift(self):
         return self.bias - self.mean * self.scale
+
+    def input_gradient(self, d_weight, d_bias, count):
+        """α, β, δ (C,) such that the gradient of the input x is α·dR + β·x + δ, from dγ, dβ over ``count`` rows."""
+        if not self.batch:
+            return self.scale, torch.zeros_like(self.mean), torch.zeros_like(self.mean)
+        beta = -self.scale * self.rstd * d_weight / count
+        return self.scale, beta, -self.scale * d_bias / count - beta * self.mean
 
 
 def take_norm(module, mean, var, count):
@@ -202,56 +236,50 @@ def bn_relu(x, norm, out=None):
 
 
 def bn_relu_conv1x1(x, norm, weight):
-    """(M, C) and (J, C, 1, 1) → h (M, J)."""
-    h, weight = x.new_empty(len(x), len(weight)), weight.flatten(1).t()
-    scratch = x.new_empty(tile_rows(x), x.shape[1])
+    """x (M, C), weight (J, C) → h (M, J) and the mean and variance of its columns."""
+    h, scratch = x.new_empty(len(x), len(weight)), x.new_empty(tile_rows(x), x.shape[1])
     for tile in tiles(x):
-        torch.mm(bn_relu(x[tile], norm, out=scratch), weight, out=h[tile])
-    return h
+        torch.mm(bn_relu(x[tile], norm, out=scratch), weight.t(), out=h[tile])
+    return h, statistics(h)
 
 
-def bn_relu_conv3x3(x, norm, weight, shape):
-    """(M, J) and (k, J, 3, 3) → (M, k)."""
-    return rows(F.conv2d(images(bn_relu(x, norm), shape), weight, padding=1))
+def bn_relu_conv3x3(x, norm, weight, shape, out):
+    """x (M, J), weight (k, J, 3, 3) → writes out (M, k); returns the mean and variance of its columns."""
+    result = rows(F.conv2d(images(bn_relu(x, norm), shape), weight, padding=1))
+    out.copy_(result)
+    return statistics(result)
 
 
-def conv3x3_backward(d_out, x, norm, weight, shape, weight_needed):
-    """Backward of bn_relu_conv3x3 from d_out (M, k): the gradient of batch norm's output, dR (M, J), and of W."""
+def conv3x3_backward(d_out, x, norm, weight, shape):
+    """d_out (M, k) → dR (M, J), and the gradients of γ, β (J,) and of W (k, J, 3, 3). Inverse of bn_relu_conv3x3."""
     a = bn_relu(x, norm)
-    da, d_weight, _ = torch.ops.aten.convolution_backward(
-        images(d_out, shape), images(a, shape), weight.to(x.dtype), None,
-        [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, weight_needed, False],
+    da, d_conv, _ = torch.ops.aten.convolution_backward(
+        images(d_out, shape), images(a, shape), weight, None,
+        [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False],
     )  # fmt: skip
     d_relu = torch.ops.aten.threshold_backward(rows(da), a, 0)
-    return d_relu, d_weight.to(weight.dtype) if weight_needed else None
+    d_weight = column_sums(torch.sub(x, norm.mean, out=a).mul_(d_relu)) * norm.rstd
+    return d_relu, d_weight, column_sums(d_relu), d_conv
 
 
-def norm_backward(d_relu, x, norm):
-    """Batch norm's gradients: of x (M, J), of weight and bias (J,)."""
-    dx, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
-        d_relu, x, norm.weight, norm.mean, norm.rstd, norm.mean, norm.rstd, True, 0.0, [True, True, True]
-    )
-    if not norm.batch:
-        dx = (d_relu * norm.scale).to(x.dtype)
-    return dx, d_weight, d_bias
+def conv1x1_backward(d_relu, h, coefficients, x, d, norm, weight):
+    """dR2 and h (M, J), three coefficients (J,) that make dh of them, weight (J, C): adds s·dR to d (M, C).
 
-
-def conv1x1_backward(dh, gradient, end, norm, weight):
-    """Backward of bn_relu_conv1x1 on the first ``end`` columns, from dh (M, J): one pass over the buffer's rows.
-
-    Adds s·dR to ``gradient``. Returns the gradients of W1 (J, C, 1, 1), γ1 and β1 (C,).
+    Returns the gradients of γ and β (C,) and of W (J, C). Inverse of bn_relu_conv1x1; one pass over x and d.
     """
-    matrix, x = weight.flatten(1).to(dh.dtype), gradient.x[:, :end]
-    d_matrix, d_weight, d_bias = torch.zeros_like(matrix, dtype=norm.mean.dtype), 0, 0
-    scratch = x.new_empty(3, tile_rows(x), end)
+    alpha, beta, delta = coefficients
+    d_conv, d_weight, d_bias = torch.zeros_like(weight, dtype=norm.mean.dtype), 0, 0
+    scratch = x.new_empty(3, tile_rows(x), x.shape[1])
     for tile in tiles(x):
+        dh = torch.addcmul(torch.addcmul(delta, h[tile], beta), d_relu[tile], alpha).to(h.dtype)
         a = bn_relu(x[tile], norm, out=scratch[0])
-        d_relu = torch.mm(dh[tile], matrix, out=scratch[1, : len(a)])
-        torch.ops.aten.threshold_backward.grad_input(d_relu, a, 0, grad_input=d_relu)
-        d_matrix += dh[tile].t() @ a
-        tile_weight, tile_bias = gradient.add(tile, d_relu, norm, scratch[2, : len(a)])
-        d_weight, d_bias = d_weight + tile_weight, d_bias + tile_bias
-    return d_matrix.view_as(weight).to(weight.dtype), d_weight, d_bias
+        dr = torch.mm(dh, weight, out=scratch[1, : len(a)])
+        torch.ops.aten.threshold_backward.grad_input(dr, a, 0, grad_input=dr)
+        d_conv += dh.t() @ a
+        d[tile].addcmul_(dr, norm.scale)
+        centred = torch.sub(x[tile], norm.mean, out=scratch[2, : len(a)])
+        d_weight, d_bias = d_weight + column_sums(centred.mul_(dr)), d_bias + column_sums(dr)
+    return d_weight * norm.rstd, d_bias, d_conv
 
 
 class BufferGradient:
@@ -260,13 +288,6 @@ class BufferGradient:
     def __init__(self, d, x, mean):
         self.d, self.x, self.mean = d, x, mean
         self.p, self.q = torch.zeros_like(mean), torch.zeros_like(mean)
-
-    def add(self, tile, d_relu, norm, scratch=None):
-        """Add s·dR of a tile of rows to the first columns. Returns the tile's part of dγ and dβ."""
-        end = d_relu.shape[1]
-        self.d[tile, :end].addcmul_(d_relu, norm.scale)
-        centred = torch.sub(self.x[tile, :end], norm.mean, out=scratch)
-        return column_sums(centred.mul_(d_relu)) * norm.rstd, column_sums(d_relu)
 
     def defer(self, norm, d_weight, d_bias):
         """Note what the batch's mean and variance contribute, to be applied when a column is complete."""

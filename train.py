@@ -90,7 +90,8 @@ def make_parser():
         description=__doc__,
         epilog="Old spellings work too: --batchSz, --nEpochs, --no-cuda (bamos/densenet.pytorch); --batch_size, "
         "--n_epochs,\n--growth_rate, --valid_size, --efficient [True|False] (gpleiss/efficient_densenet_pytorch).",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [--dataset NAME] [--depth L] [--block NAME] … (flags below)",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=118),
         allow_abbrev=False,
     )
     switch = argparse.BooleanOptionalAction

@@ -193,7 +193,7 @@ def test_statistics_updated_twice_would_be_noticed(monkeypatch):
 
     monkeypatch.setattr(densenet, "statistics_once", lambda norm: (nullcontext(), nullcontext()))
     model, x = make(torch.float32), torch.randn(4, 3, 8, 8)
-    with pytest.raises(AssertionError, match="running_mean|running_var|num_batches_tracked"):
+    with pytest.raises(AssertionError, match=r"running_mean|running_var|num_batches_tracked"):
         assert_same(step(with_block(model, "checkpoint"), x), step(with_block(model, "naive"), x), rtol=0)
 
 

@@ -1,0 +1,143 @@
+"""Each Triton kernel against the same step in plain torch: on a GPU, else in Triton's interpreter on the CPU."""
+
+import pytest
+import torch
+
+import fused
+import kernels
+from fused import Norm
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+# (N, H, W); M = 35, 150 and 3 are multiples of no tile, 128 is
+IMAGES = [(1, 5, 7), (2, 8, 8), (3, 5, 10), (1, 1, 3)]
+CHANNELS = [(24, 12), (36, 12), (60, 24), (204, 12), (342, 12), (88, 40)]
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """Memory that a kernel should have written and did not is NaN."""
+    real = torch.Tensor.new_empty
+
+    def new_empty(self, *args, **options):
+        result = real(self, *args, **options)
+        return result.fill_(float("nan")) if result.is_floating_point() else result
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+
+
+def inputs(image, channels, growth_rate, bottleneck=True, dtype=torch.float32):
+    """Random arguments of the steps of one layer that reads ``channels`` columns of a wider buffer."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator).to(DEVICE)
+
+    n, height, width = image
+    m, j = n * height * width, 4 * growth_rate if bottleneck else channels
+    shape = (n, channels, height, width)
+    norms = [Norm(draw(c), draw(c).abs() + 0.5, draw(c), draw(c), True) for c in (channels, j)]
+    buf = draw(m, channels + growth_rate + 5).to(dtype)
+    return {
+        "shape": shape,
+        "x": buf[:, :channels],
+        "out": buf[:, channels : channels + growth_rate],
+        "h": draw(m, j).to(dtype),
+        "d_out": draw(m, growth_rate).to(dtype),
+        "d_relu": draw(m, j).to(dtype),
+        "d": draw(m, channels + 7).to(dtype)[:, :channels],
+        "norm1": norms[0],
+        "norm2": norms[1],
+        "conv1": (draw(j, channels) / channels**0.5).to(dtype),
+        "conv2": (draw(growth_rate, j, 3, 3) / (9 * j) ** 0.5).to(dtype),
+        "coefficients": (draw(j), draw(j), draw(j)),
+    }
+
+
+def run(step, v):
+    """The results of one step, from kernels or fused, with copies of what it changes."""
+    name = step.__name__
+    if name == "bn_relu_conv1x1":
+        h, (mean, var) = step(v["x"], v["norm1"], v["conv1"])
+        return h, mean, var
+    if name == "bn_relu_conv3x3":
+        out = torch.full_like(v["out"], float("nan"))
+        return out, *step(v["h"], v["norm2"], v["conv2"], v["shape"], out)
+    if name == "conv3x3_backward":
+        return step(v["d_out"], v["h"], v["norm2"], v["conv2"], v["shape"])
+    d = v["d"].clone()
+    return d, *step(v["d_relu"], v["h"], v["coefficients"], v["x"], d, v["norm1"], v["conv1"])
+
+
+def doubled(value):
+    """Arguments in float64, for a reference."""
+    if isinstance(value, torch.Tensor):
+        return value.double()
+    if isinstance(value, Norm):
+        return Norm(*(doubled(item) for item in value[:4]), value.batch)
+    return type(value)(map(doubled, value)) if value and isinstance(value[0], torch.Tensor) else value
+
+
+def assert_as_exact_as_torch(name, v):
+    """Every result's error against float64 is at most twice that of plain torch in the same precision."""
+    exact = run(getattr(fused, name), {key: doubled(value) for key, value in v.items()})
+    results = zip(run(getattr(kernels, name), v), run(getattr(fused, name), v), exact, strict=True)
+    for i, (ours, torch_s, reference) in enumerate(results):
+        scale = reference.abs().max()
+        error = (ours.double() - reference).abs().max() / scale
+        allowed = 2 * (torch_s.double() - reference).abs().max() / scale + 1e-6
+        assert error <= allowed, f"{name}, result {i}: {error:.2e} > {allowed:.2e}"  # NaN fails, too
+
+
+STEPS = ["bn_relu_conv1x1", "bn_relu_conv3x3", "conv3x3_backward", "conv1x1_backward"]
+
+
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("image", IMAGES)
+def test_awkward_images(name, image):
+    assert_as_exact_as_torch(name, inputs(image, 24, 12))
+
+
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize(("channels", "growth_rate"), CHANNELS)
+def test_awkward_channel_counts(name, channels, growth_rate):
+    assert_as_exact_as_torch(name, inputs((1, 5, 7), channels, growth_rate))
+
+
+@pytest.mark.parametrize("name", ["bn_relu_conv3x3", "conv3x3_backward"])
+def test_without_bottleneck(name):
+    v = inputs((2, 5, 7), 60, 12, bottleneck=False)
+    v["h"] = torch.cat((v["x"], v["x"]), 1)[:, :60]  # with the stride of a wider matrix
+    assert_as_exact_as_torch(name, v)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_half_precision(name):
+    """bf16 on a GPU. The interpreter cannot multiply bf16 matrices: there float16, whose rounding is finer."""
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16
+    assert_as_exact_as_torch(name, inputs((2, 6, 6), 36, 12, dtype=dtype))
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_many_tiles_per_program(name, monkeypatch):
+    monkeypatch.setattr(kernels, "ROW_PROGRAMS", 2)
+    assert_as_exact_as_torch(name, inputs((5, 9, 9), 24, 12))
+
+
+@pytest.mark.parametrize("bottleneck", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_whole_block(monkeypatch, bottleneck, training):
+    """Forward and backward, against naive in float64, no worse than twice plain torch."""
+    from test_blocks import make, step, with_block
+
+    model = make(torch.float32, depth=16, growth_rate=12, bottleneck=bottleneck).train(training).to(DEVICE)
+    x = torch.randn(2, 3, 8, 8, device=DEVICE)
+    exact = step(with_block(model, "naive").double(), x.double())
+    torch_s = step(with_block(model, "naive"), x)
+    monkeypatch.setattr(fused, "steps_for", lambda x: kernels)
+    ours = step(with_block(model, "fused"), x)
+    for name, reference in exact.items():
+        scale = reference.double().abs().max().clamp(min=1e-9)
+        error = (ours[name].double() - reference).abs().max() / scale
+        allowed = 2 * (torch_s[name].double() - reference).abs().max() / scale + 1e-6
+        assert error <= allowed, f"{name}: {error:.2e} > {allowed:.2e}"
