@@ -199,12 +199,12 @@ def conv3x3_backward(d_out, x, norm, weight, shape):
     by_tap = weight.permute(2, 3, 0, 1).contiguous()  # (3, 3, K, J)
     sums = x.new_empty(programs, 2, j, dtype=torch.float32)
     conv3x3_backward_kernel[(programs, triton.cdiv(j, bj))](
-        d_out, *bn, norm.mean, norm.rstd, by_tap, d_relu, sums, *size, BM=ROWS, BQ=COLUMNS, BJ=bj
+        d_out, *bn, norm.mean, norm.rstd, by_tap, d_relu, sums, *size, BM=ROWS, BQ=COLUMNS, BJ=bj, num_warps=8
     )
     bq = 64
     partial = x.new_empty(programs, 3, 3, k, j, dtype=torch.float32)
     conv3x3_weight_kernel[(programs, triton.cdiv(9 * k, bq), triton.cdiv(j, bj))](
-        d_out, *bn, partial, *size, BM=ROWS, BQ=bq, BJ=bj
+        d_out, *bn, partial, *size, BM=ROWS, BQ=bq, BJ=bj, num_warps=8
     )
     d_weight, d_bias = sums.sum(0)
     return d_relu, d_weight, d_bias, partial.sum(0).permute(2, 3, 0, 1)
@@ -261,12 +261,14 @@ def conv1x1_backward(d_relu, h, coefficients, x, d, norm, weight):
     Returns the gradients of γ and β (C,) and of W (J, C). Inverse of bn_relu_conv1x1.
     """
     (m, c), j = x.shape, len(weight)
-    programs = min(ROW_PROGRAMS, triton.cdiv(m, ROWS))
+    bj = power_of_2(j)
+    bm = max(16, min(ROWS, ROWS * MOST_OUTPUTS // bj))  # all j outputs are in one tile: a wider one has fewer rows
+    programs = min(ROW_PROGRAMS, triton.cdiv(m, bm))
     sums = x.new_empty(programs, 2, c, dtype=torch.float32)
     partial = x.new_empty(programs, j, c, dtype=torch.float32)
     conv1x1_backward_kernel[(programs, triton.cdiv(c, COLUMNS))](
         d_relu, h, *coefficients, x, x.stride(0), norm.scale, norm.shift, norm.mean, norm.rstd, weight.contiguous(),
-        d, d.stride(0), sums, partial, m, c, j, BM=ROWS, BC=COLUMNS, BJ=power_of_2(j),
+        d, d.stride(0), sums, partial, m, c, j, BM=bm, BC=COLUMNS, BJ=bj, num_warps=8,
     )  # fmt: skip
     d_weight, d_bias = sums.sum(0)
     return d_weight, d_bias, partial.sum(0)

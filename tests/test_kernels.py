@@ -1,7 +1,14 @@
 """Each Triton kernel against the same step in plain torch: on a GPU, else in Triton's interpreter on the CPU."""
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from test_blocks import assert_as_exact_as_naive, make, step, with_block
 
 import fused
 import kernels
@@ -127,17 +134,23 @@ def test_many_tiles_per_program(name, monkeypatch):
 @pytest.mark.parametrize("bottleneck", [True, False])
 @pytest.mark.parametrize("training", [True, False])
 def test_whole_block(monkeypatch, bottleneck, training):
-    """Forward and backward, against naive in float64, no worse than twice plain torch."""
-    from test_blocks import make, step, with_block
-
+    """Forward and backward of a network in which every step is a kernel."""
     model = make(torch.float32, depth=16, growth_rate=12, bottleneck=bottleneck).train(training).to(DEVICE)
     x = torch.randn(2, 3, 8, 8, device=DEVICE)
     exact = step(with_block(model, "naive").double(), x.double())
-    torch_s = step(with_block(model, "naive"), x)
+    naive = step(with_block(model, "naive"), x)
     monkeypatch.setattr(fused, "steps_for", lambda x: kernels)
-    ours = step(with_block(model, "fused"), x)
-    for name, reference in exact.items():
-        scale = reference.double().abs().max().clamp(min=1e-9)
-        error = (ours[name].double() - reference).abs().max() / scale
-        allowed = 2 * (torch_s[name].double() - reference).abs().max() / scale + 1e-6
-        assert error <= allowed, f"{name}: {error:.2e} > {allowed:.2e}"
+    assert_as_exact_as_naive(step(with_block(model, "fused"), x), naive, exact)
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_gpus_without_spills():
+    """For every launch of DenseNet-BC-100-12, -250-24 and -190-40, on sm_80 and sm_90. Needs no GPU."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, Path(fused.__file__).with_name("bench.py"), "--kernels"]
+    out = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
+    rows = re.findall(r"^\| densenet_\w+ \| sm_(80|90) \| \w+_kernel \| \d+ \| (\d+) \| (\d+) \| (\d+) \|$", out, re.MULTILINE)
+    assert len(rows) == 3 * 2 * 5
+    for target, registers, stack, shared in rows:
+        assert int(registers) <= 255 and int(stack) == 0
+        assert int(shared) <= {"80": 163, "90": 227}[target] * 1024  # bytes that a block may have

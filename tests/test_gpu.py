@@ -1,0 +1,45 @@
+"""On a CUDA GPU: every block against the float64 reference on the CPU. Run with pytest -m gpu."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_blocks import OTHERS, assert_as_exact_as_naive, make, step, with_block
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+
+@pytest.mark.parametrize("block", OTHERS)
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("options", [{"depth": 40, "growth_rate": 12}, {"depth": 22, "growth_rate": 12, "bottleneck": False}])
+def test_blocks_against_float64(block, amp, options):
+    model, x = make(torch.float32, **options), torch.randn(16, 3, 32, 32)
+    exact = step(with_block(model, "naive").double(), x.double())
+    model, x = model.cuda(), x.cuda()
+    assert_as_exact_as_naive(step(with_block(model, block), x, amp), step(with_block(model, "naive"), x, amp), exact)
+
+
+@pytest.mark.parametrize("block", ["fused"])
+def test_repeats_bit_for_bit(block):
+    model, x = make(torch.float32, depth=40, growth_rate=12, block=block).cuda(), torch.randn(16, 3, 32, 32).cuda()
+    first, second = (step(with_block(model, block), x, amp=True) for _ in range(2))
+    inside = [name for name in first if "blocks.2" in name]  # what no cuDNN kernel outside the block touches backward
+    assert all(torch.equal(first[name], second[name]) for name in inside)
+
+
+@pytest.mark.parametrize("cudnn", [True, False])
+def test_gradients_of_cat_and_convolution(cudnn):
+    """What was wrong in PyTorch in February 2017, with cuDNN."""
+    x, y = torch.randn(4, 6, 9, 9, dtype=torch.float64), torch.randn(4, 3, 9, 9, dtype=torch.float64)
+    weight = torch.randn(5, 9, 3, 3, dtype=torch.float64)
+
+    def gradients(device, dtype):
+        tensors = [t.to(device, dtype, copy=True).requires_grad_() for t in (x, y, weight)]
+        F.conv2d(torch.cat(tensors[:2], 1), tensors[2], padding=1).square().sum().backward()
+        return [t.grad.double().cpu() for t in tensors]
+
+    with torch.backends.cudnn.flags(enabled=cudnn, allow_tf32=False):
+        for ours, exact in zip(gradients("cuda", torch.float32), gradients("cpu", torch.float64), strict=True):
+            torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-3)
