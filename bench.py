@@ -8,7 +8,6 @@ import argparse
 import csv
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 
 from densenet import ARCHITECTURES, BLOCKS, DenseNet
 from evaluate import choose_device
+from workdir import device_name
 
 STEPS = 5
 
@@ -208,7 +208,7 @@ def compile_kernel(kernel, variant, capability):
 
 
 def print_kernels():
-    """Compile every variant that the paper's three BC networks launch; the table's rows are the worst of each kernel."""
+    """Compile every variant that the paper's three BC networks launch; a row is the most that a kernel takes."""
     os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("bench.py: error: unset TRITON_INTERPRET to compile kernels")
@@ -242,7 +242,7 @@ def main(argv=None):
         return serve(args.serve, args.depths[0], args.batch_size, args.device)
     if args.kernels:
         return print_kernels()
-    print(f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} threads, fp32, DenseNet-BC k = 12")
+    print(f"torch {torch.__version__}, {device_name(choose_device(args.device))}, fp32, DenseNet-BC, k = 12")
     rows = measure(args)
     if args.csv:
         Path(args.csv).parent.mkdir(parents=True, exist_ok=True)

@@ -31,9 +31,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-# A CPU works through the rows of a matrix in tiles of this many elements, so that a layer's steps find them in cache.
-CPU_TILE = 2**19
-
 
 @torch.compiler.disable  # the graph breaks here: the compiler has nothing to fuse across this node
 def dense_block(layers, x):
@@ -207,16 +204,6 @@ def images(x, shape):
     return x.view(shape[0], shape[2], shape[3], x.shape[1]).permute(0, 3, 1, 2)
 
 
-def tile_rows(x):
-    """How many rows of x (M, C) to work on at a time: a cache-sized tile on a CPU, elsewhere all."""
-    return min(len(x), max(1, CPU_TILE // x.shape[1])) if x.device.type == "cpu" else len(x)
-
-
-def tiles(x):
-    """Slices of the rows of x (M, C)."""
-    return [slice(first, first + tile_rows(x)) for first in range(0, len(x), tile_rows(x))]
-
-
 def column_sums(x):
     """(M, C) → (C,), in float32 or better."""
     return x.sum(0, dtype=torch.promote_types(x.dtype, torch.float32))
@@ -229,17 +216,15 @@ def statistics(x):
     return torch.batch_norm_update_stats(x, *running, 0.0)
 
 
-def bn_relu(x, norm, out=None):
+def bn_relu(x, norm):
     """relu(x·s + t) in x's dtype, (M, C)."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out[: len(x)]
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     return torch.addcmul(norm.shift, x, norm.scale, out=out).relu_()
 
 
 def bn_relu_conv1x1(x, norm, weight):
     """x (M, C), weight (J, C) → h (M, J) and the mean and variance of its columns."""
-    h, scratch = x.new_empty(len(x), len(weight)), x.new_empty(tile_rows(x), x.shape[1])
-    for tile in tiles(x):
-        torch.mm(bn_relu(x[tile], norm, out=scratch), weight.t(), out=h[tile])
+    h = bn_relu(x, norm) @ weight.t()
     return h, statistics(h)
 
 
@@ -268,18 +253,14 @@ def conv1x1_backward(d_relu, h, coefficients, x, d, norm, weight):
     Returns the gradients of γ and β (C,) and of W (J, C). Inverse of bn_relu_conv1x1; one pass over x and d.
     """
     alpha, beta, delta = coefficients
-    d_conv, d_weight, d_bias = torch.zeros_like(weight, dtype=norm.mean.dtype), 0, 0
-    scratch = x.new_empty(3, tile_rows(x), x.shape[1])
-    for tile in tiles(x):
-        dh = torch.addcmul(torch.addcmul(delta, h[tile], beta), d_relu[tile], alpha).to(h.dtype)
-        a = bn_relu(x[tile], norm, out=scratch[0])
-        dr = torch.mm(dh, weight, out=scratch[1, : len(a)])
-        torch.ops.aten.threshold_backward.grad_input(dr, a, 0, grad_input=dr)
-        d_conv += dh.t() @ a
-        d[tile].addcmul_(dr, norm.scale)
-        centred = torch.sub(x[tile], norm.mean, out=scratch[2, : len(a)])
-        d_weight, d_bias = d_weight + column_sums(centred.mul_(dr)), d_bias + column_sums(dr)
-    return d_weight * norm.rstd, d_bias, d_conv
+    dh = torch.addcmul(torch.addcmul(delta, h, beta), d_relu, alpha).to(h.dtype)
+    a = bn_relu(x, norm)
+    d_conv = dh.t() @ a
+    dr = dh @ weight
+    torch.ops.aten.threshold_backward.grad_input(dr, a, 0, grad_input=dr)
+    d.addcmul_(dr, norm.scale)
+    d_weight = column_sums(torch.sub(x, norm.mean, out=a).mul_(dr)) * norm.rstd
+    return d_weight, column_sums(dr), d_conv
 
 
 class BufferGradient:
