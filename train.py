@@ -26,7 +26,7 @@ from workdir import Figures, Run, RunError, provenance, read_checkpoint
 
 # Defaults that depend on another argument; everything else is the parser's default.
 BY_DATASET = {
-    "digits": {"depth": 22, "epochs": 20, "augment": False},
+    "digits": {"depth": 16, "epochs": 20, "augment": False},
     "svhn": {"epochs": 40, "augment": False, "valid_size": 6000},
 }
 BY_OPTIMIZER = {
@@ -119,7 +119,7 @@ def make_parser():
     add("--arch", choices=ARCHITECTURES, metavar="NAME",
         help=f"a network of the paper by name: {', '.join(ARCHITECTURES)}")
     add("--depth", type=int, metavar="L",
-        help="layers with weights: 6n + 4, or 3n + 4 without bottlenecks (default: 100; digits 22)")
+        help="layers with weights: 6n + 4, or 3n + 4 without bottlenecks (default: 100; digits 16)")
     add("--growth-rate", type=int, default=12, metavar="K",
         help="channels that each layer adds (default: %(default)s)")
     add("--reduction", type=float, default=0.5, metavar="R",

@@ -51,7 +51,7 @@ def test_defaults_are_the_recipe_of_the_paper():
 
 def test_defaults_that_depend_on_data_set_and_optimiser():
     args = parsed("--dataset digits")
-    assert (args.depth, args.epochs, args.augment, args.save) == (22, 20, False, "work/digits.base")
+    assert (args.depth, args.epochs, args.augment, args.save) == (16, 20, False, "work/digits.base")
     args = parsed("--dataset svhn")
     assert (args.depth, args.epochs, args.augment, args.valid_size) == (100, 40, False, 6000)
     assert (parsed("--opt adam").lr, parsed("--opt adam").schedule) == (1e-3, "constant")
