@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from densenet import ARCHITECTURES, BLOCKS, DenseNet
 from evaluate import choose_device
-from workdir import device_name
+from workdir import provenance
 
 STEPS = 5
 
@@ -242,8 +242,10 @@ def main(argv=None):
         return serve(args.serve, args.depths[0], args.batch_size, args.device)
     if args.kernels:
         return print_kernels()
-    print(f"torch {torch.__version__}, {device_name(choose_device(args.device))}, fp32, DenseNet-BC, k = 12")
-    rows = measure(args)
+    here = provenance(choose_device(args.device))
+    print(f"torch {here['versions']['torch']}, {here['device']}, fp32, DenseNet-BC, k = 12")
+    origin = {"device": here["device"], "torch": here["versions"]["torch"], "commit": here["commit"]}
+    rows = [row | origin for row in measure(args)]
     if args.csv:
         Path(args.csv).parent.mkdir(parents=True, exist_ok=True)
         with open(args.csv, "w", newline="") as file:

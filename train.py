@@ -459,7 +459,7 @@ def train(args, checkpoint, run):
     dataset = load_data(args, device)
     model, options = make_model(args, dataset, device)
     optimizer = make_optimizer(args, model.parameters())
-    here = provenance(device, precision, model.blocks[0].block)
+    here = provenance(device) | {"precision": precision, "block": model.blocks[0].block}
     if checkpoint is None:
         checkpoint = first_checkpoint(args, dataset, model, options, here)
     else:

@@ -205,7 +205,7 @@ def device_name(device):
     return f"{name}, {torch.get_num_threads()} threads"
 
 
-def provenance(device, precision, block):
+def provenance(device):
     """What numbers of a run depend on beside its arguments: command, commit, versions, hardware."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
@@ -221,6 +221,4 @@ def provenance(device, precision, block):
         "commit": commit,
         "versions": versions,
         "device": device_name(device),
-        "precision": precision,
-        "block": block,
     }
