@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from densenet import ARCHITECTURES, BLOCKS, DenseNet
-from evaluate import choose_device
-from workdir import provenance
+from densenet import ARCHITECTURES, BLOCKS, DenseNet, layers_per_block
+from evaluate import choose_device, keep_freed_memory
+from workdir import peak_memory_mib, provenance
 
 STEPS = 5
 
@@ -64,8 +64,6 @@ def saved_bytes(forward, model):
 
 def serve(block, depth, batch_size, device):
     """The measuring process of one candidate: prints the bytes it keeps, then a line per step that it is asked for."""
-    from train import keep_freed_memory, peak_memory_mib
-
     device = choose_device(device)
     if device.type == "cpu":
         keep_freed_memory()
@@ -210,8 +208,7 @@ def compile_kernel(kernel, variant, capability):
 def print_kernels():
     """Compile every variant that the paper's three BC networks launch; a row is the most that a kernel takes."""
     os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        sys.exit("bench.py: error: unset TRITON_INTERPRET to compile kernels")
+    os.environ.pop("TRITON_INTERPRET", None)  # the interpreter's kernels cannot be compiled
     import triton
 
     print(f"Triton {triton.__version__}; bf16; registers per thread, bytes of stack (spills) and of shared memory")
@@ -228,6 +225,14 @@ def print_kernels():
                 print(f"| {name} | sm_{capability} | {kernel} | {len(usages)} | {most} |", flush=True)
 
 
+def check_args(args):
+    choose_device(args.device)
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size {args.batch_size}: needs at least one image")
+    for depth in args.depths:
+        layers_per_block(depth, bottleneck=True)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
@@ -242,6 +247,11 @@ def main(argv=None):
         return serve(args.serve, args.depths[0], args.batch_size, args.device)
     if args.kernels:
         return print_kernels()
+    try:
+        check_args(args)
+    except ValueError as error:
+        print(f"bench.py: error: {error}", file=sys.stderr)
+        return 2
     here = provenance(choose_device(args.device))
     print(f"torch {here['versions']['torch']}, {here['device']}, fp32, DenseNet-BC, k = 12")
     origin = {"device": here["device"], "torch": here["versions"]["torch"], "commit": here["commit"]}

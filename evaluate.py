@@ -5,6 +5,8 @@ Example: python evaluate.py work/digits.base/latest.pth
 """
 
 import argparse
+import contextlib
+import ctypes
 import functools
 import sys
 
@@ -53,6 +55,14 @@ def choose_device(name):
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} is not available here ({str(error).splitlines()[0]}): try cpu") from error
     return device
+
+
+def keep_freed_memory():
+    """Let glibc keep what is freed: by default every large CPU tensor comes from the kernel anew, page by page."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library, which manages memory its own way
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: give nothing back
 
 
 def choose_precision(name, device):
@@ -116,6 +126,8 @@ def main(argv=None):
     try:
         checkpoint = read_checkpoint(args.checkpoint)
         device = choose_device(args.device)
+        if device.type == "cpu":
+            keep_freed_memory()
         amp, _ = choose_precision(args.precision, device)
         model = load_model(checkpoint).to(device, memory_format=torch.channels_last)
         trained, classes = checkpoint["config"]["arguments"], checkpoint["classes"]

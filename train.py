@@ -5,7 +5,6 @@ Without arguments: DenseNet-BC-100 (growth rate 12) on augmented CIFAR-10 by the
 
 import argparse
 import contextlib
-import ctypes
 import datetime
 import math
 import os
@@ -21,8 +20,8 @@ from tqdm import tqdm
 
 import data
 from densenet import ARCHITECTURES, BLOCKS, DenseNet
-from evaluate import choose_device, choose_precision, evaluate
-from workdir import Figures, Run, RunError, provenance, read_checkpoint
+from evaluate import choose_device, choose_precision, evaluate, keep_freed_memory
+from workdir import Figures, Run, RunError, peak_memory_mib, provenance, read_checkpoint
 
 # Defaults that depend on another argument; everything else is the parser's default.
 BY_DATASET = {
@@ -340,15 +339,6 @@ def log_row(epoch, loss, error):
     return {"epoch": round(epoch, 4), "loss": round(loss, 6), "error": round(error, 4)}
 
 
-def peak_memory_mib(device):
-    """Most memory in use so far: of the CUDA allocator, elsewhere of the whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
 def load_data(args, device):
     dataset = data.load(args.dataset, args.data, args.image_size, args.workers, args.progress)
     if args.valid_size:
@@ -485,14 +475,6 @@ def train(args, checkpoint, run):
             print_epoch(args, rows, time.monotonic() - start)
             figures.redraw()
     print_end(run, model, batches, amp)
-
-
-def keep_freed_memory():
-    """Let glibc keep what is freed: by default every large CPU tensor comes from the kernel anew, page by page."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library, which manages memory its own way
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: give nothing back
 
 
 def set_up_torch(args, device):

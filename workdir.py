@@ -194,6 +194,15 @@ class Figures:
         self._report()
 
 
+def peak_memory_mib(device):
+    """Most memory in use so far: of the CUDA allocator, elsewhere of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
 def device_name(device):
     """The processor's or GPU's name."""
     if device.type == "cuda":

@@ -1,5 +1,6 @@
 """What the README says about flags, networks and commands is what the code does."""
 
+import csv
 import re
 import shlex
 from pathlib import Path
@@ -10,7 +11,8 @@ import torch
 import densenet
 import train
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 
 
 def section(title):
@@ -61,4 +63,20 @@ def test_table_of_networks_has_the_code_s_parameter_counts():
 
 def test_links_and_pictures_exist():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("https://") or (Path(__file__).parent.parent / target).exists(), target
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_block_table_is_the_benchmark_s():
+    """What the README says of memory and time stands in work/bench/cpu.csv, at depth 100."""
+    with open(ROOT / "work/bench/cpu.csv", newline="") as file:
+        rows = {row["block"]: row for row in csv.DictReader(file) if row["depth"] == "100"}
+    for name in densenet.BLOCKS:
+        line = re.search(rf"^\| `{name}` \|.*$", README, re.MULTILINE)[0]
+        kept, peak, ms = (int(value.replace(",", "")) for value in re.findall(r"\| ([\d,]+) (?=\|)", line))
+        row = rows[name]
+        assert (kept, peak, ms) == (round(float(row["saved_mib"])), int(row["peak_mib"]), int(row["ms"]))
+
+
+def test_headline_is_the_committed_run_s():
+    error = float((ROOT / "work/digits.bc16/test.csv").read_text().split()[-1].split(",")[-1])
+    assert f"a test error of {error:.2f} %" in " ".join(README.split())
