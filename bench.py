@@ -83,11 +83,17 @@ class Candidate:
         command = [sys.executable, __file__, "--serve", block, "--depths", str(depth)]
         command += ["--batch-size", str(args.batch_size), "--device", args.device]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.saved = int(self.process.stdout.readline())
+        self.saved = self.read()
+
+    def read(self):
+        line = self.process.stdout.readline()
+        if not line:
+            sys.exit(f"bench.py: error: block {self.block} at depth {self.depth} ended early, for lack of memory?")
+        return json.loads(line)
 
     def step(self):
         print(file=self.process.stdin, flush=True)
-        answer = json.loads(self.process.stdout.readline())
+        answer = self.read()
         self.seconds.append(answer["seconds"])
         self.peak = answer["peak_mib"]
 

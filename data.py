@@ -6,6 +6,7 @@ Example: python data.py --dataset digits --stats     (per-channel mean and stand
 import argparse
 import hashlib
 import os
+import signal
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,7 +81,10 @@ class Dataset:
             raise DataError(f"--valid-size {count}: the training set has {len(labels)} images; hold out fewer")
         if min(count, len(labels) - count) < len(self.classes):
             raise DataError(f"--valid-size {count}: each part needs at least one image of {len(self.classes)} classes")
-        parts = train_test_split(range(len(labels)), test_size=count, stratify=labels, random_state=seed)
+        try:
+            parts = train_test_split(range(len(labels)), test_size=count, stratify=labels, random_state=seed)
+        except ValueError as error:
+            raise DataError(f"--valid-size {count}: cannot hold out the same share of each class ({error})") from error
         train, valid = (self.train.select(torch.tensor(sorted(part))) for part in parts)
         return replace(self, train=train, valid=valid)
 
@@ -198,35 +202,49 @@ class StreamedBatches:
         return -(-len(self.images) // self.batch_size)
 
     def in_order(self):
-        return self._load(self.plain)
+        return self._load(DecodedFiles(self.images, self.plain, seed=0))
 
     def shuffled(self, seed):
-        # Without workers the transforms draw from the global generator, with workers from one seeded by this one.
-        torch.manual_seed(seed)
-        return self._load(self.augmented, shuffle=True, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        return self._load(DecodedFiles(self.images, self.augmented, seed), shuffle=True, generator=generator)
 
-    def _load(self, transform, **options):
+    def _load(self, files, **options):
+        device, workers = self.images.device, self.images.workers
         loader = torch.utils.data.DataLoader(
-            DecodedFiles(self.images, transform),
+            files,
             self.batch_size,
-            num_workers=self.images.workers,
-            pin_memory="cuda" in str(self.images.device),
+            num_workers=workers,
+            pin_memory="cuda" in str(device),
+            worker_init_fn=leave_signals_to_parent,
             **options,
         )
-        for images, labels in loader:
-            images = images.to(self.images.device, non_blocking=True, memory_format=torch.channels_last)
-            yield images, labels.to(self.images.device, non_blocking=True)
+        try:
+            for images, labels in loader:
+                images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
+                yield images, labels.to(device, non_blocking=True)
+        except DataError as error:  # from a worker it comes with the worker's traceback before the message
+            raise DataError(str(error).strip().splitlines()[-1].removeprefix("data.DataError: ")) from error
 
 
 class DecodedFiles(torch.utils.data.Dataset):
-    def __init__(self, files, transform):
-        self.files, self.transform = files, transform
+    """Decoded and transformed images. What is random for image i depends on (seed, i) alone, not on workers."""
+
+    def __init__(self, files, transform, seed):
+        self.files, self.transform, self.seed = files, transform, seed
 
     def __len__(self):
         return len(self.files)
 
     def __getitem__(self, i):
-        return self.transform(decode(self.files.paths[i])), self.files.labels[i]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed * 1_000_003 + i)
+            return self.transform(decode(self.files.paths[i])), self.files.labels[i]
+
+
+def leave_signals_to_parent(worker):
+    """Ctrl-C reaches every process of a terminal; the parent then ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 
@@ -327,7 +345,8 @@ def load_folder(root, image_size, workers, progress):
         Images(decode_cached(root / f".{split}-{image_size}.cache", paths, image_size, progress), labels)
         for split, (paths, labels) in zip(("train", "test"), parts, strict=True)
     )
-    return Dataset(train, test, classes, measure(train.pixels))
+    mean, std = measure(train.pixels)
+    return Dataset(train, test, classes, (mean, tuple(value or 1.0 for value in std)))  # 0: the channel never varies
 
 
 def list_images(folder):
@@ -388,8 +407,9 @@ def decode_cached(cache, paths, image_size, progress):
         torch.save({"key": key, "pixels": pixels}, temporary)
         os.replace(temporary, cache)
     except (OSError, RuntimeError) as error:  # RuntimeError: how torch.save reports a full disk
-        temporary.unlink(missing_ok=True)
         print(f"{cache} cannot be written ({error}): the next run will decode the images again", file=sys.stderr)
+    finally:
+        temporary.unlink(missing_ok=True)
     return pixels
 
 

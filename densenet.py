@@ -21,13 +21,18 @@ ARCHITECTURES = {
     "densenet_40_12": dict(depth=40, growth_rate=12, bottleneck=False, reduction=1.0),
     "densenet_100_12": dict(depth=100, growth_rate=12, bottleneck=False, reduction=1.0),
     "densenet_100_24": dict(depth=100, growth_rate=24, bottleneck=False, reduction=1.0),
-    "densenet_bc_100_12": dict(depth=100, growth_rate=12),
-    "densenet_bc_250_24": dict(depth=250, growth_rate=24),
-    "densenet_bc_190_40": dict(depth=190, growth_rate=40),
-    "densenet121": dict(block_config=(6, 12, 24, 16), growth_rate=32, init_channels=64, stem="imagenet"),
-    "densenet169": dict(block_config=(6, 12, 32, 32), growth_rate=32, init_channels=64, stem="imagenet"),
-    "densenet201": dict(block_config=(6, 12, 48, 32), growth_rate=32, init_channels=64, stem="imagenet"),
-    "densenet161": dict(block_config=(6, 12, 36, 24), growth_rate=48, init_channels=96, stem="imagenet"),
+    "densenet_bc_100_12": dict(depth=100, growth_rate=12, bottleneck=True, reduction=0.5),
+    "densenet_bc_250_24": dict(depth=250, growth_rate=24, bottleneck=True, reduction=0.5),
+    "densenet_bc_190_40": dict(depth=190, growth_rate=40, bottleneck=True, reduction=0.5),
+    **{
+        name: dict(block_config=layers, growth_rate=k, bottleneck=True, reduction=0.5, stem="imagenet")
+        for name, layers, k in (
+            ("densenet121", (6, 12, 24, 16), 32),
+            ("densenet169", (6, 12, 32, 32), 32),
+            ("densenet201", (6, 12, 48, 32), 32),
+            ("densenet161", (6, 12, 36, 24), 48),
+        )
+    },
 }
 
 
@@ -236,8 +241,9 @@ class DenseNet(nn.Module):
         self.apply(init_weights)
 
     def forward(self, x):
-        x = self.blocks[0](self.stem(x))
-        for transition, block in zip(self.transitions, self.blocks[1:], strict=True):
+        first, *rest = self.blocks
+        x = first(self.stem(x))
+        for transition, block in zip(self.transitions, rest, strict=True):
             x = block(transition(x))
         x = F.adaptive_avg_pool2d(F.relu(self.norm(x)), 1)
         return self.classifier(x.flatten(1))

@@ -41,7 +41,11 @@ def evaluate(model, batches, amp):
 def load_model(checkpoint, block="naive"):
     """The trained network of a checkpoint's dict, in evaluation mode."""
     model = DenseNet(**checkpoint["config"]["model"] | {"block": block})
-    model.load_state_dict(checkpoint["model"])
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise RunError(f"the weights in the checkpoint are not of its network: {reason}") from error
     return model.eval()
 
 

@@ -22,7 +22,7 @@ written. Kept for the backward pass are buf, every h and the statistics.
 A network without bottlenecks has the 3×3 convolution alone: o = conv3×3(relu(x·s + t), W1).
 
 The four steps, bn_relu_conv1x1, bn_relu_conv3x3 and their backward passes, stand below in plain torch, which runs
-everywhere and is what CPUs use, and in kernels.py for CUDA.
+everywhere, and in kernels.py for CUDA in bf16 and fp16.
 """
 
 import sys
@@ -42,7 +42,8 @@ def dense_block(layers, x):
     """
     if any(layer.drop_rate > 0 and layer.training for layer in layers):
         raise ValueError("block 'fused' has no dropout: train with block 'naive' or 'checkpoint', or with drop rate 0")
-    return SharedBuffer.apply(x, layers, *(parameter for layer in layers for parameter in layer_parameters(layer)))
+    parameters = [parameter for layer in layers for parameter in layer_parameters(layer)]
+    return SharedBuffer.apply(x, layers, torch.is_grad_enabled(), *parameters)
 
 
 def layer_parameters(layer):
@@ -54,8 +55,11 @@ def layer_parameters(layer):
 
 
 def steps_for(x):
-    """Where the four steps for tensors like x come from: the module kernels, or this one."""
-    if x.device.type == "cuda" and x.dtype in (torch.float32, torch.bfloat16, torch.float16):
+    """Where the four steps for tensors like x come from: the module kernels, or this one.
+
+    The kernels' tiles are made for tensor cores. In float32, exact products of that size do not fit into registers.
+    """
+    if x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16):
         import kernels
 
         return kernels
@@ -63,16 +67,19 @@ def steps_for(x):
 
 
 class SharedBuffer(torch.autograd.Function):
-    """The block as one node of the graph: forward(x, layers, *parameters of all layers) → buf."""
+    """The block as one node of the graph: forward(x, layers, keep, *parameters of all layers) → buf.
+
+    ``keep``: there will be a backward pass.
+    """
 
     @staticmethod
-    def forward(ctx, x, layers, *parameters):
+    def forward(ctx, x, layers, keep, *parameters):
         kind, shape = x.device.type, x.shape
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         start, growth_rate = shape[1], parameters[-1].shape[0]
         total = start + len(layers) * growth_rate
         saved, ctx.batch_flags = [], []
-        with torch.autocast(kind, enabled=False):
+        with torch.autocast(kind, enabled=False), torch.cuda.device_of(x):
             buf = x.new_empty(x[:, 0].numel(), total, dtype=dtype)  # (M, C0 + L·k)
             mean, var = (x.new_empty(total, dtype=torch.promote_types(dtype, torch.float32)) for _ in range(2))
             steps = steps_for(buf)
@@ -89,7 +96,7 @@ class SharedBuffer(torch.autograd.Function):
                     flags, inputs, weight = [*flags, norm.batch], h, layer.conv2.weight
                 mine = slice(end, end + growth_rate)
                 mean[mine], var[mine] = steps.bn_relu_conv3x3(inputs, norm, weight.to(dtype), shape, buf[:, mine])
-                saved += kept
+                saved += kept if keep else []
                 ctx.batch_flags.append(flags)
         out = images(buf, shape)
         ctx.save_for_backward(out, mean, *saved, *parameters)
@@ -106,7 +113,7 @@ class SharedBuffer(torch.autograd.Function):
         saved, parameters = in_groups(tensors[:split], layers), in_groups(tensors[split:], layers)
         layer_backward = bottleneck_backward if bottleneck else single_backward
         growth_rate = parameters[0][-1].shape[0]
-        gradient = BufferGradient(rows(grad).to(out.dtype, copy=True), rows(out), mean)
+        gradient = BufferGradient(rows(grad).to(out.dtype, copy=True).contiguous(), rows(out), mean)
         grads = []
         with torch.autocast(out.device.type, enabled=False):
             for i in reversed(range(layers)):
@@ -115,8 +122,8 @@ class SharedBuffer(torch.autograd.Function):
                 layer = saved[i], parameters[i], ctx.batch_flags[i]
                 grads = [*layer_backward(d_out, gradient, end, *layer, out.shape), *grads]
             dx = images(gradient.complete(slice(0, ctx.start)), out.shape).to(ctx.x_dtype)
-        needed = ctx.needs_input_grad[2:]
-        return dx, None, *(g if need else None for g, need in zip(grads, needed, strict=True))
+        needed = ctx.needs_input_grad[3:]
+        return dx, None, None, *(g if need else None for g, need in zip(grads, needed, strict=True))
 
 
 def in_groups(items, count):

@@ -17,8 +17,13 @@ def power_of_2(n, least=16):
 
 # Tile sizes: rows of a tile, input columns of a tile, output columns of a tile at most.
 ROWS, COLUMNS, MOST_OUTPUTS = 64, 32, 64
-# Programs that share the rows where every program sums over its rows: as many as keep a large GPU busy.
-ROW_PROGRAMS = 264
+# Programs of a launch that sums over rows: enough for a large GPU, few enough that their partial sums stay small.
+PROGRAMS = 528
+
+
+def row_programs(rows, others):
+    """How many programs share the tiles of rows, beside ``others`` programs that share something else."""
+    return min(triton.cdiv(rows, ROWS), triton.cdiv(PROGRAMS, others))
 
 
 # a = relu(x·s + t): the tile of x at rows × cols, normalised and rectified, zero outside.
@@ -28,7 +33,8 @@ def load_bn_relu(x, stride, scale, shift, rows, cols, inside, C):
     value = tl.load(x + rows[:, None] * stride + cols[None, :], mask=mask, other=0.0)
     s = tl.load(scale + cols, mask=cols < C, other=0.0)
     t = tl.load(shift + cols, mask=cols < C, other=0.0)
-    a = tl.maximum(value.to(tl.float32) * s[None, :] + t[None, :], 0.0)
+    y = value.to(tl.float32) * s[None, :] + t[None, :]
+    a = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)  # as torch's ReLU: a network that diverged must show it
     return tl.where(mask, a, 0.0).to(value.dtype)
 
 
@@ -193,17 +199,21 @@ def conv3x3_backward(d_out, x, norm, weight, shape):
     """d_out (M, K) → dR (M, J), and the gradients of γ, β (J,) and of W (K, J, 3, 3). Inverse of bn_relu_conv3x3."""
     (m, j), k = x.shape, len(weight)
     d_out, d_relu = d_out.contiguous(), x.new_empty(m, j)
-    programs, bj = min(ROW_PROGRAMS, triton.cdiv(m, ROWS)), min(MOST_OUTPUTS, power_of_2(j))
+    bj = min(MOST_OUTPUTS, power_of_2(j))
+    column_tiles = triton.cdiv(j, bj)
+    programs = row_programs(m, column_tiles)
     bn = x, x.stride(0), norm.scale, norm.shift
     size = m, shape[2], shape[3], j, k
     by_tap = weight.permute(2, 3, 0, 1).contiguous()  # (3, 3, K, J)
     sums = x.new_empty(programs, 2, j, dtype=torch.float32)
-    conv3x3_backward_kernel[(programs, triton.cdiv(j, bj))](
+    conv3x3_backward_kernel[(programs, column_tiles)](
         d_out, *bn, norm.mean, norm.rstd, by_tap, d_relu, sums, *size, BM=ROWS, BQ=COLUMNS, BJ=bj, num_warps=8
     )
     bq = 64
+    tap_tiles = triton.cdiv(9 * k, bq)
+    programs = row_programs(m, tap_tiles * column_tiles)
     partial = x.new_empty(programs, 3, 3, k, j, dtype=torch.float32)
-    conv3x3_weight_kernel[(programs, triton.cdiv(9 * k, bq), triton.cdiv(j, bj))](
+    conv3x3_weight_kernel[(programs, tap_tiles, column_tiles)](
         d_out, *bn, partial, *size, BM=ROWS, BQ=bq, BJ=bj, num_warps=8
     )
     d_weight, d_bias = sums.sum(0)
@@ -263,10 +273,11 @@ def conv1x1_backward(d_relu, h, coefficients, x, d, norm, weight):
     (m, c), j = x.shape, len(weight)
     bj = power_of_2(j)
     bm = max(16, min(ROWS, ROWS * MOST_OUTPUTS // bj))  # all j outputs are in one tile: a wider one has fewer rows
-    programs = min(ROW_PROGRAMS, triton.cdiv(m, bm))
+    column_tiles = triton.cdiv(c, COLUMNS)
+    programs = row_programs(m, column_tiles)
     sums = x.new_empty(programs, 2, c, dtype=torch.float32)
     partial = x.new_empty(programs, j, c, dtype=torch.float32)
-    conv1x1_backward_kernel[(programs, triton.cdiv(c, COLUMNS))](
+    conv1x1_backward_kernel[(programs, column_tiles)](
         d_relu, h, *coefficients, x, x.stride(0), norm.scale, norm.shift, norm.mean, norm.rstd, weight.contiguous(),
         d, d.stride(0), sums, partial, m, c, j, BM=bm, BC=COLUMNS, BJ=bj, num_warps=8,
     )  # fmt: skip

@@ -87,15 +87,17 @@ def read_log(directory):
     fine = None
     if "train" in tables:
         whole = tables["train"].epoch == tables["train"].epoch.round()
-        if not whole.all():
+        if "lr" not in tables["train"] and not whole.all():
+            fine, tables["train"] = tables["train"], average_epochs(tables["train"])
+        elif not whole.all():
             fine = tables["train"][~whole]
-            tables["train"] = average_epochs(tables["train"]) if "lr" not in tables["train"] else tables["train"][whole]
+            tables["train"] = tables["train"][whole]
     return Log(directory.name, tables, fine)
 
 
 def average_epochs(table):
-    """One row per epoch of a table with a row per iteration; the row at epoch 3.0 ends the third epoch."""
-    epoch = (table.epoch - 1e-9).floordiv(1) + 1
+    """One row per epoch of a table with a row per iteration, as bamos writes it: epoch 2.0 begins the third epoch."""
+    epoch = table.epoch.floordiv(1) + 1
     return table.groupby(epoch)[["loss", "error"]].mean().reset_index(names="epoch")
 
 
@@ -126,8 +128,9 @@ def drops(table):
     """Epochs at whose start the learning rate fell to half or less."""
     if "lr" not in table:
         return []
-    table = table.reset_index(drop=True)
-    return (table.epoch[table.lr < 0.5 * table.lr.shift()] - 1).tolist()
+    before = table.lr.shift()
+    steady = before == table.lr.shift(2).fillna(before)  # so that the end of a cosine is no drop
+    return (table.epoch[steady & (table.lr < 0.5 * before)] - 1).tolist()
 
 
 def summary(log):

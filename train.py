@@ -83,6 +83,12 @@ def natural(text):
     return int(text)
 
 
+def seed(text):
+    if not 0 <= int(text) < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is not in 0 … 2³² − 1")
+    return int(text)
+
+
 def make_parser():
     parser = Parser(
         prog="train.py",
@@ -145,7 +151,7 @@ def make_parser():
         help="on every parameter (default: %(default)s)")
     add("--schedule", choices=("step", "cosine", "constant"),
         help="step: ×0.1 at 50 %% and 75 %% of the epochs (default: step; adam and rmsprop constant)")
-    add("--seed", type=natural, default=1, metavar="N",
+    add("--seed", type=seed, default=1, metavar="N",
         help="of split, weights, order, augmentation, dropout (default: %(default)s)")
 
     add = parser.add_argument_group("run").add_argument
@@ -197,6 +203,8 @@ def parse_args(argv=None):
     given = {name: value for name, value in given.items() if value is not unset}
     checkpoint = None
     try:
+        if given.get("resume") and given.get("overwrite"):
+            raise ValueError("--resume and --overwrite exclude each other: choose one")
         if given.get("resume"):
             checkpoint, saved = read_saved(given)
             args = argparse.Namespace(**saved | given)
@@ -235,6 +243,8 @@ def read_saved(given):
                 f"the run in {path} was started with {flag} {saved[name]}, not {value}: "
                 f"leave out {flag}, or start another run with --save"
             )
+    if given.get("epochs", saved["epochs"]) < checkpoint["epoch"]:
+        raise ValueError(f"--epochs {given['epochs']}: the run in {path} has finished {checkpoint['epoch']} already")
     if "optimizer" not in checkpoint:
         raise RunError(f"{path / 'latest.pth'} holds weights only: training cannot go on from it")
     saved["progress"] = sys.stderr.isatty()
@@ -242,17 +252,21 @@ def read_saved(given):
 
 
 def check_args(args):
-    if args.resume and args.overwrite:
-        raise ValueError("--resume and --overwrite exclude each other: choose one")
     for name in ("lr", "momentum", "weight_decay"):
         value = getattr(args, name)
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"--{name.replace('_', '-')} {value}: needs a number of 0 or more")
     if args.nesterov and args.opt == "sgd" and args.momentum == 0:
         raise ValueError("--momentum 0 excludes Nesterov momentum: add --no-nesterov")
+    if args.block == "fused" and args.drop_rate > 0:
+        raise ValueError("--block fused has no dropout: choose naive or checkpoint, or leave out --drop-rate")
     choose_device(args.device)
-    with torch.device("meta"):  # raises ValueError for an impossible architecture, without making the weights
-        DenseNet(**model_options(args, num_classes=2))
+    size = args.image_size if args.dataset in ("digits", "folder") else 32
+    try:
+        with torch.device("meta"):  # finds an impossible architecture without making weights
+            DenseNet(**model_options(args, num_classes=2)).eval()(torch.empty(1, 3, size, size))
+    except RuntimeError as error:
+        raise ValueError(f"images of {size}×{size} pixels are too small for this network: see --image-size") from error
 
 
 def model_options(args, num_classes):
@@ -291,7 +305,7 @@ def train_epoch(model, batches, optimizer, schedule, amp, bar):
     Raises NotFinite.
     """
     model.train()
-    log, refreshed = [], time.monotonic()
+    log, total, refreshed = [], 0, time.monotonic()
     for step, (images, labels) in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = schedule(step)
@@ -303,10 +317,13 @@ def train_epoch(model, batches, optimizer, schedule, amp, bar):
         optimizer.step()
         wrong = (logits.detach().argmax(1) != labels).sum()
         log.append(torch.stack((loss.detach() * len(labels), wrong, torch.full_like(wrong, len(labels)))))
+        total = total + log[-1]
         bar.update(len(labels))
         if time.monotonic() - refreshed > 1:
-            loss, error = averages(read_log(log))
-            bar.set_postfix(loss=f"{loss:.3f}", error=f"{error:.1f} %")
+            mean_loss, error = averages(total[None])
+            if not math.isfinite(mean_loss):
+                break
+            bar.set_postfix(loss=f"{mean_loss:.3f}", error=f"{error:.1f} %")
             refreshed = time.monotonic()
     return read_log(log)
 
@@ -377,9 +394,10 @@ def first_checkpoint(args, dataset, model, options, here):
 
 
 def go_on_from(checkpoint, args, dataset, options, here):
-    """Note in the checkpoint's config that the run goes on here. Raises RunError where it does not fit the data."""
-    if checkpoint["config"]["model"] != options or checkpoint["classes"] != list(dataset.classes):
-        raise RunError(f"the checkpoint in {args.save} was trained on other classes than {args.data} has now")
+    """Note in the checkpoint's config that the run goes on here. Raises RunError where the data are not the same."""
+    before = checkpoint["config"]["model"], checkpoint["classes"], checkpoint["normalize"]
+    if before != (options, list(dataset.classes), dataset.normalize):
+        raise RunError(f"the run in {args.save} was trained on other images or classes than {args.data} holds now")
     checkpoint["config"]["arguments"] = vars(args)
     checkpoint["config"]["resumed"].append(here | {"epoch": checkpoint["epoch"]})
 
@@ -401,8 +419,11 @@ def train_and_test(args, epoch, model, optimizer, batches, amp):
         "peak_memory_mib": round(peak_memory_mib(device), 1),
     }
     rows = {"train": train_rows(steps, epoch, schedule, args.log_every, costs)}
-    for name in batches.keys() - {"train"}:
-        rows[name] = [log_row(epoch, *evaluate(model, batches[name], amp))]
+    for name in list(batches)[1:]:
+        loss, error = evaluate(model, batches[name], amp)
+        if not math.isfinite(loss):  # the last update of the epoch was the one too many
+            raise NotFinite(len(steps))
+        rows[name] = [log_row(epoch, loss, error)]
     return rows
 
 
@@ -465,6 +486,8 @@ def train(args, checkpoint, run):
     first, batches = checkpoint["epoch"] + 1, make_batches(args, dataset)
     run.lock()
     run.check(args.resume, args.overwrite)
+    if args.resume and read_checkpoint(run.path / "latest.pth")["epoch"] != checkpoint["epoch"]:
+        raise RunError(f"another process went on with {run.path} meanwhile: run again")
     run.start(state(first - 1), clear=args.overwrite)
     print_start(args, checkpoint["config"], dataset)
     with Figures(run.path, args.plot) as figures:
@@ -480,6 +503,8 @@ def train(args, checkpoint, run):
 def set_up_torch(args, device):
     if device.type == "cpu":
         keep_freed_memory()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     torch.manual_seed(args.seed)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -510,7 +535,7 @@ def main(argv=None):
             train(args, checkpoint, run)
         return 0
     except (data.DataError, RunError) as error:
-        status, message = 2, f"error: {error}"
+        status, message = 2, f"error: {error}" + (f"; {saved(run)}" if run.epoch is not None else "")
     except NotFinite as error:
         where = f"epoch {run.epoch + 1}, iteration {error.step}"
         status, message = 3, f"error: the loss is not finite in {where}; {saved(run)}"

@@ -51,6 +51,8 @@ class Run:
         if resume and not (self.path / "latest.pth").exists():
             raise RunError(f"{self.path} has no latest.pth to resume: leave out --resume, or name the run with --save")
         existing = [name for name in FILES if (self.path / name).exists()]
+        if existing and not {"latest.pth", "config.json"} & set(existing):
+            raise RunError(f"{self.path} holds files of another program ({existing[0]}): choose another --save")
         if existing and not (resume or overwrite):
             raise RunError(
                 f"{self.path} holds a run ({existing[0]}): --resume continues it, --overwrite replaces it, "
@@ -81,8 +83,7 @@ class Run:
         for name in FILES if clear else ():
             (self.path / name).unlink(missing_ok=True)
         self.rows = checkpoint["metrics"]
-        write_checkpoint(self.path / "latest.pth", checkpoint)
-        self.epoch = checkpoint["epoch"]
+        self._write_checkpoints(checkpoint)
         write_atomically(self.path / "config.json", (json.dumps(checkpoint["config"], indent=2) + "\n").encode())
         for name, rows in self.rows.items():
             header = ",".join(COLUMNS[name]) + "\n"
@@ -92,16 +93,19 @@ class Run:
         """Save the state after an epoch, then append its rows to the logs."""
         for name, rows in new_rows.items():
             self.rows[name].extend(rows)
-        if "valid" in self.rows and self.best("valid")["epoch"] == checkpoint["epoch"]:
-            # Before latest.pth: after a kill in between, the repeated epoch writes the same best.pth again.
-            write_checkpoint(self.path / "best.pth", checkpoint)
-        write_checkpoint(self.path / "latest.pth", checkpoint)
-        self.epoch = checkpoint["epoch"]
+        self._write_checkpoints(checkpoint)
         for name, rows in new_rows.items():
             with open(self.path / f"{name}.csv", "a", newline="") as file:
                 file.write(csv_lines(name, rows))
                 file.flush()
                 os.fsync(file.fileno())
+
+    def _write_checkpoints(self, checkpoint):
+        """latest.pth, then best.pth if this epoch is the best; a kill in between is mended when the run is resumed."""
+        write_checkpoint(self.path / "latest.pth", checkpoint)
+        self.epoch = checkpoint["epoch"]
+        if self.rows.get("valid") and self.best("valid")["epoch"] == self.epoch:
+            write_checkpoint(self.path / "best.pth", checkpoint)
 
     def best(self, name):
         """The first row with the lowest error in a log."""
@@ -162,18 +166,29 @@ class Figures:
         """Start drawing, unless the last drawing is still under way: the next epoch will draw again."""
         if not self.enabled or (self.process and self.process.poll() is None):
             return
-        self._report()
-        self.process = subprocess.Popen(
-            self.command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
-        if hasattr(os, "setpriority"):
+        self._check()
+        try:
+            self.process = subprocess.Popen(
+                self.command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            )
+        except OSError as error:
+            self._report(error)
+            return
+        with contextlib.suppress(OSError, AttributeError):  # not allowed, or not to be had on this system
             os.setpriority(os.PRIO_PROCESS, self.process.pid, 19)
 
-    def _report(self):
-        """Say once that drawing failed."""
-        if self.process and self.process.returncode and not self.reported:
+    def _wait(self):
+        if self.process:
+            self.process.wait()
+
+    def _check(self):
+        if self.process and self.process.returncode:
             lines = self.process.stderr.read().strip().splitlines() or [f"exit status {self.process.returncode}"]
-            print(f"plot.py failed, training goes on: {lines[-1]}", file=sys.stderr)
+            self._report(lines[-1])
+
+    def _report(self, reason):
+        if not self.reported:
+            print(f"plot.py failed, training goes on: {reason}", file=sys.stderr)
             self.reported = True
 
     def __enter__(self):
@@ -185,13 +200,12 @@ class Figures:
         if kind:
             if self.process:
                 self.process.kill()
-                self.process.wait()
+            self._wait()
             return
-        if self.process:
-            self.process.wait()
+        self._wait()  # this drawing may miss the last rows
         self.redraw()
-        self.process.wait()
-        self._report()
+        self._wait()
+        self._check()
 
 
 def peak_memory_mib(device):

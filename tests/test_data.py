@@ -1,6 +1,7 @@
 import pickle
 import tarfile
 from hashlib import md5
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ def test_crop_and_flip_equal_torchvision_for_every_shift(fill):
 
 
 def test_augmentation_is_distributed_as_torchvision_does_it():
-    """All 162 outcomes of RandomCrop(4, padding=4) and RandomHorizontalFlip, each as often as torchvision draws it."""
+    """All 162 outcomes of RandomCrop(10, padding=4) and RandomHorizontalFlip, each as often as torchvision draws it."""
     count, size = 40_000, 10
     one = random_images(1, size)
     many = Images(one.pixels.repeat(count, 1, 1, 1), one.labels.repeat(count))
@@ -110,6 +111,13 @@ def test_constants_are_the_published_ones():
     np.testing.assert_allclose(std, np.array([0.26733429, 0.25643846, 0.27615047]) * 255, atol=0.06)
 
 
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_constants_are_those_of_the_data(name):
+    if not list(Path("data").glob(f"{name[:5]}-{name[5:]}*")):
+        pytest.skip(f"{name} is not in data/")
+    np.testing.assert_allclose(data.measure(data.load(name, "data").train.pixels), data.NORMALIZE[name], atol=0.06)
+
+
 def test_hold_out_is_stratified_and_follows_the_seed():
     images = random_images(200, size=8)
     images.pixels[:, 0, 0, 0] = torch.arange(200)
@@ -125,6 +133,10 @@ def test_hold_out_is_stratified_and_follows_the_seed():
         dataset.hold_out(200, seed=1)
     with pytest.raises(DataError, match="at least one image of 4 classes"):
         dataset.hold_out(3, seed=1)
+    images.labels[images.labels == 3] = 2
+    images.labels[0] = 3
+    with pytest.raises(DataError, match="valid-size 40: cannot hold out the same share of each class"):
+        dataset.hold_out(40, seed=1)
 
 
 def test_digits_need_no_download_and_are_always_split_alike():
@@ -154,7 +166,9 @@ def test_folder_of_any_size_and_mode(tmp_path, mode):
     assert dataset.train.labels.tolist() == [0, 1, 0, 1, 0, 1]  # classes alternate, so that --limit-train is fair
     if mode == "RGB":
         assert dataset.train.pixels[1, 5, 5].tolist() == [60, 0, 200]
-        assert dataset.normalize == data.measure(dataset.train.pixels)
+        mean, std = data.measure(dataset.train.pixels)
+        assert std[2] == 0  # all images have the same blue, which is then only shifted
+        assert dataset.normalize == (mean, (*std[:2], 1.0))
 
 
 def test_folder_cache_is_used_and_notices_changes(tmp_path, monkeypatch, capsys):
@@ -199,19 +213,32 @@ def test_folder_too_large_for_memory_says_how_much_it_needs(tmp_path, monkeypatc
         data.load("folder", write_folder(tmp_path), image_size=100)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_large_images_are_streamed_behind_the_same_interface(tmp_path, workers):
-    dataset = data.load("folder", write_folder(tmp_path, size=(300, 200)), image_size=128, workers=workers)
+def test_large_images_are_streamed_behind_the_same_interface(tmp_path):
+    root = write_folder(tmp_path, size=(300, 200))
+    dataset = data.load("folder", root, image_size=128)
     batches = dataset.train.batches(4, dataset.normalize, "mean")
     assert len(batches) == 2
-    first, second = ([(x, y) for x, y in batches.shuffled(1)] for _ in range(2))
+    first = list(batches.shuffled(1))
     assert [x.shape for x, _ in first] == [(4, 3, 128, 128), (2, 3, 128, 128)]
-    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(first, second, strict=True))
+    # The same images and augmentation whatever the batch size and the number of workers, others for another seed.
+    other = data.load("folder", root, image_size=128, workers=2).train.batches(6, dataset.normalize, "mean")
+    [(x, y)] = other.shuffled(1)
+    assert torch.equal(x, torch.cat([x for x, _ in first])) and torch.equal(y, torch.cat([y for _, y in first]))
+    assert not torch.equal(x, next(other.shuffled(2))[0])
     assert sorted(torch.cat([y for _, y in first]).tolist()) == [0, 0, 0, 1, 1, 1]
     labels = torch.cat([y for _, y in dataset.limit(train=3).train.batches(4, dataset.normalize).in_order()])
     assert labels.tolist() == [0, 1, 0]
     held = dataset.hold_out(2, seed=1)
     assert (len(held.train), len(held.valid)) == (4, 2)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_streamed_image_is_named_in_one_line(tmp_path, workers):
+    root = write_folder(tmp_path, size=(130, 130))
+    (root / "train" / "dog" / "1.png").write_bytes(b"no image")
+    dataset = data.load("folder", root, image_size=128, workers=workers)
+    with pytest.raises(DataError, match=r"^[^\n]*dog/1.png is not a readable image[^\n]*$"):
+        list(dataset.train.batches(4, dataset.normalize).in_order())
 
 
 def md5sum(path):
@@ -289,24 +316,65 @@ def test_without_network_or_archive_the_error_says_what_to_do(tmp_path, monkeypa
         data.load("cifar10", tmp_path)
 
 
-def test_svhn_archives(tmp_path, monkeypatch):
+def write_svhn(root, monkeypatch):
     """Three MATLAB files; images (32, 32, 3, N), labels 1 … 10 with 10 for the digit 0."""
     from scipy.io import savemat
     from torchvision import datasets
 
     entries, pixels = {}, {}
     for split, count in (("train", 20), ("extra", 30), ("test", 10)):
-        path = tmp_path / f"{split}_32x32.mat"
+        path = root / f"{split}_32x32.mat"
         pixels[split] = np.random.default_rng(count).integers(0, 256, (32, 32, 3, count), dtype=np.uint8)
         savemat(path, {"X": pixels[split], "y": np.arange(count)[:, None] % 10 + 1})
         entries[split] = ["http://unused", path.name, md5sum(path)]
     monkeypatch.setattr(datasets.SVHN, "split_list", entries)
+    return pixels
+
+
+def test_svhn_archives(tmp_path, monkeypatch):
+    pixels = write_svhn(tmp_path, monkeypatch)
     dataset = data.load("svhn", tmp_path)
     assert (len(dataset.train), len(dataset.test)) == (50, 10)
     assert torch.equal(dataset.train.pixels[20], torch.from_numpy(pixels["extra"][..., 0]))
     assert dataset.train.labels[:10].tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]
     x, _ = next(dataset.test.batches(10, dataset.normalize).in_order())
     torch.testing.assert_close(x.permute(0, 2, 3, 1), dataset.test.pixels / 255)  # divided by 255 and no more
+
+
+@pytest.mark.parametrize(("name", "flags"), [("cifar10", ""), ("cifar100", ""), ("svhn", "--valid-size 20")])
+def test_training_on_each_archive(tmp_path, monkeypatch, name, flags):
+    from torchvision import datasets
+
+    import train
+
+    if name == "svhn":
+        write_svhn(tmp_path, monkeypatch)
+    else:
+        write_cifar(tmp_path, getattr(datasets, name.upper()), monkeypatch)
+    command = f"--dataset {name} --data {tmp_path} --save {tmp_path}/run --depth 10 --growth-rate 4 --epochs 1 {flags}"
+    assert train.main([*command.split(), "--no-plot", "--no-progress"]) == 0
+    checkpoint = torch.load(tmp_path / "run/latest.pth", weights_only=True)
+    assert len(checkpoint["classes"]) == (100 if name == "cifar100" else 10)
+    assert checkpoint["normalize"] == data.NORMALIZE[name]
+
+
+BAMOS = "--batchSz 64 --nEpochs 1 --no-cuda --save DIR --seed 1 --opt adam"
+GPLEISS = "--efficient True --data DIR --save RUN --depth 10 --growth_rate 12 --n_epochs 1 --batch_size 64 --valid_size 20 --seed 1"
+
+
+@pytest.mark.parametrize("command", [f"{BAMOS} --depth 10", GPLEISS])
+def test_old_command_lines_run(tmp_path, monkeypatch, command):
+    from torchvision import datasets
+
+    import train
+
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / ("DIR" if "--data" in command else "data")
+    root.mkdir()
+    write_cifar(root, datasets.CIFAR10, monkeypatch)
+    assert train.main([*command.replace("--save DIR", "--save RUN").split(), "--no-plot", "--no-progress"]) == 0
+    saved = torch.load("RUN/latest.pth", weights_only=True)["config"]
+    assert saved["block"] == ("checkpoint" if "efficient" in command else "naive")
 
 
 def test_stats_command(capsys):

@@ -26,7 +26,7 @@ def write_ours(path, epochs=8, fine=False):
 
 def write_bamos(path, epochs=4):
     path.mkdir()
-    steps = [(i + 1) / 10 for i in range(10 * epochs)]
+    steps = [i / 10 for i in range(10 * epochs)]  # its epoch 1 goes from 0 to 0.9
     (path / "train.csv").write_text("".join(f"{e},{2 - e / 9},{90 - 9 * e}\n" for e in steps))
     (path / "test.csv").write_text("".join(f"{e},{1.5 / e},{60 / e}\n" for e in range(1, epochs + 1)))
     return path
@@ -53,9 +53,9 @@ def test_reads_the_logs_of_train(tmp_path):
 
 def test_reads_the_logs_of_bamos(tmp_path):
     log = plot.read_log(write_bamos(tmp_path / "seed"))
-    assert len(log.fine) == 36
+    assert len(log.fine) == 40
     assert log.tables["train"].epoch.tolist() == [1, 2, 3, 4]
-    assert log.tables["train"].error[0] == pytest.approx(90 - 9 * 0.55)  # the mean of the steps 0.1 … 1.0
+    assert log.tables["train"].error[0] == pytest.approx(90 - 9 * 0.45)  # the mean of the steps 0 … 0.9
     assert plot.summary(log) == "test error: final 15.00 % (epoch 4), best 15.00 % (epoch 4)"
 
 
@@ -64,6 +64,13 @@ def test_reads_the_logs_of_gpleiss(tmp_path):
     assert log.tables["train"].error.tolist() == [50, 30]
     assert log.tables["valid"].error.tolist() == [45, 33]
     assert plot.summary(log) == "valid error: final 33.00 % (epoch 2), best 33.00 % (epoch 2); test 34.00 %"
+
+
+def test_a_cosine_has_no_drops():
+    cosine = pd.DataFrame({"epoch": [1, 2, 3, 4], "lr": [0.1, 0.07, 0.02, 0.001]})
+    assert plot.drops(cosine) == []
+    step = pd.DataFrame({"epoch": [1, 2, 3, 4], "lr": [0.1, 0.01, 0.01, 0.001]})
+    assert plot.drops(step) == [1, 3]
 
 
 def test_smoothing_is_a_rolling_mean_over_epochs():

@@ -107,7 +107,11 @@ def test_presets_set_the_architecture(capsys):
         ("--depht 40", "unrecognized arguments: --depht 40"),
         ("--device cuda:99", "device 'cuda:99' is not available here"),
         ("--device tpu9", "device 'tpu9' is not available here"),
-        ("--resume --overwrite", "work/cifar10.base has no latest.pth to resume"),
+        ("--resume --overwrite", "--resume and --overwrite exclude each other"),
+        ("--block fused --drop-rate 0.2", "--block fused has no dropout"),
+        ("--dataset digits --image-size 3", "images of 3×3 pixels are too small for this network"),
+        ("--arch densenet_bc_100_12 --reduction 0.9", "--arch densenet_bc_100_12 sets the reduction"),
+        ("--seed 4294967296", "is not in 0 … 2³² − 1"),
         ("--resume --save nowhere", "nowhere has no latest.pth to resume"),
     ],
 )
@@ -212,6 +216,29 @@ def test_resume_keeps_the_arguments_and_refuses_others(tiny, capsys):
     assert pd.read_csv("run/test.csv").epoch.tolist() == [1, 2, 3]
     for flag, value in (("--depth", "16"), ("--seed", "9"), ("--dataset", "cifar10")):
         assert f"was started with {flag}" in refused(capsys, "--resume", "--save", "run", flag, value)
+    assert "--epochs 2: the run in run has finished 3 already" in refused(
+        capsys, "--resume", "--save", "run", "--epochs", "2"
+    )
+
+
+def test_resume_notices_other_images(tiny, capsys, tmp_path):
+    from PIL import Image
+    from test_data import write_folder
+
+    write_folder(tmp_path / "images")
+    flags = ["--dataset", "folder", "--data", "images", "--depth", "10", "--save", "run"]
+    assert tiny("--epochs", "1", args=flags) == 0
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(tmp_path / "images" / "train" / "cat" / "0.png")
+    assert tiny("--resume", "--save", "run", "--epochs", "2", args=[]) == 2
+    assert "was trained on other images or classes" in capsys.readouterr().err
+
+
+def test_files_of_another_program_are_not_replaced(tiny, capsys):
+    Path("run").mkdir()
+    Path("run/train.csv").write_text("1,2,3\n")
+    assert tiny("--save", "run", "--overwrite") == 2
+    assert "run holds files of another program (train.csv)" in capsys.readouterr().err
+    assert Path("run/train.csv").read_text() == "1,2,3\n"
 
 
 def test_log_every_adds_rows_within_epochs(tiny):
@@ -273,6 +300,13 @@ def test_a_loss_that_is_not_finite_stops_with_status_3(tiny, capsys):
     assert torch.load("run/latest.pth", weights_only=True)["epoch"] == 0
 
 
+def test_a_last_update_that_diverges_is_not_saved(tiny, capsys):
+    assert tiny("--save", "run", "--epochs", "1", "--limit-train", "64", "--lr", "1e30") == 3  # one iteration, finite
+    assert "the loss is not finite in epoch 1, iteration 1; epoch 0 is saved" in capsys.readouterr().err
+    model = torch.load("run/latest.pth", weights_only=True)["model"]
+    assert all(value.isfinite().all() for value in model.values())
+
+
 @pytest.mark.parametrize(("write", "epoch"), [(8, 1), (9, 2)])  # the second epoch's checkpoint, its row of train.csv
 def test_a_full_disk_keeps_the_last_epoch(tiny, capsys, monkeypatch, write, epoch):
     import workdir
@@ -303,7 +337,8 @@ def test_damaged_files_end_in_one_line_or_are_mended(tiny, capsys):
     log.write_text(log.read_text()[:90])  # most rows are gone, one is cut in half
     Path("run/test.csv").unlink()
     assert tiny("--save", "run", "--resume", "--epochs", "4", args=[]) == 0
-    pd.testing.assert_frame_equal(rows("run/test.csv").iloc[:0], rows("whole/test.csv").iloc[:0])
+    whole, mended = rows("whole/test.csv"), rows("run/test.csv")
+    pd.testing.assert_frame_equal(mended[:1], whole[:1])  # later epochs differ: 3 and 4 epochs have other schedules
     assert pd.read_csv(log).epoch.tolist() == pd.read_csv("run/test.csv").epoch.tolist() == [1, 2, 3, 4]
 
     latest = Path("run/latest.pth")
