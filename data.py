@@ -434,7 +434,12 @@ def decode(path):
     """A PIL image in RGB. Raises DataError naming a file that is no readable image."""
     try:
         with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16 bits a pixel, which convert would cut off at 255
+                grey = np.asarray(image, dtype=np.float64) / 257
+                image = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
             return image.convert("RGB")
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise DataError(f"{path} is not an image file: {error.strerror}") from error
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
         raise DataError(f"{path} is not a readable image: replace or delete it ({type(error).__name__})") from error
 
@@ -463,7 +468,7 @@ def main(argv=None):
     parser.add_argument("--stats", action="store_true", help="measure mean and standard deviation, training images")
     args = parser.parse_args(argv)
     try:
-        dataset = load(args.dataset, args.data, args.image_size)
+        dataset = load(args.dataset, args.data, args.image_size, progress=sys.stderr.isatty())
     except DataError as error:
         print(f"data.py: error: {error}", file=sys.stderr)
         return 2

@@ -93,11 +93,18 @@ def confusion_matrix(model, batches, amp, count):
     return matrix
 
 
+def wilson(share, count, z=1.96):
+    """Wilson's score interval of a share measured on ``count`` images; z = 1.96 for 95 %."""
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * (share * (1 - share) / count + z * z / (4 * count * count)) ** 0.5
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
 def print_test_error(matrix, classes):
     images, wrong = int(matrix.sum()), int(matrix.sum() - matrix.trace())
-    error = wrong / images
-    interval = 1.96 * (error * (1 - error) / images) ** 0.5
-    print(f"test error {100 * error:.2f} % ± {100 * interval:.2f} (95 % interval), {wrong} of {images} images wrong")
+    low, high = (100 * bound for bound in wilson(wrong / images, images))
+    interval = f"95 % interval {low:.2f} … {high:.2f} %"
+    print(f"test error {100 * wrong / images:.2f} % ({interval}), {wrong} of {images} images wrong")
     width = max(map(len, classes))
     print(f"\n{'class':{width}}  error %  taken for")
     for i, name in enumerate(classes):

@@ -71,6 +71,8 @@ def read_table(path, names=None):
 def read_log(directory):
     """The Log of a run directory. Raises LogError where it has none, or no row yet."""
     directory = Path(directory)
+    if not directory.is_dir():
+        raise LogError(f"{directory} is not a run directory")
     results = read_table(directory / "results.csv")
     if results is not None and "train_loss" in results:
         return read_results(directory.name, results)

@@ -432,13 +432,13 @@ def progress_bar(args, epoch, batches):
     return tqdm(total=len(batches.images), desc=label, unit="img", leave=False, disable=not args.progress)
 
 
-def print_start(args, config, dataset):
+def print_start(args, config, here, dataset):
     name = args.arch or f"DenseNet{'-BC' if args.bottleneck else ''}-{args.depth} (k = {args.growth_rate})"
     splits = {"training": dataset.train, "validation": dataset.valid, "test": dataset.test}
     images = ", ".join(f"{len(split):,} {kind}" for kind, split in splits.items() if split)
-    print(f"{name}, {config['parameters']:,} parameters, block {config['block']}, {config['precision']}")
+    print(f"{name}, {config['parameters']:,} parameters, block {here['block']}, {here['precision']}")
     print(f"{args.dataset}: {images} images in {len(dataset.classes)} classes")
-    print(f"{config['device']}; writing {args.save}", flush=True)
+    print(f"{here['device']}; writing {args.save}", flush=True)
 
 
 def print_epoch(args, rows, seconds):
@@ -453,7 +453,7 @@ def print_epoch(args, rows, seconds):
 
 def print_end(run, model, batches, amp):
     final, best = run.rows["test"][-1], run.best("test")
-    print(f"test error {final['error']:.2f} % after the last epoch, {final['epoch']}")
+    print(f"test error {final['error']:.2f} % after epoch {final['epoch']}, the last")
     if "valid" in run.rows:
         chosen = read_checkpoint(run.path / "best.pth", next(model.parameters()).device)
         model.load_state_dict(chosen["model"])
@@ -489,7 +489,9 @@ def train(args, checkpoint, run):
     if args.resume and read_checkpoint(run.path / "latest.pth")["epoch"] != checkpoint["epoch"]:
         raise RunError(f"another process went on with {run.path} meanwhile: run again")
     run.start(state(first - 1), clear=args.overwrite)
-    print_start(args, checkpoint["config"], dataset)
+    print_start(args, checkpoint["config"], here, dataset)
+    if first > args.epochs:
+        print(f"all {args.epochs} epochs are done; a larger --epochs goes further")
     with Figures(run.path, args.plot) as figures:
         for epoch in range(first, args.epochs + 1):
             start = time.monotonic()

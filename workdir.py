@@ -128,8 +128,8 @@ def read_checkpoint(path, device="cpu"):
     """A checkpoint's dict, tensors on ``device``. Raises RunError where the file is missing, damaged or of no run."""
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise RunError(f"{path} does not exist") from None
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise RunError(f"{path} is not a checkpoint file, such as latest.pth in a run: {error.strerror}") from None
     except Exception as error:  # a damaged file makes torch.load raise nearly anything
         raise RunError(f"{path} is damaged or no checkpoint ({type(error).__name__}): restore a copy") from error
     if not isinstance(checkpoint, dict) or not {"model", "config", "normalize", "classes"} <= checkpoint.keys():

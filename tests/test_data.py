@@ -171,6 +171,11 @@ def test_folder_of_any_size_and_mode(tmp_path, mode):
         assert dataset.normalize == (mean, (*std[:2], 1.0))
 
 
+def test_sixteen_bits_a_pixel_are_scaled_not_cut_off(tmp_path):
+    Image.fromarray(np.full((4, 4), 30000, dtype=np.uint16)).save(tmp_path / "grey.png")
+    assert data.decode_all([tmp_path / "grey.png"], 4).unique().tolist() == [round(30000 / 257)]
+
+
 def test_folder_cache_is_used_and_notices_changes(tmp_path, monkeypatch, capsys):
     write_folder(tmp_path)
     first = data.load("folder", tmp_path, 16, progress=False).train.pixels

@@ -135,6 +135,11 @@ def test_what_cannot_be_drawn_is_said_in_one_line(tmp_path, capsys, content, wor
     assert words in err
 
 
+def test_a_file_is_no_run_directory(tmp_path, capsys):
+    assert plot.main([str(write_ours(tmp_path) / "train.csv")]) == 2
+    assert "train.csv is not a run directory" in capsys.readouterr().err
+
+
 def test_imports_no_torch():
     program = "import sys, plot; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=Path(plot.__file__).parent).returncode == 0

@@ -173,7 +173,7 @@ def test_a_run_writes_what_it_should(tiny, capsys):
     assert checkpoint["classes"] == list("0123456789")
     assert checkpoint["metrics"]["test"][-1]["error"] == test.error.iloc[-1]
     out = capsys.readouterr().out
-    assert f"test error {test.error.iloc[-1]:.2f} % after the last epoch, 4" in out
+    assert f"test error {test.error.iloc[-1]:.2f} % after epoch 4, the last" in out
     assert "best on test" in out
 
 
@@ -185,7 +185,31 @@ def test_the_logged_error_is_that_of_the_saved_weights(tiny, capsys):
     capsys.readouterr()
     assert evaluate.main(["run/latest.pth"]) == 0
     out = capsys.readouterr().out
-    assert f"test error {logged:.2f} % ±" in out and f"{round(logged)} of 100 images wrong" in out
+    assert f"test error {logged:.2f} % (95 % interval" in out and f"{round(logged)} of 100 images wrong" in out
+
+
+def test_wilson_interval():
+    """Newcombe 1998, table I: 81 of 263, 0 of 20."""
+    import evaluate
+
+    assert evaluate.wilson(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert evaluate.wilson(0, 20) == pytest.approx((0, 0.1611), abs=1e-4)
+
+
+def test_evaluate_classifies_files_and_names_mistakes(tiny, capsys, tmp_path):
+    from test_data import write_folder
+
+    import evaluate
+
+    assert tiny("--save", "run", "--epochs", "1") == 0
+    image = write_folder(tmp_path / "images") / "train" / "cat" / "0.png"
+    capsys.readouterr()
+    assert evaluate.main(["run/latest.pth", str(image)]) == 0
+    assert re.match(rf"{image}: \d \d+\.\d %, ", capsys.readouterr().out)
+    for arguments, words in ((["run"], "run is not a checkpoint file"), (["run/latest.pth", "x.png"], "x.png is not an image")):
+        assert evaluate.main(arguments) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("evaluate.py: error: ") and words in err and err.count("\n") == 1
 
 
 def test_an_existing_run_is_never_touched(tiny, capsys):
@@ -213,6 +237,10 @@ def test_resume_keeps_the_arguments_and_refuses_others(tiny, capsys):
     config = json.loads(Path("run/config.json").read_text())
     assert config["arguments"]["weight_decay"] == 0.01
     assert [entry["epoch"] for entry in config["resumed"]] == [2]
+    capsys.readouterr()
+    assert tiny("--resume", "--save", "run", "--block", "fused", args=[]) == 0
+    out = capsys.readouterr().out
+    assert "block fused" in out and "all 3 epochs are done" in out
     assert pd.read_csv("run/test.csv").epoch.tolist() == [1, 2, 3]
     for flag, value in (("--depth", "16"), ("--seed", "9"), ("--dataset", "cifar10")):
         assert f"was started with {flag}" in refused(capsys, "--resume", "--save", "run", flag, value)
