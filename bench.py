@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from densenet import ARCHITECTURES, BLOCKS, DenseNet, layers_per_block
-from evaluate import choose_device, keep_freed_memory
+from evaluate import choose_device, set_up_device
 from workdir import peak_memory_mib, provenance
 
 STEPS = 5
@@ -65,8 +65,7 @@ def saved_bytes(forward, model):
 def serve(block, depth, batch_size, device):
     """The measuring process of one candidate: prints the bytes it keeps, then a line per step that it is asked for."""
     device = choose_device(device)
-    if device.type == "cpu":
-        keep_freed_memory()
+    set_up_device(device)
     step, forward, model = make_step(block, depth, batch_size, device)
     print(saved_bytes(forward, model), flush=True)
     for _ in sys.stdin:

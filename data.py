@@ -68,6 +68,12 @@ class Dataset:
     normalize: tuple
     valid: "Images | Files | None" = None
 
+    @property
+    def splits(self):
+        """The splits by name: "train", "valid" where images are held out, "test"."""
+        splits = {"train": self.train, "valid": self.valid, "test": self.test}
+        return {name: split for name, split in splits.items() if split is not None}
+
     def to(self, device):
         valid = self.valid and self.valid.to(device)
         return replace(self, train=self.train.to(device), test=self.test.to(device), valid=valid)
@@ -92,7 +98,6 @@ class Dataset:
         """The first ``train`` training and the first ``test`` test (and validation) images."""
         valid = self.valid and self.valid.select(slice(test))
         return replace(self, train=self.train.select(slice(train)), test=self.test.select(slice(test)), valid=valid)
-
 
 
 class Batches:
@@ -153,7 +158,6 @@ class Batches:
         if self.crop_fill == "black":
             return self.normalized(batch * inside[..., None])
         return self.normalized(batch) * inside[:, None]
-
 
 
 @dataclass(frozen=True)
@@ -245,7 +249,6 @@ def leave_signals_to_parent(worker):
     """Ctrl-C reaches every process of a terminal; the parent then ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
 
 
 def load(name, root, image_size=32, workers=0, progress=True):
@@ -442,7 +445,6 @@ def decode(path):
         raise DataError(f"{path} is not an image file: {error.strerror}") from error
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
         raise DataError(f"{path} is not a readable image: replace or delete it ({type(error).__name__})") from error
-
 
 
 def measure(pixels):

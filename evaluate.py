@@ -38,9 +38,9 @@ def evaluate(model, batches, amp):
     return loss.item() / images, 100 * wrong.item() / images
 
 
-def load_model(checkpoint, block="naive"):
+def load_model(checkpoint):
     """The trained network of a checkpoint's dict, in evaluation mode."""
-    model = DenseNet(**checkpoint["config"]["model"] | {"block": block})
+    model = DenseNet(**checkpoint["config"]["model"])
     try:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
@@ -59,6 +59,14 @@ def choose_device(name):
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} is not available here ({str(error).splitlines()[0]}): try cpu") from error
     return device
+
+
+def set_up_device(device):
+    """What a process does once for the device that it computes on."""
+    if device.type == "cpu":
+        keep_freed_memory()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # Triton launches on the current device
 
 
 def keep_freed_memory():
@@ -137,8 +145,7 @@ def main(argv=None):
     try:
         checkpoint = read_checkpoint(args.checkpoint)
         device = choose_device(args.device)
-        if device.type == "cpu":
-            keep_freed_memory()
+        set_up_device(device)
         amp, _ = choose_precision(args.precision, device)
         model = load_model(checkpoint).to(device, memory_format=torch.channels_last)
         trained, classes = checkpoint["config"]["arguments"], checkpoint["classes"]

@@ -229,6 +229,12 @@ def bn_relu(x, norm):
     return torch.addcmul(norm.shift, x, norm.scale, out=out).relu_()
 
 
+def norm_gradients(d_relu, x, norm, scratch):
+    """dγ = Σ dR·x̂ and dβ = Σ dR (C,) from dR and x (M, C); overwrites scratch (M, C)."""
+    centred = torch.sub(x, norm.mean, out=scratch)
+    return column_sums(centred.mul_(d_relu)) * norm.rstd, column_sums(d_relu)
+
+
 def bn_relu_conv1x1(x, norm, weight):
     """x (M, C), weight (J, C) → h (M, J) and the mean and variance of its columns."""
     h = bn_relu(x, norm) @ weight.t()
@@ -250,8 +256,7 @@ def conv3x3_backward(d_out, x, norm, weight, shape):
         [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False],
     )  # fmt: skip
     d_relu = torch.ops.aten.threshold_backward(rows(da), a, 0)
-    d_weight = column_sums(torch.sub(x, norm.mean, out=a).mul_(d_relu)) * norm.rstd
-    return d_relu, d_weight, column_sums(d_relu), d_conv
+    return d_relu, *norm_gradients(d_relu, x, norm, a), d_conv
 
 
 def conv1x1_backward(d_relu, h, coefficients, x, d, norm, weight):
@@ -266,8 +271,7 @@ def conv1x1_backward(d_relu, h, coefficients, x, d, norm, weight):
     dr = dh @ weight
     torch.ops.aten.threshold_backward.grad_input(dr, a, 0, grad_input=dr)
     d.addcmul_(dr, norm.scale)
-    d_weight = column_sums(torch.sub(x, norm.mean, out=a).mul_(dr)) * norm.rstd
-    return d_weight, column_sums(dr), d_conv
+    return *norm_gradients(dr, x, norm, a), d_conv
 
 
 class BufferGradient:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import data
 from densenet import ARCHITECTURES, BLOCKS, DenseNet
-from evaluate import choose_device, choose_precision, evaluate, keep_freed_memory
+from evaluate import choose_device, choose_precision, evaluate, set_up_device
 from workdir import Figures, Run, RunError, peak_memory_mib, provenance, read_checkpoint
 
 # Defaults that depend on another argument; everything else is the parser's default.
@@ -210,7 +210,7 @@ def parse_args(argv=None):
             args = argparse.Namespace(**saved | given)
         else:
             args = argparse.Namespace(**resolve_defaults(defaults, given))
-        Run(args.save).check(args.resume, args.overwrite)
+            Run(args.save).check(resume=False, overwrite=args.overwrite)
         check_args(args)
     except (RunError, ValueError) as error:
         parser.error(str(error))
@@ -274,11 +274,6 @@ def model_options(args, num_classes):
     names = ("depth", "growth_rate", "reduction", "bottleneck", "drop_rate", "init_channels")
     options = {name: getattr(args, name) for name in names} | {"num_classes": num_classes}
     return options | ARCHITECTURES.get(args.arch, {})
-
-
-def choose_block(name, device):
-    """"auto" is the fastest block verified on the device: so far only naive has been."""
-    return "naive" if name == "auto" else name
 
 
 def make_optimizer(args, parameters):
@@ -365,18 +360,17 @@ def load_data(args, device):
 
 def make_batches(args, dataset):
     """Batches by split: "train", "valid" where images are held out, "test"."""
-    splits = {"train": dataset.train, "valid": dataset.valid, "test": dataset.test}
     fill = {"train": args.crop_fill} if args.augment else {}
     return {
         name: split.batches(args.batch_size, dataset.normalize, fill.get(name))
-        for name, split in splits.items()
-        if split is not None
+        for name, split in dataset.splits.items()
     }
 
 
 def make_model(args, dataset, device):
     options = model_options(args, len(dataset.classes))
-    model = DenseNet(**options, block=choose_block(args.block, device))
+    # auto is the fastest block that has been verified: so far, on every device, naive
+    model = DenseNet(**options, block="naive" if args.block == "auto" else args.block)
     return model.to(device, memory_format=torch.channels_last), options
 
 
@@ -389,7 +383,7 @@ def first_checkpoint(args, dataset, model, options, here):
         "config": here | {"arguments": vars(args), "model": options, "parameters": parameters, "resumed": []},
         "normalize": dataset.normalize,
         "classes": list(dataset.classes),
-        "metrics": {name: [] for name in (("train", "valid", "test") if dataset.valid else ("train", "test"))},
+        "metrics": {name: [] for name in dataset.splits},
     }
 
 
@@ -434,8 +428,8 @@ def progress_bar(args, epoch, batches):
 
 def print_start(args, config, here, dataset):
     name = args.arch or f"DenseNet{'-BC' if args.bottleneck else ''}-{args.depth} (k = {args.growth_rate})"
-    splits = {"training": dataset.train, "validation": dataset.valid, "test": dataset.test}
-    images = ", ".join(f"{len(split):,} {kind}" for kind, split in splits.items() if split)
+    kinds = {"train": "training", "valid": "validation", "test": "test"}
+    images = ", ".join(f"{len(split):,} {kinds[name]}" for name, split in dataset.splits.items())
     print(f"{name}, {config['parameters']:,} parameters, block {here['block']}, {here['precision']}")
     print(f"{args.dataset}: {images} images in {len(dataset.classes)} classes")
     print(f"{here['device']}; writing {args.save}", flush=True)
@@ -451,14 +445,15 @@ def print_epoch(args, rows, seconds):
     print("  ".join(parts), flush=True)
 
 
-def print_end(run, model, batches, amp):
+def print_end(run):
     final, best = run.rows["test"][-1], run.best("test")
     print(f"test error {final['error']:.2f} % after epoch {final['epoch']}, the last")
     if "valid" in run.rows:
-        chosen = read_checkpoint(run.path / "best.pth", next(model.parameters()).device)
-        model.load_state_dict(chosen["model"])
-        _, error = evaluate(model, batches["test"], amp)
-        print(f"test error {error:.2f} % at epoch {chosen['epoch']}, which has the lowest validation error (best.pth)")
+        chosen = run.rows["test"][run.best("valid")["epoch"] - 1]
+        print(
+            f"test error {chosen['error']:.2f} % at epoch {chosen['epoch']}, "
+            "which has the lowest validation error (best.pth)"
+        )
     print(f"best on test {best['error']:.2f} %, epoch {best['epoch']}: chosen by looking at the test set, not a result")
 
 
@@ -466,7 +461,8 @@ def train(args, checkpoint, run):
     """Train to the last epoch, writing into ``run``; ``checkpoint`` is the state to go on from, or None."""
     device = choose_device(args.device)
     amp, precision = choose_precision(args.precision, device)
-    set_up_torch(args, device)
+    set_up_device(device)
+    set_up_torch(args)
     dataset = load_data(args, device)
     model, options = make_model(args, dataset, device)
     optimizer = make_optimizer(args, model.parameters())
@@ -499,14 +495,10 @@ def train(args, checkpoint, run):
             run.finish_epoch(state(epoch), rows)
             print_epoch(args, rows, time.monotonic() - start)
             figures.redraw()
-    print_end(run, model, batches, amp)
+    print_end(run)
 
 
-def set_up_torch(args, device):
-    if device.type == "cpu":
-        keep_freed_memory()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+def set_up_torch(args):
     torch.manual_seed(args.seed)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
