@@ -241,7 +241,7 @@ class DecodedFiles(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed * 1_000_003 + i)
+            torch.manual_seed((self.seed * 1_000_003 + i) % 2**63)
             return self.transform(decode(self.files.paths[i])), self.files.labels[i]
 
 

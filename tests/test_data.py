@@ -230,6 +230,8 @@ def test_large_images_are_streamed_behind_the_same_interface(tmp_path):
     [(x, y)] = other.shuffled(1)
     assert torch.equal(x, torch.cat([x for x, _ in first])) and torch.equal(y, torch.cat([y for _, y in first]))
     assert not torch.equal(x, next(other.shuffled(2))[0])
+    largest = (2**32 - 1) * 1_000_003 + 300  # what train.py makes of the largest --seed
+    assert len(list(batches.shuffled(largest))) == 2
     assert sorted(torch.cat([y for _, y in first]).tolist()) == [0, 0, 0, 1, 1, 1]
     labels = torch.cat([y for _, y in dataset.limit(train=3).train.batches(4, dataset.normalize).in_order()])
     assert labels.tolist() == [0, 1, 0]
