@@ -31,6 +31,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+try:
+    import loops
+except ImportError:  # without Numba
+    loops = None
+
 
 @torch.compiler.disable  # the graph breaks here: the compiler has nothing to fuse across this node
 def dense_block(layers, x):
@@ -211,9 +216,56 @@ def images(x, shape):
     return x.view(shape[0], shape[2], shape[3], x.shape[1]).permute(0, 3, 1, 2)
 
 
-def column_sums(x):
-    """(M, C) → (C,), in float32 or better."""
-    return x.sum(0, dtype=torch.promote_types(x.dtype, torch.float32))
+# The four steps in plain torch, whose passes over memory are below or, in the module loops, compiled.
+
+
+def bn_relu_conv1x1(x, norm, weight):
+    """x (M, C), weight (J, C) → h (M, J) and the mean and variance of its columns."""
+    passes = passes_for(x)
+    h = passes.bn_relu(x, norm) @ weight.t()
+    return h, passes.statistics(h)
+
+
+def bn_relu_conv3x3(x, norm, weight, shape, out):
+    """x (M, J), weight (k, J, 3, 3) → writes out (M, k); returns the mean and variance of its columns."""
+    passes = passes_for(x)
+    result = rows(F.conv2d(images(passes.bn_relu(x, norm), shape), weight, padding=1))
+    out.copy_(result)
+    return passes.statistics(result)
+
+
+def conv3x3_backward(d_out, x, norm, weight, shape):
+    """d_out (M, k) → dR (M, J), and the gradients of γ, β (J,) and of W (k, J, 3, 3). Inverse of bn_relu_conv3x3."""
+    passes = passes_for(x)
+    da, d_conv, _ = torch.ops.aten.convolution_backward(
+        images(d_out, shape), images(passes.bn_relu(x, norm), shape), weight, None,
+        [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False],
+    )  # fmt: skip
+    return *passes.relu_backward(rows(da), x, norm), d_conv
+
+
+def conv1x1_backward(d_relu, h, coefficients, x, d, norm, weight):
+    """dR2 and h (M, J), three coefficients (J,) that make dh of them, weight (J, C): adds s·dR to d (M, C).
+
+    Returns the gradients of γ and β (C,) and of W (J, C). Inverse of bn_relu_conv1x1.
+    """
+    passes = passes_for(x)
+    dh = passes.combine(d_relu, h, *coefficients)
+    a, d_weight, d_bias = passes.relu_backward_add(dh @ weight, x, norm, d)
+    return d_weight, d_bias, dh.t() @ a
+
+
+def passes_for(x):
+    """Where the passes over tensors like x come from: the module loops, or this one."""
+    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and loops:
+        return loops
+    return sys.modules[__name__]
+
+
+def bn_relu(x, norm):
+    """relu(x·s + t) in x's dtype, (M, C)."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return torch.addcmul(norm.shift, x, norm.scale, out=out).relu_()
 
 
 def statistics(x):
@@ -223,55 +275,35 @@ def statistics(x):
     return torch.batch_norm_update_stats(x, *running, 0.0)
 
 
-def bn_relu(x, norm):
-    """relu(x·s + t) in x's dtype, (M, C)."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return torch.addcmul(norm.shift, x, norm.scale, out=out).relu_()
+def relu_backward(da, x, norm):
+    """dR = da·[a > 0], perhaps in place of da, and dγ = Σ dR·x̂, dβ = Σ dR (C,), from da and x (M, C)."""
+    a = bn_relu(x, norm)
+    d_relu = torch.ops.aten.threshold_backward(da, a, 0)
+    return d_relu, *norm_gradients(d_relu, x, norm, a)
+
+
+def relu_backward_add(da, x, norm, d):
+    """Adds s·dR to d (M, C); returns a = relu(x·s + t), dγ and dβ (C,), from x and da, which may be lost, (M, C)."""
+    a = bn_relu(x, norm)
+    d_relu = torch.ops.aten.threshold_backward.grad_input(da, a, 0, grad_input=da)
+    d.addcmul_(d_relu, norm.scale)
+    return a, *norm_gradients(d_relu, x, norm, torch.empty_like(a))
+
+
+def combine(d, x, alpha, beta, delta):
+    """α·d + β·x + δ, contiguous, from d and x (M, C) and three coefficients (C,)."""
+    return torch.addcmul(torch.addcmul(delta, x, beta), d, alpha).to(x.dtype)
 
 
 def norm_gradients(d_relu, x, norm, scratch):
-    """dγ = Σ dR·x̂ and dβ = Σ dR (C,) from dR and x (M, C); overwrites scratch (M, C)."""
+    """dγ and dβ (C,) from dR and x (M, C); overwrites scratch (M, C)."""
     centred = torch.sub(x, norm.mean, out=scratch)
     return column_sums(centred.mul_(d_relu)) * norm.rstd, column_sums(d_relu)
 
 
-def bn_relu_conv1x1(x, norm, weight):
-    """x (M, C), weight (J, C) → h (M, J) and the mean and variance of its columns."""
-    h = bn_relu(x, norm) @ weight.t()
-    return h, statistics(h)
-
-
-def bn_relu_conv3x3(x, norm, weight, shape, out):
-    """x (M, J), weight (k, J, 3, 3) → writes out (M, k); returns the mean and variance of its columns."""
-    result = rows(F.conv2d(images(bn_relu(x, norm), shape), weight, padding=1))
-    out.copy_(result)
-    return statistics(result)
-
-
-def conv3x3_backward(d_out, x, norm, weight, shape):
-    """d_out (M, k) → dR (M, J), and the gradients of γ, β (J,) and of W (k, J, 3, 3). Inverse of bn_relu_conv3x3."""
-    a = bn_relu(x, norm)
-    da, d_conv, _ = torch.ops.aten.convolution_backward(
-        images(d_out, shape), images(a, shape), weight, None,
-        [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False],
-    )  # fmt: skip
-    d_relu = torch.ops.aten.threshold_backward(rows(da), a, 0)
-    return d_relu, *norm_gradients(d_relu, x, norm, a), d_conv
-
-
-def conv1x1_backward(d_relu, h, coefficients, x, d, norm, weight):
-    """dR2 and h (M, J), three coefficients (J,) that make dh of them, weight (J, C): adds s·dR to d (M, C).
-
-    Returns the gradients of γ and β (C,) and of W (J, C). Inverse of bn_relu_conv1x1; one pass over x and d.
-    """
-    alpha, beta, delta = coefficients
-    dh = torch.addcmul(torch.addcmul(delta, h, beta), d_relu, alpha).to(h.dtype)
-    a = bn_relu(x, norm)
-    d_conv = dh.t() @ a
-    dr = dh @ weight
-    torch.ops.aten.threshold_backward.grad_input(dr, a, 0, grad_input=dr)
-    d.addcmul_(dr, norm.scale)
-    return *norm_gradients(dr, x, norm, a), d_conv
+def column_sums(x):
+    """(M, C) → (C,), in float32 or better."""
+    return x.sum(0, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 class BufferGradient:
@@ -290,5 +322,6 @@ class BufferGradient:
 
     def complete(self, columns):
         """The gradient of columns to which nothing will be added any more, (M, columns)."""
-        centred = self.x[:, columns] - self.mean[columns]
-        return (self.d[:, columns] - self.p[columns] - self.q[columns] * centred).to(self.d.dtype).contiguous()
+        p, q, mean = self.p[columns], self.q[columns], self.mean[columns]
+        d, x = self.d[:, columns], self.x[:, columns]
+        return passes_for(x).combine(d, x, torch.ones_like(q), -q, q * mean - p)

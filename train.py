@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
+import fused
 from densenet import ARCHITECTURES, BLOCKS, DenseNet
 from evaluate import choose_device, choose_precision, evaluate, set_up_device
 from workdir import Figures, Run, RunError, peak_memory_mib, provenance, read_checkpoint
@@ -367,10 +368,17 @@ def make_batches(args, dataset):
     }
 
 
-def make_model(args, dataset, device):
+def choose_block(args, device, precision):
+    """The block to use: "auto" is the fastest one that has been verified for this device and precision."""
+    if args.block != "auto":
+        return args.block
+    measured = device.type == "cpu" and precision == "fp32" and fused.loops is not None
+    return "fused" if measured and args.drop_rate == 0 else "naive"
+
+
+def make_model(args, dataset, device, block):
     options = model_options(args, len(dataset.classes))
-    # auto is the fastest block that has been verified: so far, on every device, naive
-    model = DenseNet(**options, block="naive" if args.block == "auto" else args.block)
+    model = DenseNet(**options, block=block)
     return model.to(device, memory_format=torch.channels_last), options
 
 
@@ -464,7 +472,7 @@ def train(args, checkpoint, run):
     set_up_device(device)
     set_up_torch(args)
     dataset = load_data(args, device)
-    model, options = make_model(args, dataset, device)
+    model, options = make_model(args, dataset, device, choose_block(args, device, precision))
     optimizer = make_optimizer(args, model.parameters())
     here = provenance(device) | {"precision": precision, "block": model.blocks[0].block}
     if checkpoint is None:

@@ -1,0 +1,102 @@
+"""Each compiled loop against the same pass in plain torch."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fused
+from fused import Norm
+
+loops = pytest.importorskip("loops")  # needs Numba
+
+ROWS = [1, 255, 256, 257, 1000]  # about the length of a slice
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """Memory that a loop should have written and did not is NaN."""
+    for name in ("new_empty", "empty_like"):
+        owner = torch.Tensor if name == "new_empty" else torch
+        real = getattr(owner, name)
+
+        def poisoned(*args, real=real, **options):
+            return real(*args, **options).fill_(float("nan"))
+
+        monkeypatch.setattr(owner, name, poisoned)
+
+
+def wide(rows, columns, first=0):
+    """Columns of a wider matrix."""
+    return torch.randn(rows, columns + 5, dtype=torch.float64)[:, first : first + columns]
+
+
+def inputs(rows, columns=7, first=0):
+    """Arguments of every pass: x (rows, columns) and gradients of its shape."""
+    torch.manual_seed(0)
+    mean, weight, bias, alpha, beta, delta = torch.randn(6, columns, dtype=torch.float64)
+    norm = Norm(mean, torch.rand(columns, dtype=torch.float64) + 0.5, weight, bias, True)
+    x, d, da = wide(rows, columns, first), wide(rows, columns, first), torch.randn(rows, columns, dtype=torch.float64)
+    return {
+        "bn_relu": (x, norm),
+        "statistics": (x + 100,),
+        "relu_backward": (da, x, norm),
+        "relu_backward_add": (da, x, norm, d),
+        "combine": (d, x, alpha, beta, delta),
+    }
+
+
+PASSES = list(inputs(1))
+
+
+def results(module, name, arguments):
+    """What a pass returns, and the matrix that relu_backward_add adds to, with the columns beside it."""
+    arguments = [a.clone() if isinstance(a, torch.Tensor) and a._base is None else a for a in arguments]
+    whole = None
+    if name == "relu_backward_add":
+        d = arguments[3]
+        whole = d._base.clone()
+        arguments[3] = whole.as_strided(d.shape, d.stride(), d.storage_offset())
+    value = getattr(module, name)(*arguments)
+    return [*(value if isinstance(value, tuple) else [value]), *([] if whole is None else [whole])]
+
+
+@pytest.mark.parametrize("name", PASSES)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("first", [0, 3])
+def test_equals_plain_torch_in_float64(name, rows, first):
+    arguments = inputs(rows, first=first)[name]
+    for ours, torch_s in zip(results(loops, name, arguments), results(fused, name, arguments), strict=True):
+        torch.testing.assert_close(ours, torch_s, rtol=1e-10, atol=1e-10)
+
+
+def test_not_a_number_passes_through():
+    x, norm = inputs(3)["bn_relu"]
+    x = x.clone()
+    x[1, 2] = float("nan")
+    assert loops.bn_relu(x, norm).isnan().sum() == 1
+    d_relu = loops.relu_backward(torch.full_like(x, float("nan")), x, norm)[0]
+    assert torch.equal(d_relu.isnan(), ~(fused.bn_relu(x, norm) <= 0))
+
+
+def test_sums_do_not_depend_on_the_number_of_threads():
+    x = torch.randn(5000, 30)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(torch.stack(loops.statistics(x)))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+
+
+def test_runs_with_the_threads_of_torch():
+    """Numba and torch have one pool of threads, whose size Numba sets when it is imported."""
+    program = "import torch; torch.set_num_threads(1); import loops; loops.statistics(torch.randn(5, 3));"
+    program += "print(torch.get_num_threads(), loops.numba.get_num_threads())"
+    env = os.environ | {"NUMBA_NUM_THREADS": "2"}
+    result = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["1", "1"]
