@@ -1,52 +1,105 @@
-"""What dense blocks cost: memory and time of a training step by block and depth; resources of the Triton kernels.
+"""Speed and memory of DenseNet-BC (k = 12) side by side with other implementations, each checked before it is timed.
 
-Example: python bench.py --csv work/bench/cpu.csv --plot images/memory.png
-         python bench.py --kernels            (needs no GPU: compiles for sm_80 and sm_90)
+Example: python bench.py --csv work/bench/cpu.csv --plot images/speed.png
+         python bench.py --candidates naive checkpoint fused --depths 40 70 100 130 --plot images/memory.png
+         python bench.py --whole-epochs 512      (data loading and evaluation included)
 """
 
 import argparse
 import csv
 import json
-import os
-import re
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-from densenet import ARCHITECTURES, BLOCKS, DenseNet, layers_per_block
-from evaluate import choose_device, set_up_device
+import peers
+from densenet import BLOCKS, DenseNet, layers_per_block
+from evaluate import choose_device, choose_precision, set_up_device
 from workdir import peak_memory_mib, provenance
 
-STEPS = 5
+STEPS = 7  # timed, after one that is not
+REFERENCE = "bamos"  # the way both seeds train: contiguous fp32, eager, concatenation
+CHECKED_IMAGES = 8
 
 
-def make_step(block, depth, batch_size, device):
-    """A function that makes one training step of DenseNet-BC (k = 12) on random images, and its forward pass alone."""
+def make_model(name, depth):
+    """A candidate's network, in training mode, with the weights that all candidates share."""
     torch.manual_seed(0)
-    model = DenseNet(depth=depth, block=block).to(device, memory_format=torch.channels_last)
+    ours = DenseNet(depth=depth, block=name if name in BLOCKS else "naive")
+    return ours if name in BLOCKS else peers.MODELS[name](ours)
+
+
+def place(model, name, device):
+    """On the device, in the memory format that the candidate's users have."""
+    layout = torch.channels_last if name in BLOCKS else torch.contiguous_format
+    return model.to(device, memory_format=layout), layout
+
+
+def make_images(count, device, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(count, 3, 32, 32, generator=generator, dtype=torch.float64)
+    return images.to(device, dtype), torch.randint(10, (count,), generator=generator).to(device)
+
+
+# What the processes of the candidates do. ``job`` is a row of the table that says what to measure.
+
+
+def gradients(model, images, labels, amp):
+    """Output and all gradients, flattened in our order of parameters, in float64 on the CPU."""
+    with amp():
+        out = model(images)
+    F.cross_entropy(out.to(torch.promote_types(out.dtype, torch.float32)), labels).backward()
+    named = {peers.our_name(name): p.grad for name, p in model.named_parameters()}
+    flat = torch.cat([named[name].double().cpu().flatten() for name in sorted(named)])
+    return out.detach().double().cpu(), flat
+
+
+def check(job, device):
+    """Relative errors of output and gradients against float64."""
+    amp, _ = choose_precision(job["precision"], device)
+    images, labels = make_images(CHECKED_IMAGES, "cpu", torch.float64)
+    exact = gradients(make_model("naive", job["depth"]).double(), images, labels, choose_precision("fp32", device)[0])
+    model, layout = place(make_model(job["candidate"], job["depth"]), job["candidate"], device)
+    if job["compiled"]:
+        model.compile()
+    found = gradients(model, images.to(device, torch.float32, memory_format=layout), labels.to(device), amp)
+    return [((ours - true).norm() / true.norm()).item() for ours, true in zip(found, exact, strict=True)]
+
+
+def step_functions(job, device):
+    """Two functions, a training step and an inference, each on one batch that is on the device already."""
+    amp, _ = choose_precision(job["precision"], device)
+    model, layout = place(make_model(job["candidate"], job["depth"]), job["candidate"], device)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
-    images = torch.randn(batch_size, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
-    labels = torch.randint(10, (batch_size,), device=device)
+    images, labels = make_images(job["batch_size"], device)
+    images = images.to(memory_format=layout)
+    job["saved_mib"] = round(saved_bytes(lambda: model(images), model, amp) / 2**20, 1)
+    if job["compiled"]:
+        model.compile()
 
-    def forward():
-        return F.cross_entropy(model(images), labels)
-
-    def step():
-        loss = forward()
+    def train():
+        model.train()
         optimizer.zero_grad()
-        loss.backward()
+        with amp():
+            logits = model(images)
+        F.cross_entropy(logits.float(), labels).backward()
         optimizer.step()
-        return loss.item()
 
-    return step, forward, model
+    @torch.no_grad()
+    def infer():
+        model.eval()
+        with amp():
+            model(images)
+
+    return train, infer
 
 
-def saved_bytes(forward, model):
+def saved_bytes(forward, model, amp):
     """Bytes that autograd keeps between forward and backward pass, each storage once, parameters not counted."""
     kept, parameters = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
 
@@ -56,217 +109,292 @@ def saved_bytes(forward, model):
             kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor lives on, so no address comes twice
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = forward()
-    del loss
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), amp():
+        out = forward()
+    del out
     return sum(size for size, _ in kept.values())
 
 
-def serve(block, depth, batch_size, device):
-    """The measuring process of one candidate: prints the bytes it keeps, then a line per step that it is asked for."""
-    device = choose_device(device)
-    set_up_device(device)
-    step, forward, model = make_step(block, depth, batch_size, device)
-    print(saved_bytes(forward, model), flush=True)
-    for _ in sys.stdin:
+def serve(job):
+    """A candidate's process: answers each word on its standard input, "train" or "infer", with seconds."""
+    device = choose_device(job["device"])
+    if job["candidate"] in BLOCKS:
+        set_up_device(device)
+    if job["task"] == "check":
+        print(json.dumps(check(job, device)))
+        return
+    if job["task"] == "epochs":
+        train, infer = peers.epoch_functions(job["candidate"], job["depth"], job["batch_size"], job["images"], device)
+    else:
+        train, infer = step_functions(job, device)
+    print(json.dumps(job), flush=True)
+    for word in sys.stdin:
         start = time.perf_counter()
-        step()
-        print(json.dumps({"seconds": time.perf_counter() - start, "peak_mib": peak_memory_mib(device)}), flush=True)
+        {"train": train, "infer": infer}[word.strip()]()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        print(json.dumps([time.perf_counter() - start, peak_memory_mib(device)]), flush=True)
 
 
-class Candidate:
-    """A block at a depth, in a process of its own, so that peak memory is its own."""
+class Process:
+    """A candidate in a process of its own, so that its peak of memory and its allocator are its own."""
 
-    def __init__(self, block, depth, args):
-        self.block, self.depth, self.seconds = block, depth, []
-        command = [sys.executable, __file__, "--serve", block, "--depths", str(depth)]
-        command += ["--batch-size", str(args.batch_size), "--device", args.device]
+    def __init__(self, job):
+        self.job, self.seconds = job, {"train": [], "infer": []}
+        command = [sys.executable, __file__, "--serve", json.dumps(job)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.saved = self.read()
+        self.ready = self.read()
 
     def read(self):
         line = self.process.stdout.readline()
         if not line:
-            sys.exit(f"bench.py: error: block {self.block} at depth {self.depth} ended early, for lack of memory?")
+            sys.exit(f"bench.py: error: {self.job['candidate']} ended early, for lack of memory? Try --candidates")
         return json.loads(line)
 
-    def step(self):
-        print(file=self.process.stdin, flush=True)
-        answer = self.read()
-        self.seconds.append(answer["seconds"])
-        self.peak = answer["peak_mib"]
+    def run(self, word):
+        print(word, file=self.process.stdin, flush=True)
+        seconds, peak = self.read()
+        self.seconds[word].append(seconds)
+        self.job["peak_mib"] = max(round(peak), self.job.get("peak_mib", 0))
 
-    def row(self, batch_size):
-        timed = sorted(self.seconds[1:])  # the first step allocates
-        low, median, high = (timed[round(q * (len(timed) - 1))] for q in (0.2, 0.5, 0.8))
-        return {
-            "block": self.block,
-            "depth": self.depth,
-            "batch_size": batch_size,
-            "saved_mib": round(self.saved / 2**20, 1),
-            "peak_mib": round(self.peak),
-            "ms": round(1000 * median),
-            "ms_20": round(1000 * low),
-            "ms_80": round(1000 * high),
-            "images_per_second": round(batch_size / median, 1),
-        }
+    def quantiles(self, word):
+        timed = sorted(self.seconds[word][1:])  # the first allocates, and compiles
+        return [timed[round(q * (len(timed) - 1))] for q in (0.2, 0.5, 0.8)]
+
+    def end(self):
+        self.process.communicate()
 
 
-def measure(args):
-    """Rows for every depth and block; the blocks of one depth take turns, step by step."""
-    rows = []
+# The table.
+
+
+def errors_of(job):
+    process = Process(job | {"task": "check"})
+    process.end()
+    return process.ready
+
+
+def assert_right(job, naive_errors):
+    """Exit where a candidate's error against float64 is more than twice naive's in the same precision."""
+    errors = errors_of(job)
+    if not all(error <= 2 * allowed + 1e-6 for error, allowed in zip(errors, naive_errors, strict=True)):
+        wrong = ", ".join(f"{value:.1e}" for value in errors)
+        sys.exit(f"bench.py: error: {job['candidate']} computes something else (relative errors {wrong}): not timed")
+    return {"output_error": f"{errors[0]:.1e}", "gradient_error": f"{errors[1]:.1e}"}
+
+
+def jobs_of(args):
+    """What to measure: candidates of one depth, precision and mode next to each other."""
     for depth in args.depths:
-        candidates = [Candidate(block, depth, args) for block in BLOCKS]
-        for _ in range(1 + STEPS):
-            for candidate in candidates:
-                candidate.step()
-        for candidate in candidates:
-            candidate.process.communicate()
-            rows.append(candidate.row(args.batch_size))
-            print("  ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
+        for precision in args.precisions:
+            for compiled in (False, True) if args.compile else (False,):
+                for name in args.candidates:
+                    if precision == "fp32" or name in BLOCKS:
+                        yield {"candidate": name, "depth": depth, "batch_size": args.batch_size, "precision": precision,
+                               "compiled": compiled, "device": args.device, "task": "steps"}  # fmt: skip
+
+
+def measure(args, floor):
+    """Rows of all jobs. Each takes turns with the reference, so that both feel what else the machine does."""
+    rows, naive_errors, reference = [], {}, None
+    for job in jobs_of(args):
+        kind = job["depth"], job["precision"]
+        if kind not in naive_errors:
+            naive_errors[kind] = errors_of(job | {"candidate": "naive", "compiled": False})
+        job |= assert_right(job, naive_errors[kind])
+        if reference is None or reference.job["depth"] != job["depth"]:
+            reference = reference and reference.end()
+            reference = Process(job | {"candidate": REFERENCE, "precision": "fp32", "compiled": False})
+        rows.append(row_of(*take_turns(job, reference)) | floor(job))
+        rows[-1]["floor_share"] = round(rows[-1].pop("floor_ms") / rows[-1]["ms"], 3)
+        print_row(rows[-1])
+    reference.end()
+    return rows
+
+
+def take_turns(job, reference, times=1 + STEPS):
+    """Processes of a candidate and of the reference, after as many steps of each; the candidate's has ended."""
+    reference.seconds = {"train": [], "infer": []}
+    process = Process(job)
+    for _ in range(times):
+        for word in ("train", "infer"):
+            process.run(word)
+            reference.run(word)
+    process.end()
+    return process, reference
+
+
+def row_of(process, reference):
+    row = process.job | {key: value for key, value in process.ready.items() if key == "saved_mib"}
+    images = row.pop("images", row["batch_size"])
+    low, median, high = process.quantiles("train")
+    row |= {"ms": round(1000 * median, 1), "ms_20": round(1000 * low, 1), "ms_80": round(1000 * high, 1)}
+    _, inference, _ = process.quantiles("infer")
+    row |= {"images_per_second": round(images / median, 1), "infer_images_per_second": round(images / inference, 1)}
+    row["times_as_fast"] = round(reference.quantiles("train")[1] / median, 2)
+    row["infer_times_as_fast"] = round(reference.quantiles("infer")[1] / inference, 2)
+    return {name: value for name, value in row.items() if name not in ("device", "task")}
+
+
+def print_row(row):
+    name = " ".join([row["candidate"], row["precision"], *["compiled"] * row["compiled"]])
+    speed = f"{row['ms']:8.1f} ms ({row['ms_20']:.1f} … {row['ms_80']:.1f})  {row['images_per_second']:8.1f} images/s"
+    ratios = f"× {row['times_as_fast']:.2f}  inference {row['infer_images_per_second']:.1f} × {row['infer_times_as_fast']}"
+    print(f"L={row['depth']:<4}{name:28}{speed}  {ratios}  {row['peak_mib']:,} MiB", flush=True)
+
+
+def hardware(device, precision):
+    """Bytes per second that a copy moves, reading and writing, and FLOP per second of a matrix product."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    matrix = torch.randn(4096, 4096, device=device).to(dtype)
+    source = torch.empty(64 * 2**20, device=device)
+    copied, multiplied = best_seconds(source.clone, device), best_seconds(lambda: matrix @ matrix, device)
+    return 2 * source.nbytes / copied, 2 * 4096**3 / multiplied
+
+
+def best_seconds(function, device, times=8):
+    found = []
+    for _ in range(times):
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def make_floor(device, precisions):
+    """A function job → the milliseconds that a training step takes at least on this hardware."""
+    rates = {precision: hardware(device, precision) for precision in precisions}
+    for precision, (copy, matrix) in rates.items():
+        print(f"{precision}: copies {copy / 1e9:.1f} GB/s, multiplies matrices at {matrix / 1e9:.0f} GFLOP/s")
+
+    def floor(job):
+        copy, matrix = rates[job["precision"]]
+        size = 2 if job["precision"] == "bf16" else 4
+        seconds = max(moved_elements(job["depth"]) * size / copy, flops(job["depth"]) / matrix)
+        return {"floor_ms": 1000 * seconds * job["batch_size"]}
+
+    return floor
+
+
+def moved_elements(depth, k=12):
+    """Elements of memory that the fused block reads and writes in a training step, per image.
+
+    Forward, a layer reads its input and writes and reads its bottleneck; backward, it reads its input, reads and writes
+    the gradient of that, and reads the bottleneck and its gradient twice; its output goes through memory twice.
+    """
+    layers, channels, total = layers_per_block(depth, bottleneck=True), 2 * k, 0
+    for pixels in (32 * 32, 16 * 16, 8 * 8):
+        for i in range(layers):
+            total += pixels * (4 * (channels + i * k) + 6 * 4 * k + 2 * k)
+        channels = (channels + layers * k) // 2
+    return total
+
+
+def flops(depth):
+    """Of a training step, per image: the backward pass multiplies twice as much as the forward pass."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        DenseNet(depth=depth)(torch.empty(1, 3, 32, 32))
+    return 3 * counter.get_total_flops()
+
+
+def measure_epochs(args):
+    """train.py's way of training against that of the seeds, data loading and augmentation included."""
+    job = {"depth": args.depths[0], "batch_size": args.batch_size, "precision": "fp32", "compiled": False,
+           "device": args.device, "task": "epochs", "images": args.whole_epochs}  # fmt: skip
+    reference = Process(job | {"candidate": REFERENCE})
+    process, reference = take_turns(job | {"candidate": "train.py"}, reference, times=4)
+    rows = [row_of(process, reference), row_of(reference, reference)]
+    reference.end()
+    for row in rows:
+        print_row(row)
     return rows
 
 
 def plot(rows, path):
-    """Bytes kept and peak memory against depth."""
+    """Memory against depth where there are several depths, else images per second of each row."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
+    if len({row["depth"] for row in rows}) > 1:
+        plot_memory(rows, figure)
+    else:
+        plot_speed(rows, figure)
+    figure.savefig(path, dpi=150)
+
+
+def plot_memory(rows, figure):
     panels = figure.subplots(1, 2)
     styles = {"naive": ("#D55E00", "-", "o"), "checkpoint": ("#0072B2", "--", "s"), "fused": ("#009E73", "-.", "^")}
-    titles = {"saved_mib": "kept by autograd (MiB)", "peak_mib": "peak of the process (MiB)"}
+    titles = {"saved_mib": "kept by autograd (MiB)", "peak_mib": "peak (MiB)"}
     for axes, (column, title) in zip(panels, titles.items(), strict=True):
-        for block, (color, line, marker) in styles.items():
-            points = [(row["depth"], row[column]) for row in rows if row["block"] == block]
-            axes.plot(*zip(*points, strict=True), color=color, linestyle=line, marker=marker, label=block)
+        for name, (color, line, marker) in styles.items():
+            points = [(row["depth"], row[column]) for row in rows if row["candidate"] == name]
+            if points:
+                axes.plot(*zip(*points, strict=True), color=color, linestyle=line, marker=marker, label=name)
         axes.set(xlabel="depth", ylabel=title, ylim=(0, None), xticks=sorted({row["depth"] for row in rows}))
         axes.grid(color="0.9", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(path, dpi=150)
 
 
-class Recorder:
-    """Stands in for a Triton kernel: notes what it is launched with instead of launching it."""
-
-    def __init__(self, kernel, launches):
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid):
-        def launch(*args, **constants):
-            self.launches.setdefault(self.variant(args, constants), self.kernel)
-
-        return launch
-
-    def variant(self, args, constants):
-        """What Triton compiles a kernel anew for: types of the arguments, which are divisible by 16, constants."""
-        kinds = {"torch.float32": "*fp32", "torch.bfloat16": "*bf16"}
-        types = tuple(kinds[str(a.dtype)] if isinstance(a, torch.Tensor) else "i32" for a in args)
-        aligned = tuple((a.data_ptr() if isinstance(a, torch.Tensor) else a) % 16 == 0 for a in args)
-        return self.kernel.__name__, types, aligned, tuple(sorted(constants.items()))
+def plot_speed(rows, figure):
+    names = [" ".join([r["candidate"], r["precision"], *["compiled"] * r["compiled"]]) for r in rows]
+    colors = ["#009E73" if row["candidate"] in BLOCKS else "0.6" for row in rows]
+    panels = figure.subplots(1, 2, sharey=True)
+    titles = {"images_per_second": "training (images/s)", "peak_mib": "peak of memory (MiB)"}
+    for axes, (column, title) in zip(panels, titles.items(), strict=True):
+        bars = axes.barh(names, [row[column] for row in rows], color=colors)
+        axes.bar_label(bars, fmt="{:,.0f}", padding=3)
+        axes.set_xlabel(title)
+        axes.margins(x=0.15)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].invert_yaxis()
 
 
-def record_launches(architecture):
-    """{variant: kernel} of all launches of a training step in bf16, every layer of every block. Runs no kernel."""
-    import fused
-    import kernels
-
-    launches, real = {}, {name: item for name, item in vars(kernels).items() if name.endswith("_kernel")}
-    for name, kernel in real.items():
-        setattr(kernels, name, Recorder(kernel, launches))
-    steps_for, fused.steps_for = fused.steps_for, lambda x: kernels
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [*BLOCKS, *peers.available()]
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images (default: %(default)s)")
+    parser.add_argument("--depths", type=int, nargs="+", default=[100], metavar="L", help="(default: 100)")
+    parser.add_argument("--candidates", nargs="+", choices=names, default=names, metavar="NAME",
+        help=f"of {', '.join(names)} (default: all)")  # fmt: skip
+    parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), metavar="NAME",
+        help="fp32, bf16 (default: fp32, and bf16 where the hardware has it)")  # fmt: skip
+    parser.add_argument("--compile", action="store_true", help="measure with torch.compile, too (minutes)")
+    parser.add_argument("--whole-epochs", type=int, metavar="N", help="time epochs of N images instead of steps")
+    parser.add_argument("--csv", metavar="FILE", help="write the rows there, too")
+    parser.add_argument("--plot", metavar="FILE", help="draw speed there or, with several depths, memory")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
     try:
-        model = DenseNet(**ARCHITECTURES[architecture], block="fused")
-        with torch.autocast("cpu", torch.bfloat16):
-            model(torch.randn(1, 3, 32, 32)).float().sum().backward()
-    finally:
-        fused.steps_for = steps_for
-        for name, kernel in real.items():
-            setattr(kernels, name, kernel)
-    return launches
-
-
-def compile_kernel(kernel, variant, capability):
-    """(registers, stack bytes, shared bytes) of a variant compiled for an NVIDIA GPU, without one."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    _, types, aligned, constants = variant
-    constants = dict(constants)
-    options = {"num_warps": constants.pop("num_warps", 4)}
-    names = kernel.arg_names
-    signature = dict(zip(names, types, strict=False)) | dict.fromkeys(constants, "constexpr")
-    attributes = {(i,): [["tt.divisibility", 16]] for i, even in enumerate(aligned) if even}
-    constants = {(names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK"))
-    return registers, stack, compiled.metadata.shared
-
-
-def print_kernels():
-    """Compile every variant that the paper's three BC networks launch; a row is the most that a kernel takes."""
-    os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"
-    os.environ.pop("TRITON_INTERPRET", None)  # the interpreter's kernels cannot be compiled
-    import triton
-
-    print(f"Triton {triton.__version__}; bf16; registers per thread, bytes of stack (spills) and of shared memory")
-    print("| network | target | kernel | variants | registers | stack | shared |\n|---|---|---|---|---|---|---|")
-    for name in ("densenet_bc_100_12", "densenet_bc_250_24", "densenet_bc_190_40"):
-        launches = record_launches(name)
-        for capability in (80, 90):
-            worst = {}
-            for variant, kernel in launches.items():
-                usage = compile_kernel(kernel, variant, capability)
-                worst.setdefault(variant[0], []).append(usage)
-            for kernel, usages in worst.items():
-                most = " | ".join(str(max(values)) for values in zip(*usages, strict=True))
-                print(f"| {name} | sm_{capability} | {kernel} | {len(usages)} | {most} |", flush=True)
-
-
-def check_args(args):
-    choose_device(args.device)
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size {args.batch_size}: needs at least one image")
-    for depth in args.depths:
-        layers_per_block(depth, bottleneck=True)
+        if args.batch_size < 1:
+            raise ValueError(f"--batch-size {args.batch_size}: needs at least one image")
+        for depth in args.depths:
+            layers_per_block(depth, bottleneck=True)
+        device = choose_device(args.device)
+    except ValueError as error:
+        parser.exit(2, f"bench.py: error: {error}\n")
+    args.precisions = args.precisions or list(dict.fromkeys(("fp32", choose_precision("auto", device)[1])))
+    return args, device
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images (default: %(default)s)")
-    parser.add_argument("--depths", type=int, nargs="+", default=[40, 70, 100, 130], help="(default: %(default)s)")
-    parser.add_argument("--csv", metavar="FILE", help="write the rows there, too")
-    parser.add_argument("--plot", metavar="FILE", help="draw memory against depth there")
-    parser.add_argument("--kernels", action="store_true", help="compile the Triton kernels, print their resources")
-    parser.add_argument("--serve", choices=BLOCKS, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    args, device = parse_args(argv)
     if args.serve:
-        return serve(args.serve, args.depths[0], args.batch_size, args.device)
-    if args.kernels:
-        return print_kernels()
-    try:
-        check_args(args)
-    except ValueError as error:
-        print(f"bench.py: error: {error}", file=sys.stderr)
-        return 2
-    here = provenance(choose_device(args.device))
-    print(f"torch {here['versions']['torch']}, {here['device']}, fp32, DenseNet-BC, k = 12")
+        return serve(json.loads(args.serve))
+    here = provenance(device)
+    print(f"torch {here['versions']['torch']}, {here['device']}, DenseNet-BC (k = 12), batch {args.batch_size}")
+    rows = measure_epochs(args) if args.whole_epochs else measure(args, make_floor(device, args.precisions))
     origin = {"device": here["device"], "torch": here["versions"]["torch"], "commit": here["commit"]}
-    rows = [row | origin for row in measure(args)]
     if args.csv:
         Path(args.csv).parent.mkdir(parents=True, exist_ok=True)
         with open(args.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+            writer = csv.DictWriter(file, rows[0] | origin, lineterminator="\n")
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows(row | origin for row in rows)
     if args.plot:
         plot(rows, args.plot)
     return 0

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 DATASETS = ("cifar10", "cifar100", "svhn", "digits", "folder")
 PAD = 4  # pixels by which the augmentation shifts an image at most (section 4.2 of the paper)
+NO_LABEL = -100  # F.cross_entropy passes over it
 STREAM_FROM = 128  # pixels: folders of images this large or larger are decoded anew in every epoch
 
 # Mean and standard deviation of each channel, of 255. CIFAR-10: fb.resnet.torch, which the paper's code builds on.
@@ -51,8 +52,8 @@ class Images:
     def to(self, device):
         return Images(self.pixels.to(device), self.labels.to(device))
 
-    def batches(self, batch_size, normalize, crop_fill=None):
-        return Batches(self, batch_size, normalize, crop_fill)
+    def batches(self, batch_size, normalize, crop_fill=None, share=(0, 1)):
+        return Batches(self, batch_size, normalize, crop_fill, share)
 
 
 @dataclass(frozen=True)
@@ -104,12 +105,13 @@ class Batches:
     """Batches of a split that lives on the device: no worker processes and no Python loop over images.
 
     ``crop_fill`` turns augmentation on and says what a shifted image shows beyond its border: "mean" (zero after
-    normalisation, as in the paper's Lua code) or "black" (zero before it, as in both seeds).
+    normalisation, as in the paper's Lua code) or "black" (zero before it, as in both seeds). ``share``, (rank, ranks),
+    gives a rank every ranks-th image of each batch, so that all ranks together see the batches of a single process.
     """
 
-    def __init__(self, images, batch_size, normalize, crop_fill=None):
+    def __init__(self, images, batch_size, normalize, crop_fill=None, share=(0, 1)):
         mean, std = torch.tensor(normalize, device=images.pixels.device)  # (3,) each
-        self.images, self.batch_size, self.crop_fill = images, batch_size, crop_fill
+        self.images, self.batch_size, self.crop_fill, self.share = images, batch_size, crop_fill, share
         self.scale, self.shift = 1 / std, -mean / std
 
     def __len__(self):
@@ -117,24 +119,31 @@ class Batches:
 
     def in_order(self):
         """Yield every image once, in order and unaugmented: ((B, 3, H, W) float32 channels last, (B,) int64)."""
-        for start in range(0, len(self.images), self.batch_size):
-            batch = self.images.select(slice(start, start + self.batch_size))
-            yield self.normalized(batch.pixels), batch.labels
+        for part, _ in shares(len(self.images), self.batch_size, self.share):
+            if part:
+                batch = self.images.select(slice(part.start, part.stop, part.step))
+                yield self.normalized(batch.pixels), batch.labels
 
     def shuffled(self, seed):
-        """Yield every image once, shuffled and, with ``crop_fill``, augmented. ``seed`` alone decides both."""
+        """Yield every image once, shuffled and, with ``crop_fill``, augmented. ``seed`` alone decides both.
+
+        With each batch comes the number of images that all ranks together have in it. A rank whose share is empty gets
+        an image with NO_LABEL, since it has to take part in the step.
+        """
         # All draws of an epoch are made at once and on the CPU, so that they do not depend on device or batch size.
         generator = torch.Generator().manual_seed(seed)
         count, device = len(self.images), self.images.labels.device
         order = torch.randperm(count, generator=generator).to(device)
         offsets = torch.randint(-PAD, PAD + 1, (count, 2), generator=generator).to(device)  # rows, columns
         flips = torch.randint(0, 2, (count,), generator=generator).bool().to(device)
-        for i in torch.arange(count, device=device).split(self.batch_size):
+        for part, images in shares(count, self.batch_size, self.share):
+            i = slice(part.start, part.stop, part.step) if part else slice(1)
             if self.crop_fill:
                 batch = self.crop_and_flip(order[i], offsets[i], flips[i])
             else:
                 batch = self.normalized(self.images.pixels[order[i]])
-            yield batch, self.images.labels[order[i]]
+            labels = self.images.labels[order[i]]
+            yield batch, labels if part else torch.full_like(labels, NO_LABEL), images
 
     def normalized(self, pixels):
         """(B, H, W, 3) uint8 → (B, 3, H, W) float32, channels last."""
@@ -160,6 +169,14 @@ class Batches:
         return self.normalized(batch) * inside[:, None]
 
 
+def shares(count, batch_size, share):
+    """For each batch of ``count`` images: the range of positions that a rank has in it, and the length of the batch."""
+    rank, ranks = share
+    for start in range(0, count, batch_size):
+        stop = min(start + batch_size, count)
+        yield range(start + rank, stop, ranks), stop - start
+
+
 @dataclass(frozen=True)
 class Files:
     """Image files and labels (N,) int64, decoded at ``image_size`` pixels when a batch asks for them."""
@@ -180,8 +197,8 @@ class Files:
     def to(self, device):
         return replace(self, device=device)
 
-    def batches(self, batch_size, normalize, crop_fill=None):
-        return StreamedBatches(self, batch_size, normalize, augment=bool(crop_fill))
+    def batches(self, batch_size, normalize, crop_fill=None, share=(0, 1)):
+        return StreamedBatches(self, batch_size, normalize, bool(crop_fill), share)
 
 
 class StreamedBatches:
@@ -190,7 +207,7 @@ class StreamedBatches:
     Augmentation and evaluation follow ImageNet practice: RandomResizedCrop and a flip; resize to 8/7 and centre crop.
     """
 
-    def __init__(self, files, batch_size, normalize, augment):
+    def __init__(self, files, batch_size, normalize, augment, share=(0, 1)):
         from torchvision.transforms import v2
 
         size = files.image_size
@@ -198,7 +215,7 @@ class StreamedBatches:
         finish = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
         whole = [v2.Resize(size * 8 // 7), v2.CenterCrop(size)]
         random = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
-        self.images, self.batch_size = files, batch_size
+        self.images, self.batch_size, self.share = files, batch_size, share
         self.plain = v2.Compose(whole + finish)
         self.augmented = v2.Compose(random + finish) if augment else self.plain
 
@@ -206,21 +223,25 @@ class StreamedBatches:
         return -(-len(self.images) // self.batch_size)
 
     def in_order(self):
-        return self._load(DecodedFiles(self.images, self.plain, seed=0))
+        parts = [list(part) for part, _ in shares(len(self.images), self.batch_size, self.share) if part]
+        yield from self._load(DecodedFiles(self.images, self.plain, seed=0), parts)
 
     def shuffled(self, seed):
-        generator = torch.Generator().manual_seed(seed)
-        return self._load(DecodedFiles(self.images, self.augmented, seed), shuffle=True, generator=generator)
+        order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(seed)).tolist()
+        parts = list(shares(len(order), self.batch_size, self.share))
+        positions = [[order[i] for i in part or [0]] for part, _ in parts]
+        batches = self._load(DecodedFiles(self.images, self.augmented, seed), positions)
+        for (part, images), (batch, labels) in zip(parts, batches, strict=True):
+            yield batch, labels if part else torch.full_like(labels, NO_LABEL), images
 
-    def _load(self, files, **options):
+    def _load(self, files, positions):
         device, workers = self.images.device, self.images.workers
         loader = torch.utils.data.DataLoader(
             files,
-            self.batch_size,
+            batch_sampler=positions,
             num_workers=workers,
             pin_memory="cuda" in str(device),
             worker_init_fn=leave_signals_to_parent,
-            **options,
         )
         try:
             for images, labels in loader:

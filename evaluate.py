@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import data
+import distributed
 from densenet import DenseNet
 from workdir import RunError, read_checkpoint
 
@@ -29,13 +30,15 @@ def predict(model, batches, amp):
 
 
 def evaluate(model, batches, amp):
-    """Mean cross-entropy loss and error in percent, averaged over images."""
+    """Mean cross-entropy loss and error in percent, averaged over the images of all ranks."""
     loss = wrong = images = 0
     for logits, labels in predict(model, batches, amp):
         loss = loss + F.cross_entropy(logits, labels, reduction="sum")  # summed on the device, read once below
         wrong = wrong + (logits.argmax(1) != labels).sum()
         images += len(labels)
-    return loss.item() / images, 100 * wrong.item() / images
+    sums = torch.tensor([float(loss), float(wrong), images], dtype=torch.float64)
+    loss, wrong, images = distributed.total(sums).tolist()
+    return loss / images, 100 * wrong / images
 
 
 def load_model(checkpoint):

@@ -148,7 +148,8 @@ def bottleneck_backward(d_out, gradient, end, saved, parameters, flags, shape):
     x, d = gradient.x[:, :end], gradient.d[:, :end]
     d_weight1, d_bias1, d_conv1 = steps.conv1x1_backward(d_relu, h, dh, x, d, norm1, conv1.flatten(1).to(h.dtype))
     gradient.defer(norm1, d_weight1, d_bias1)
-    d_conv1, d_conv2 = d_conv1.view_as(conv1).to(conv1.dtype), d_conv2.to(conv2.dtype)
+    d_conv1 = d_conv1.to(conv1.dtype).contiguous().as_strided(conv1.shape, conv1.stride())  # as DDP expects them
+    d_conv2 = d_conv2.to(conv2.dtype)
     return d_weight1, d_bias1, d_conv1, d_weight2, d_bias2, d_conv2
 
 

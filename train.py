@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
+import distributed
 import fused
 from densenet import ARCHITECTURES, BLOCKS, DenseNet
 from evaluate import choose_device, choose_precision, evaluate, set_up_device
@@ -202,6 +203,8 @@ def parse_args(argv=None):
     unset = object()
     given = vars(parser.parse_args(modernize(argv), argparse.Namespace(**dict.fromkeys(defaults, unset))))
     given = {name: value for name, value in given.items() if value is not unset}
+    if distributed.restarts() and (run_directory(given) / "latest.pth").exists():
+        given |= {"resume": True, "overwrite": False}
     checkpoint = None
     try:
         if given.get("resume") and given.get("overwrite"):
@@ -231,9 +234,13 @@ def resolve_defaults(defaults, given):
     return args
 
 
+def run_directory(given):
+    return Path(given.get("save") or f"work/{given.get('dataset', 'cifar10')}.base")
+
+
 def read_saved(given):
     """The checkpoint to resume, and its run's arguments. Raises where ``given`` would make it another run."""
-    path = Path(given.get("save") or f"work/{given.get('dataset', 'cifar10')}.base")
+    path = run_directory(given)
     Run(path).check(resume=True, overwrite=False)
     checkpoint = read_checkpoint(path / "latest.pth")
     saved = checkpoint["config"]["arguments"] | {"save": str(path), "resume": True, "overwrite": False}
@@ -261,6 +268,8 @@ def check_args(args):
         raise ValueError("--momentum 0 excludes Nesterov momentum: add --no-nesterov")
     if args.block == "fused" and args.drop_rate > 0:
         raise ValueError("--block fused has no dropout: choose naive or checkpoint, or leave out --drop-rate")
+    if args.batch_size < distributed.size():
+        raise ValueError(f"--batch-size {args.batch_size}: each of {distributed.size()} processes needs an image of it")
     choose_device(args.device)
     size = args.image_size if args.dataset in ("digits", "folder") else 32
     try:
@@ -302,22 +311,23 @@ def train_epoch(model, batches, optimizer, schedule, amp, bar):
     """
     model.train()
     log, total, refreshed = [], 0, time.monotonic()
-    for step, (images, labels) in enumerate(batches):
+    for step, (images, labels, count) in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = schedule(step)
         optimizer.zero_grad()
         with amp():
             logits = model(images)
-        loss = F.cross_entropy(logits.float(), labels)
-        loss.backward()
+        loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+        (loss * (distributed.size() / count)).backward()  # the gradient of the mean loss, once averaged over the ranks
         optimizer.step()
-        wrong = (logits.detach().argmax(1) != labels).sum()
-        log.append(torch.stack((loss.detach() * len(labels), wrong, torch.full_like(wrong, len(labels)))))
+        counted = labels != data.NO_LABEL
+        wrong = counted & (logits.detach().argmax(1) != labels)
+        log.append(torch.stack((loss.detach(), wrong.sum(), counted.sum())))
         total = total + log[-1]
-        bar.update(len(labels))
+        bar.update(count)
         if time.monotonic() - refreshed > 1:
             mean_loss, error = averages(total[None])
-            if not math.isfinite(mean_loss):
+            if not math.isfinite(mean_loss) and distributed.size() == 1:  # several ranks must stop at the same step
                 break
             bar.set_postfix(loss=f"{mean_loss:.3f}", error=f"{error:.1f} %")
             refreshed = time.monotonic()
@@ -325,8 +335,8 @@ def train_epoch(model, batches, optimizer, schedule, amp, bar):
 
 
 def read_log(log):
-    """Stack the per-step tensors of an epoch on the CPU. Raises NotFinite for the first loss that is not."""
-    steps = torch.stack(log).cpu().double()
+    """The per-step sums of an epoch over all ranks, on the CPU. Raises NotFinite for the first loss that is not."""
+    steps = distributed.total(torch.stack(log).cpu().double())
     broken = (~steps[:, 0].isfinite()).nonzero()
     if len(broken):
         raise NotFinite(int(broken[0]) + 1)
@@ -352,6 +362,13 @@ def log_row(epoch, loss, error):
     return {"epoch": round(epoch, 4), "loss": round(loss, 6), "error": round(error, 4)}
 
 
+def pick_device(args):
+    try:
+        return distributed.own_device(choose_device(args.device))
+    except ValueError as error:
+        raise RunError(str(error)) from error
+
+
 def load_data(args, device):
     dataset = data.load(args.dataset, args.data, args.image_size, args.workers, args.progress)
     if args.valid_size:
@@ -361,9 +378,9 @@ def load_data(args, device):
 
 def make_batches(args, dataset):
     """Batches by split: "train", "valid" where images are held out, "test"."""
-    fill = {"train": args.crop_fill} if args.augment else {}
+    fill, share = {"train": args.crop_fill} if args.augment else {}, (distributed.rank(), distributed.size())
     return {
-        name: split.batches(args.batch_size, dataset.normalize, fill.get(name))
+        name: split.batches(args.batch_size, dataset.normalize, fill.get(name), share)
         for name, split in dataset.splits.items()
     }
 
@@ -404,18 +421,22 @@ def go_on_from(checkpoint, args, dataset, options, here):
     checkpoint["config"]["resumed"].append(here | {"epoch": checkpoint["epoch"]})
 
 
-def train_and_test(args, epoch, model, optimizer, batches, amp):
-    """One epoch and its evaluations. Returns the new rows of each log."""
+def train_and_test(args, epoch, model, parallel, optimizer, batches, amp):
+    """One epoch and its evaluations. Returns the new rows of each log.
+
+    ``parallel`` is ``model``, wrapped where several ranks train it.
+    """
     device = next(model.parameters()).device
     epoch_seed = args.seed * 1_000_003 + epoch
-    torch.manual_seed(epoch_seed)  # dropout's masks
+    torch.manual_seed(epoch_seed + (distributed.rank() << 32))  # dropout's masks
 
     def schedule(step):
         return learning_rate(args, epoch, step / len(batches["train"]))
 
     start = time.monotonic()
     with progress_bar(args, epoch, batches["train"]) as bar:
-        steps = train_epoch(model, batches["train"].shuffled(epoch_seed), optimizer, schedule, amp, bar)
+        steps = train_epoch(parallel, batches["train"].shuffled(epoch_seed), optimizer, schedule, amp, bar)
+    distributed.average_statistics(model)
     costs = {
         "images_per_second": round(int(steps[:, 2].sum()) / (time.monotonic() - start), 1),
         "peak_memory_mib": round(peak_memory_mib(device), 1),
@@ -453,7 +474,9 @@ def print_epoch(args, rows, seconds):
     print("  ".join(parts), flush=True)
 
 
-def print_end(run):
+def print_end(args, first, run):
+    if first > args.epochs:
+        print(f"all {args.epochs} epochs are done; a larger --epochs goes further")
     final, best = run.rows["test"][-1], run.best("test")
     print(f"test error {final['error']:.2f} % after epoch {final['epoch']}, the last")
     if "valid" in run.rows:
@@ -467,43 +490,47 @@ def print_end(run):
 
 def train(args, checkpoint, run):
     """Train to the last epoch, writing into ``run``; ``checkpoint`` is the state to go on from, or None."""
-    device = choose_device(args.device)
+    device = distributed.together(pick_device, args)
     amp, precision = choose_precision(args.precision, device)
     set_up_device(device)
     set_up_torch(args)
-    dataset = load_data(args, device)
+    dataset = distributed.in_turn(load_data, args, device)
     model, options = make_model(args, dataset, device, choose_block(args, device, precision))
     optimizer = make_optimizer(args, model.parameters())
     here = provenance(device) | {"precision": precision, "block": model.blocks[0].block}
     if checkpoint is None:
         checkpoint = first_checkpoint(args, dataset, model, options, here)
     else:
-        go_on_from(checkpoint, args, dataset, options, here)
+        distributed.together(go_on_from, checkpoint, args, dataset, options, here)
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
     if args.compile:
         model.compile()
+    parallel = distributed.parallel(model)
 
     def state(epoch):
         return checkpoint | {"epoch": epoch, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
 
-    first, batches = checkpoint["epoch"] + 1, make_batches(args, dataset)
-    run.lock()
-    run.check(args.resume, args.overwrite)
-    if args.resume and read_checkpoint(run.path / "latest.pth")["epoch"] != checkpoint["epoch"]:
-        raise RunError(f"another process went on with {run.path} meanwhile: run again")
-    run.start(state(first - 1), clear=args.overwrite)
-    print_start(args, checkpoint["config"], here, dataset)
-    if first > args.epochs:
-        print(f"all {args.epochs} epochs are done; a larger --epochs goes further")
-    with Figures(run.path, args.plot) as figures:
+    def start():
+        run.lock()
+        run.check(args.resume, args.overwrite)
+        if args.resume and read_checkpoint(run.path / "latest.pth")["epoch"] != checkpoint["epoch"]:
+            raise RunError(f"another process went on with {run.path} meanwhile: run again")
+        run.start(state(checkpoint["epoch"]), clear=args.overwrite)
+        print_start(args, checkpoint["config"], here, dataset)
+
+    first, batches, writes = checkpoint["epoch"] + 1, make_batches(args, dataset), distributed.rank() == 0
+    distributed.by_first(start)
+    with Figures(run.path, args.plot and writes) as figures:
         for epoch in range(first, args.epochs + 1):
-            start = time.monotonic()
-            rows = train_and_test(args, epoch, model, optimizer, batches, amp)
-            run.finish_epoch(state(epoch), rows)
-            print_epoch(args, rows, time.monotonic() - start)
-            figures.redraw()
-    print_end(run)
+            begin = time.monotonic()
+            rows = train_and_test(args, epoch, model, parallel, optimizer, batches, amp)
+            if writes:
+                run.finish_epoch(state(epoch), rows)
+                print_epoch(args, rows, time.monotonic() - begin)
+                figures.redraw()
+    if writes:
+        print_end(args, first, run)
 
 
 def set_up_torch(args):
@@ -530,31 +557,43 @@ def interruptible():
 
 
 def main(argv=None):
-    args, checkpoint = parse_args(argv)
-    run = Run(args.save)
+    run = None
     try:
-        with interruptible(), run:
-            train(args, checkpoint, run)
+        with interruptible(), distributed.joined():
+            args, checkpoint = distributed.by_first(parse_args, argv)
+            run = Run(args.save)
+            with run:
+                train(args, checkpoint, run)
         return 0
+    except distributed.Elsewhere:
+        return 2
     except (data.DataError, RunError) as error:
         status, message = 2, f"error: {error}" + (f"; {saved(run)}" if run.epoch is not None else "")
     except NotFinite as error:
-        where = f"epoch {run.epoch + 1}, iteration {error.step}"
+        if distributed.rank() > 0:
+            return 3
+        where = f"epoch {error.epoch}, iteration {error.step}"
         status, message = 3, f"error: the loss is not finite in {where}; {saved(run)}"
     except OSError as error:
         status, message = 1, f"error: {error.filename or args.save}: {error.strerror or error}; {saved(run)}"
     except Interrupted as error:
         status, message = 128 + error.number, f"stopped; {saved(run)}"
-    print(f"train.py: {message}", file=sys.stderr)
+    except RuntimeError as error:
+        if not distributed.lost_rank(error):
+            raise
+        status, message = 1, f"error: another process of this run has ended; {saved(run)}"
+    if distributed.speaks():
+        print(f"train.py: {message}", file=sys.stderr)
     return status
 
 
 def saved(run):
     """What of a run that ended early is safe, and how to go on."""
-    if run.epoch is None:
+    if run is None or (run.epoch is None and distributed.rank() == 0):
         return "nothing was saved"
-    resume = shlex.join(["python", "train.py", "--save", str(run.path), "--resume"])
-    return f"epoch {run.epoch} is saved in {run.path / 'latest.pth'}; to go on: {resume}"
+    whole = f"epoch {run.epoch}" if distributed.rank() == 0 else "the last whole epoch"
+    resume = f"{distributed.launcher()} train.py --save {shlex.quote(str(run.path))} --resume"
+    return f"{whole} is saved in {run.path / 'latest.pth'}; to go on: {resume}"
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def test_augmentation_is_distributed_as_torchvision_does_it():
     count, size = 40_000, 10
     one = random_images(1, size)
     many = Images(one.pixels.repeat(count, 1, 1, 1), one.labels.repeat(count))
-    ours = torch.cat([x for x, _ in many.batches(1000, ((0.0,) * 3, (1.0,) * 3), "black").shuffled(3)])
+    ours = torch.cat([x for x, *_ in many.batches(1000, ((0.0,) * 3, (1.0,) * 3), "black").shuffled(3)])
     transform = v2.Compose([v2.RandomCrop(size, padding=4), v2.RandomHorizontalFlip()])
     torch.manual_seed(0)
     theirs = torch.stack([transform(one.pixels[0].permute(2, 0, 1)) for _ in range(count // 4)]).float()
@@ -66,21 +66,46 @@ def test_every_image_once_in_an_order_that_the_seed_decides():
     batches = images.batches(16, ((0.0,) * 3, (1.0,) * 3))
 
     def order(seed):
-        return torch.cat([x[:, 0, 0, 0] for x, _ in batches.shuffled(seed)])
+        return torch.cat([x[:, 0, 0, 0] for x, *_ in batches.shuffled(seed)])
 
     assert sorted(order(1).tolist()) == list(range(50))
     assert torch.equal(order(1), order(1))
     assert not torch.equal(order(1), order(2))
-    assert [len(y) for _, y in batches.shuffled(1)] == [16, 16, 16, 2]
+    assert [len(y) for _, y, _ in batches.shuffled(1)] == [16, 16, 16, 2]
     assert len(batches) == 4
     assert torch.equal(torch.cat([y for _, y in batches.in_order()]), images.labels)
-    x, y = next(iter(batches.shuffled(5)))
+    x, y, _ = next(iter(batches.shuffled(5)))
     assert torch.equal(y, images.labels[x[:, 0, 0, 0].long()])
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_shares_of_the_ranks_make_the_batches_of_one_process(ranks):
+    images = random_images(17)  # in batches of 8: 8, 8 and 1, which is fewer than the ranks
+    whole = list(images.batches(8, NORMALIZE, "mean").shuffled(4))
+    parts = [list(images.batches(8, NORMALIZE, "mean", (rank, ranks)).shuffled(4)) for rank in range(ranks)]
+    for step, (x, labels, count) in enumerate(whole):
+        assert count == len(x)
+        for rank in range(ranks):
+            part_x, part_labels, part_count = parts[rank][step]
+            assert part_count == count
+            if rank < count:
+                assert torch.equal(part_x, x[rank::ranks]) and torch.equal(part_labels, labels[rank::ranks])
+            else:
+                assert part_labels.tolist() == [data.NO_LABEL]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_ranks_evaluate_every_image_once(ranks, tmp_path):
+    streamed = data.load("folder", write_folder(tmp_path, size=(140, 130)), image_size=128).train
+    for images in (random_images(17), streamed):
+        shares = [images.batches(4, NORMALIZE, share=(rank, ranks)) for rank in range(ranks)]
+        labels = torch.cat([y for batches in shares for _, y in batches.in_order()])
+        assert torch.equal(labels.sort()[0], images.labels.sort()[0])
 
 
 def test_augmentation_does_not_depend_on_the_batch_size():
     images = random_images(50)
-    small, large = (torch.cat([x for x, _ in images.batches(n, NORMALIZE, "mean").shuffled(9)]) for n in (7, 50))
+    small, large = (torch.cat([x for x, *_ in images.batches(n, NORMALIZE, "mean").shuffled(9)]) for n in (7, 50))
     assert torch.equal(small, large)
 
 
@@ -224,15 +249,15 @@ def test_large_images_are_streamed_behind_the_same_interface(tmp_path):
     batches = dataset.train.batches(4, dataset.normalize, "mean")
     assert len(batches) == 2
     first = list(batches.shuffled(1))
-    assert [x.shape for x, _ in first] == [(4, 3, 128, 128), (2, 3, 128, 128)]
+    assert [x.shape for x, *_ in first] == [(4, 3, 128, 128), (2, 3, 128, 128)]
     # The same images and augmentation whatever the batch size and the number of workers, others for another seed.
     other = data.load("folder", root, image_size=128, workers=2).train.batches(6, dataset.normalize, "mean")
-    [(x, y)] = other.shuffled(1)
-    assert torch.equal(x, torch.cat([x for x, _ in first])) and torch.equal(y, torch.cat([y for _, y in first]))
+    [(x, y, _)] = other.shuffled(1)
+    assert torch.equal(x, torch.cat([x for x, *_ in first])) and torch.equal(y, torch.cat([y for _, y, _ in first]))
     assert not torch.equal(x, next(other.shuffled(2))[0])
     largest = (2**32 - 1) * 1_000_003 + 300  # what train.py makes of the largest --seed
     assert len(list(batches.shuffled(largest))) == 2
-    assert sorted(torch.cat([y for _, y in first]).tolist()) == [0, 0, 0, 1, 1, 1]
+    assert sorted(torch.cat([y for _, y, _ in first]).tolist()) == [0, 0, 0, 1, 1, 1]
     labels = torch.cat([y for _, y in dataset.limit(train=3).train.batches(4, dataset.normalize).in_order()])
     assert labels.tolist() == [0, 1, 0]
     held = dataset.hold_out(2, seed=1)
@@ -289,7 +314,7 @@ def test_cifar_archives(tmp_path, monkeypatch, name, images):
     assert (len(dataset.train), len(dataset.test)) == (images, 20)
     assert dataset.classes[3] == "class 3" and len(dataset.classes) == int(name[5:])
     assert torch.equal(dataset.train.pixels[0], torch.from_numpy(first.reshape(3, 32, 32)).permute(1, 2, 0))
-    x, _ = next(dataset.train.batches(16, dataset.normalize, "mean").shuffled(1))
+    x, *_ = next(dataset.train.batches(16, dataset.normalize, "mean").shuffled(1))
     assert x.shape == (16, 3, 32, 32)
 
 

@@ -1,0 +1,164 @@
+"""One run in several processes, the ranks that torchrun starts: who computes what, and how all of them end together.
+
+Without torchrun there is one rank, and nothing here communicates.
+"""
+
+import contextlib
+import inspect
+import os
+import socket
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+
+class Elsewhere(Exception):
+    """Another rank has failed; it says why, this one only has to end."""
+
+
+def size():
+    """The number of ranks."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank():
+    """This process's number, from 0, on all machines together."""
+    return int(os.environ.get("RANK", 0))
+
+
+def local_rank():
+    """This process's number, from 0, on its machine."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def restarts():
+    """How often torchrun has started the ranks anew because one of them died (--max-restarts)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+@contextlib.contextmanager
+def joined():
+    """A context in which the ranks can communicate: NCCL between GPUs, gloo between CPUs."""
+    if size() == 1:
+        yield
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(local_rank() % torch.cuda.device_count())  # before any rank makes a context on GPU 0
+    # After a restart torchrun may serve the store of the attempt before, whose addresses answer no more.
+    store, *_ = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"attempt {restarts()}", store)
+    dist.init_process_group(backend, store=store, rank=rank(), world_size=size())
+    yield
+    dist.destroy_process_group()  # not after an exception: the others may be waiting in a collective
+
+
+def own_device(device):
+    """The device of this rank, of the kind of ``device``. Raises ValueError where there are not enough."""
+    if size() == 1 or device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise ValueError(f"--device {device.type} runs one process: leave out torchrun, or use --device cpu")
+    if device.index is not None:
+        raise ValueError(f"--device {device}: each of several processes takes a GPU of its own, so use --device cuda")
+    processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    if processes > gpus:
+        raise ValueError(
+            f"{processes} processes, but {gpus} GPUs on {socket.gethostname()}: use --nproc_per_node={gpus}, "
+            "or --device cpu"
+        )
+    return torch.device("cuda", local_rank())
+
+
+def gather(value):
+    """The values of all ranks, in a list, on every rank."""
+    values = [value] * size()
+    if size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def together(function, *args):
+    """Call a function on every rank. Where it fails on some, the first of them raises its exception, all others
+    Elsewhere: no rank goes on to wait for one that has ended."""
+    result = error = None
+    try:
+        result = function(*args)
+    except (Exception, SystemExit) as failure:
+        error = failure
+    failed = [number for number, fine in enumerate(gather(error is None)) if not fine]
+    if failed and failed[0] == rank():
+        raise error
+    if failed:
+        raise Elsewhere(f"rank {failed[0]} failed")
+    return result
+
+
+def by_first(function, *args):
+    """Call a function on rank 0 alone and return its result on every rank."""
+    result = [together(lambda: function(*args) if rank() == 0 else None)]
+    if size() > 1:
+        dist.broadcast_object_list(result, src=0)
+    return result[0]
+
+
+def in_turn(function, *args):
+    """Call a function on the first rank of each machine, then on the others, which find what it left on the disk."""
+    for turn in (True, False):
+        mine = (local_rank() == 0) == turn
+        outcome = together(lambda mine=mine: function(*args) if mine else None)
+        if mine:
+            result = outcome
+    return result
+
+
+def share(items):
+    """This rank's part of a batch: every size-th item."""
+    return items[rank() :: size()]
+
+
+def parallel(model):
+    """The model as training calls it: its gradients become the mean over the ranks."""
+    if size() == 1:
+        return model
+    # Running statistics are averaged once per epoch, not copied from rank 0 in every step. Newer releases renamed this.
+    names = inspect.signature(DistributedDataParallel).parameters
+    copies = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **{copies: False})
+
+
+def total(tensor):
+    """The sum of a tensor over the ranks, in place."""
+    if size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def average_statistics(model):
+    """Give every rank the mean of the ranks' running statistics, each measured on its own share of the batches."""
+    if size() == 1:
+        return
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            total(buffer).div_(size())
+
+
+def lost_rank(error):
+    """Whether an exception tells that another rank cannot be reached any more."""
+    return size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+
+def speaks():
+    """Whether this rank says what ended the run: rank 0, and others that may have outlived it."""
+    return rank() <= 1 or local_rank() == 0
+
+
+def launcher():
+    """The beginning of the command that starts such a run."""
+    if size() == 1:
+        return "python"
+    machines = os.environ.get("GROUP_WORLD_SIZE", "1")
+    several = "" if machines == "1" else f"--nnodes={machines} … "
+    return f"torchrun {several}--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"

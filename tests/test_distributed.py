@@ -1,0 +1,201 @@
+"""Several gloo ranks on the CPU: they compute what one process computes, and they end together."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY
+
+import data
+import distributed
+from densenet import BLOCKS, DenseNet
+from evaluate import evaluate
+from train import train_epoch
+
+ROOT = Path(__file__).parent.parent
+BATCH_SIZE, IMAGES = 10, 31  # the last batch has one image, fewer than there are ranks
+
+
+def torchrun(ranks, script, *args, options=()):
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", *options, script, *args]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finished(process, status):
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == status, output
+    return output
+
+
+def lines_of_ours(output):
+    return [line for line in output.splitlines() if line.startswith("train.py: ")]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+# One epoch of each block in float64, by several ranks or by one process that splits its batches as they do.
+
+
+def make(block):
+    torch.manual_seed(0)
+    model = DenseNet(depth=10, growth_rate=4, block=block).double()
+    return model, torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, nesterov=True)
+
+
+def dataset():
+    return data.load("digits", None, image_size=8).limit(IMAGES, 101)
+
+
+def as_double(batches):
+    return ((x.double(), *rest) for x, *rest in batches)
+
+
+def train_and_evaluate():
+    """What each rank does: trains every block, evaluates, and on rank 0 writes what came out."""
+    results, digits = {}, dataset()
+    share = distributed.rank(), distributed.size()
+    no_amp, bar = contextlib.nullcontext, type("Bar", (), {"update": lambda self, count: None})()
+    with distributed.joined():
+        for block in BLOCKS:
+            model, optimizer = make(block)
+            batches = digits.train.batches(BATCH_SIZE, digits.normalize, "mean", share)
+            parallel = distributed.parallel(model)
+            steps = train_epoch(parallel, as_double(batches.shuffled(1)), optimizer, lambda step: 0.1, no_amp, bar)
+            test = digits.test.batches(BATCH_SIZE, digits.normalize, None, share)
+            torch.manual_seed(1)  # a model that all ranks have, whatever the statistics of their batches
+            fresh = DenseNet(depth=10, growth_rate=4)
+            statistics = model.norm.running_mean.clone()
+            distributed.average_statistics(model)
+            results[block] = {
+                "parameters": dict(model.named_parameters()),
+                "steps": steps,
+                "test": evaluate(fresh, test, no_amp),
+                "statistics": distributed.gather((statistics, model.norm.running_mean)),
+            }
+    if distributed.rank() == 0:
+        torch.save(results, sys.argv[1])
+
+
+def reference(block, ranks):
+    """The parameters after the same epoch in one process, whose batch norms see one share of a batch after the other."""
+    model, optimizer = make(block)
+    digits = dataset()
+    batches = digits.train.batches(BATCH_SIZE, digits.normalize, "mean")
+    for x, labels, count in as_double(batches.shuffled(1)):
+        optimizer.zero_grad()
+        for rank in range(min(ranks, count)):
+            logits = model(x[rank::ranks]).float()  # as train_epoch does
+            (F.cross_entropy(logits, labels[rank::ranks], reduction="sum") / count).backward()
+        optimizer.step()
+    return dict(model.named_parameters())
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_ranks_train_and_evaluate_like_one_process(ranks):
+    finished(torchrun(ranks, __file__, "results.pt"), 0)
+    results, digits = torch.load("results.pt"), dataset()
+    torch.manual_seed(1)
+    fresh = DenseNet(depth=10, growth_rate=4)
+    loss, error = evaluate(fresh, digits.test.batches(101, digits.normalize), contextlib.nullcontext)
+    for block, result in results.items():
+        for name, value in reference(block, ranks).items():
+            torch.testing.assert_close(result["parameters"][name], value, rtol=1e-5, atol=1e-6, msg=lambda m, k=f"{block} {name}": f"{k}: {m}")
+        assert result["steps"][:, 2].tolist() == [10, 10, 10, 1]
+        assert result["test"][1] == error
+        assert result["test"][0] == pytest.approx(loss, rel=1e-6)
+        own, averaged = zip(*result["statistics"], strict=True)
+        assert not torch.equal(own[0], own[1])  # each rank has seen images of its own
+        for mean in averaged:
+            torch.testing.assert_close(mean, sum(own) / ranks)
+
+
+# Whole runs of train.py.
+
+RUN = [*TINY, "--batch-size", "7", "--save", "run"]
+
+
+def kill_rank_1_after(epoch, process):
+    """SIGKILL as soon as the checkpoint of ``epoch`` is there."""
+    latest = Path("run/latest.pth")
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(OSError, EOFError, RuntimeError, psutil.Error):
+            if torch.load(latest, weights_only=True)["epoch"] >= epoch:
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    if child.environ().get("RANK") == "1" and "train.py" in " ".join(child.cmdline()):
+                        child.kill()
+                        return
+        time.sleep(0.05)
+    pytest.fail("no rank to kill: " + process.communicate()[0])
+
+
+def assert_logs_are_whole(epochs):
+    for name in ("train", "test"):
+        assert pd.read_csv(f"run/{name}.csv")["epoch"].tolist() == list(range(1, epochs + 1))
+
+
+def test_a_killed_rank_ends_the_run_and_another_number_of_ranks_resumes_it():
+    process = torchrun(2, str(ROOT / "train.py"), *RUN, "--epochs", "300")
+    kill_rank_1_after(2, process)
+    output = finished(process, 1)
+    [line] = lines_of_ours(output)
+    assert "is saved in run/latest.pth; to go on: torchrun --nproc_per_node=2 train.py --save run --resume" in line
+    epoch = torch.load("run/latest.pth", weights_only=True)["epoch"]
+    output = finished(torchrun(3, str(ROOT / "train.py"), "--save", "run", "--resume", "--epochs", str(epoch + 2)), 0)
+    assert output.count("images/s") == 2  # one rank speaks for all
+    assert_logs_are_whole(epoch + 2)
+    assert json.loads(Path("run/config.json").read_text())["resumed"][0]["epoch"] == epoch
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_run_from_its_last_checkpoint():
+    process = torchrun(2, str(ROOT / "train.py"), *RUN, "--epochs", "12", options=["--max-restarts=1"])
+    kill_rank_1_after(2, process)
+    finished(process, 0)
+    assert_logs_are_whole(12)
+    assert json.loads(Path("run/config.json").read_text())["resumed"][0]["epoch"] >= 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batch-size", "1"], "--batch-size 1: each of 2 processes needs an image of it"),
+        (["--dataset", "folder", "--data", "nowhere"], "nowhere/train is missing"),
+    ],
+)
+def test_a_mistake_is_told_once_and_ends_all_ranks(flags, message):
+    process = torchrun(2, str(ROOT / "train.py"), *TINY, "--save", "run", *flags)
+    output = finished(process, 1)  # torchrun's own status
+    [line] = lines_of_ours(output)
+    assert line.startswith("train.py: error: ") and message in line
+    assert "exitcode  : 2" in output
+    assert not Path("run").exists()
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"2 processes, but 1 GPUs on .*: use --nproc_per_node=1, or --device cpu"):
+        distributed.own_device(torch.device("cuda"))
+    with pytest.raises(ValueError, match="so use --device cuda"):
+        distributed.own_device(torch.device("cuda", 1))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert distributed.own_device(torch.device("cuda")) == torch.device("cuda", 1)
+
+
+if __name__ == "__main__":
+    train_and_evaluate()
