@@ -22,7 +22,7 @@ from densenet import BLOCKS, DenseNet, layers_per_block
 from evaluate import choose_device, choose_precision, set_up_device
 from workdir import peak_memory_mib, provenance
 
-STEPS = 7  # timed, after one that is not
+STEPS = 5  # timed, after one that is not
 REFERENCE = "bamos"  # the way both seeds train: contiguous fp32, eager, concatenation
 CHECKED_IMAGES = 8
 
@@ -120,8 +120,8 @@ def serve(job):
     device = choose_device(job["device"])
     if job["candidate"] in BLOCKS:
         set_up_device(device)
-    if job["task"] == "check":
-        print(json.dumps(check(job, device)))
+    if job["task"] in ("check", "profile"):
+        print(json.dumps({"check": check, "profile": profile}[job["task"]](job, device)))
         return
     if job["task"] == "epochs":
         train, infer = peers.epoch_functions(job["candidate"], job["depth"], job["batch_size"], job["images"], device)
@@ -134,6 +134,26 @@ def serve(job):
         if device.type == "cuda":
             torch.cuda.synchronize()
         print(json.dumps([time.perf_counter() - start, peak_memory_mib(device)]), flush=True)
+
+
+def profile(job, device):
+    """The ten operations that take most of a training step, as a table; our loops stand under SharedBuffer."""
+    from torch.profiler import ProfilerActivity, profile
+
+    train, _ = step_functions(job, device)
+    train()
+    activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * (device.type == "cuda")]
+    with profile(activities=activities) as profiler:
+        train()
+    kind = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    operations = sorted(profiler.key_averages(), key=lambda operation: -getattr(operation, kind))
+    total = sum(getattr(operation, kind) for operation in operations)
+    lines = [f"| {job['candidate']}, {job['precision']}: operation | calls | ms | share |", "|---|---|---|---|"]
+    for operation in operations[:10]:
+        spent = getattr(operation, kind)
+        name = operation.key.removeprefix("aten::")
+        lines.append(f"| {name} | {operation.count} | {spent / 1000:.0f} | {100 * spent / total:.0f} % |")
+    return "\n".join([*lines, f"| all | | {total / 1000:.0f} | |\n"])
 
 
 class Process:
@@ -168,15 +188,16 @@ class Process:
 # The table.
 
 
-def errors_of(job):
-    process = Process(job | {"task": "check"})
+def answer(job, task):
+    """What a candidate's process says that is started for one question."""
+    process = Process(job | {"task": task})
     process.end()
     return process.ready
 
 
 def assert_right(job, naive_errors):
     """Exit where a candidate's error against float64 is more than twice naive's in the same precision."""
-    errors = errors_of(job)
+    errors = answer(job, "check")
     if not all(error <= 2 * allowed + 1e-6 for error, allowed in zip(errors, naive_errors, strict=True)):
         wrong = ", ".join(f"{value:.1e}" for value in errors)
         sys.exit(f"bench.py: error: {job['candidate']} computes something else (relative errors {wrong}): not timed")
@@ -200,7 +221,7 @@ def measure(args, floor):
     for job in jobs_of(args):
         kind = job["depth"], job["precision"]
         if kind not in naive_errors:
-            naive_errors[kind] = errors_of(job | {"candidate": "naive", "compiled": False})
+            naive_errors[kind] = answer(job | {"candidate": "naive", "compiled": False}, "check")
         job |= assert_right(job, naive_errors[kind])
         if reference is None or reference.job["depth"] != job["depth"]:
             reference = reference and reference.end()
@@ -239,8 +260,8 @@ def row_of(process, reference):
 def print_row(row):
     name = " ".join([row["candidate"], row["precision"], *["compiled"] * row["compiled"]])
     speed = f"{row['ms']:8.1f} ms ({row['ms_20']:.1f} … {row['ms_80']:.1f})  {row['images_per_second']:8.1f} images/s"
-    ratios = f"× {row['times_as_fast']:.2f}  inference {row['infer_images_per_second']:.1f} × {row['infer_times_as_fast']}"
-    print(f"L={row['depth']:<4}{name:28}{speed}  {ratios}  {row['peak_mib']:,} MiB", flush=True)
+    inference = f"inference {row['infer_images_per_second']:.1f} images/s × {row['infer_times_as_fast']:.2f}"
+    print(f"L={row['depth']:<4}{name:28}{speed} × {row['times_as_fast']:.2f}  {inference}  {row['peak_mib']:,} MiB", flush=True)
 
 
 def hardware(device, precision):
@@ -316,7 +337,7 @@ def plot(rows, path):
     """Memory against depth where there are several depths, else images per second of each row."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
     if len({row["depth"] for row in rows}) > 1:
         plot_memory(rows, figure)
     else:
@@ -365,6 +386,7 @@ def parse_args(argv=None):
         help="fp32, bf16 (default: fp32, and bf16 where the hardware has it)")  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="measure with torch.compile, too (minutes)")
     parser.add_argument("--whole-epochs", type=int, metavar="N", help="time epochs of N images instead of steps")
+    parser.add_argument("--profile", action="store_true", help="print where a training step's time goes instead")
     parser.add_argument("--csv", metavar="FILE", help="write the rows there, too")
     parser.add_argument("--plot", metavar="FILE", help="draw speed there or, with several depths, memory")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
@@ -387,6 +409,10 @@ def main(argv=None):
         return serve(json.loads(args.serve))
     here = provenance(device)
     print(f"torch {here['versions']['torch']}, {here['device']}, DenseNet-BC (k = 12), batch {args.batch_size}")
+    if args.profile:
+        for job in jobs_of(args):
+            print(answer(job, "profile"), flush=True)
+        return 0
     rows = measure_epochs(args) if args.whole_epochs else measure(args, make_floor(device, args.precisions))
     origin = {"device": here["device"], "torch": here["versions"]["torch"], "commit": here["commit"]}
     if args.csv:

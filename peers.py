@@ -46,7 +46,9 @@ def reentrant(layers, x):
 def torchvision(ours, memory_efficient=False):
     from torchvision.models import DenseNet as Theirs
 
-    return with_our_weights(Theirs(**shape_of(ours), memory_efficient=memory_efficient), ours)
+    channels = ours.stem.conv.out_channels
+    theirs = Theirs(**shape_of(ours), num_init_features=channels, memory_efficient=memory_efficient)
+    return with_our_weights(theirs, ours)
 
 
 def timm(ours, memory_efficient=False):
@@ -58,9 +60,8 @@ def timm(ours, memory_efficient=False):
 def shape_of(ours):
     """Arguments of torchvision's and timm's DenseNet."""
     layers = tuple(len(block.layers) for block in ours.blocks)
-    channels, growth_rate = ours.stem.conv.out_channels, ours.blocks[0].layers[0].conv2.out_channels
-    classes = ours.classifier.out_features
-    return dict(growth_rate=growth_rate, block_config=layers, num_init_features=channels, num_classes=classes)
+    growth_rate = ours.blocks[0].layers[0].conv2.out_channels
+    return dict(growth_rate=growth_rate, block_config=layers, num_classes=ours.classifier.out_features)
 
 
 def with_our_weights(theirs, ours):
@@ -129,13 +130,11 @@ def seed_epochs(depth, batch_size, images, device):
     normalize = transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
     augment = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
     finish = [transforms.ToTensor(), normalize]
-    loaders = {
-        training: torch.utils.data.DataLoader(
-            Images(images, transforms.Compose(augment + finish if training else finish)),
-            batch_size, shuffle=training, num_workers=1, pin_memory=device.type == "cuda",
-        )  # fmt: skip
-        for training in (True, False)
-    }
+    pin = device.type == "cuda"
+    loaders = {}
+    for training in (True, False):
+        transformed = Images(images, transforms.Compose(augment + finish if training else finish))
+        loaders[training] = torch.utils.data.DataLoader(transformed, batch_size, training, num_workers=1, pin_memory=pin)
     model = DenseNet(depth=depth).to(device)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4, foreach=False)
 

@@ -2,6 +2,7 @@
 
 Example: python plot.py work/digits.base
          python plot.py work/sgd work/adam --out images --format svg --smooth 3
+         python plot.py --mean work/sgd.1 work/sgd.2 work/sgd.3 --mean work/adam.1 work/adam.2 work/adam.3
 
 Reads the logs of train.py, of bamos/densenet.pytorch (train.csv, test.csv without header) and of
 gpleiss/efficient_densenet_pytorch (results.csv).
@@ -9,9 +10,10 @@ gpleiss/efficient_densenet_pytorch (results.csv).
 
 import argparse
 import io
+import itertools
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib
@@ -33,12 +35,15 @@ class LogError(Exception):
 class Log:
     """The logs of one run: split → table with the columns epoch, loss, error (percent) and, if known, lr.
 
-    ``fine`` holds rows within epochs; ``tables["train"]`` then holds the epochs' averages.
+    ``fine`` holds rows within epochs; ``tables["train"]`` then holds the epochs' averages. Of a mean over several runs,
+    ``deviations`` holds the standard deviations, split → table, and ``runs`` counts the runs.
     """
 
     name: str
     tables: dict
     fine: pd.DataFrame | None = None
+    deviations: dict = field(default_factory=dict)
+    runs: int = 1
 
     @property
     def headline(self):
@@ -117,6 +122,25 @@ def read_results(name, results):
     return Log(name, tables)
 
 
+def mean_log(logs):
+    """The mean of several runs, over the epochs that all of them have, as a Log."""
+    names = [log.name for log in logs]
+    alike = sum(1 for _ in itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False)))
+    name = names[0][:alike].rstrip(".-_ ") or ", ".join(names)
+    tables, deviations = {}, {}
+    for split in ("train", "valid", "test"):
+        parts = [log.tables[split] for log in logs if split in log.tables]
+        if len(parts) < len(logs):
+            continue
+        grouped = pd.concat(parts).groupby("epoch")
+        whole = grouped.size() == len(logs)
+        if not whole.any():
+            raise LogError(f"{', '.join(names)}: --mean needs runs that have epochs in common")
+        tables[split] = grouped.mean()[whole].reset_index()
+        deviations[split] = grouped[["loss", "error"]].std()[whole].reset_index()
+    return Log(f"{name}, mean of {len(logs)}", tables, deviations=deviations, runs=len(logs))
+
+
 def smooth(table, epochs):
     """Rolling mean over the last ``epochs`` epochs."""
     if not epochs:
@@ -141,6 +165,9 @@ def summary(log):
     if split not in log.tables:
         return log.name
     table = log.tables[split]
+    if log.runs > 1:
+        final, spread = table.iloc[-1], log.deviations[split].iloc[-1]
+        return f"{split} error: final {final.error:.2f} ± {spread.error:.2f} % (epoch {final.epoch:.0f})"
     final, best = table.iloc[-1], table.loc[table.error.idxmin()]
     text = f"{split} error: final {final.error:.2f} % (epoch {final.epoch:.0f}), "
     text += f"best {best.error:.2f} % (epoch {best.epoch:.0f})"
@@ -163,6 +190,10 @@ def draw(axes, logs, quantity, scale, smooth_epochs):
             marker = "o" if len(table) == 1 else None
             line = smooth(table, smooth_epochs)
             axes.plot(line.epoch, line[quantity], label=label, marker=marker, **style)
+            if split in log.deviations and split == log.headline:
+                band = smooth(log.deviations[split], smooth_epochs)[quantity]
+                low, high = line[quantity] - band, line[quantity] + band
+                axes.fill_between(line.epoch, low, high, color=color, alpha=0.2, linewidth=0)
     for epoch in sorted({epoch for log in logs for epoch in drops(log.tables.get("train", pd.DataFrame()))}):
         axes.axvline(epoch, color="0.6", linestyle=(0, (1, 2)), linewidth=1, zorder=0)
     axes.set(xlabel="epoch", ylabel="cross-entropy loss (nats)" if quantity == "loss" else "error (%)", yscale=scale)
@@ -201,16 +232,21 @@ def save(figure, path):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="DIR", help="run directories; several are drawn over each other")
+    parser.add_argument("runs", nargs="*", metavar="DIR", help="run directories; several are drawn over each other")
+    parser.add_argument("--mean", nargs="+", action="append", default=[], metavar="DIR",
+        help="runs that differ in their seed: draw their mean, and as a band one standard deviation; repeatable")  # fmt: skip
     parser.add_argument("--out", metavar="DIR", help="where figures go (default: DIR; of several, here)")
     parser.add_argument("--format", choices=("png", "pdf", "svg"), default="png", help="(default: %(default)s)")
     parser.add_argument("--smooth", type=float, default=0, metavar="EPOCHS", help="rolling mean (default: none)")
     parser.add_argument("--loss-scale", choices=("log", "linear"), default="log", help="(default: %(default)s)")
     parser.add_argument("--error-scale", choices=("log", "linear"), default="linear", help="(default: %(default)s)")
     args = parser.parse_args(argv)
-    out = Path(args.out or (args.runs[0] if len(args.runs) == 1 else "."))
+    out = Path(args.out or (args.runs[0] if len(args.runs) == 1 and not args.mean else "."))
     try:
+        if not args.runs and not args.mean:
+            raise LogError("name a run directory, such as work/cifar10.base")
         logs = [read_log(run) for run in args.runs]
+        logs += [mean_log([read_log(run) for run in group]) for group in args.mean]
         out.mkdir(parents=True, exist_ok=True)
         for name, quantities in FIGURES.items():
             figure = make_figure(logs, quantities, {"loss": args.loss_scale, "error": args.error_scale}, args.smooth)

@@ -143,3 +143,31 @@ def test_a_file_is_no_run_directory(tmp_path, capsys):
 def test_imports_no_torch():
     program = "import sys, plot; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=Path(plot.__file__).parent).returncode == 0
+
+
+def write_seeds(folder, count=3):
+    runs = []
+    for seed in range(1, count + 1):
+        run = write_ours(folder / f"sgd.{seed}", epochs=4 + seed)
+        rows = "".join(f"{epoch},1,{10 * seed / epoch}\n" for epoch in range(1, 5 + seed))
+        (run / "test.csv").write_text("epoch,loss,error\n" + rows)
+        runs.append(str(run))
+    return runs
+
+
+def test_mean_and_standard_deviation_over_seeds(tmp_path):
+    log = plot.mean_log([plot.read_log(run) for run in write_seeds(tmp_path)])
+    assert log.name == "sgd, mean of 3"
+    assert log.tables["test"].epoch.tolist() == [1, 2, 3, 4, 5]  # the shortest run has five
+    assert log.tables["test"].error.tolist() == pytest.approx([20 / e for e in range(1, 6)])
+    assert log.deviations["test"].error.tolist() == pytest.approx([10 / e for e in range(1, 6)])
+    assert plot.summary(log) == "test error: final 4.00 ± 2.00 % (epoch 5)"
+
+
+def test_draws_means_beside_runs(tmp_path, capsys):
+    one = str(write_ours(tmp_path / "adam"))
+    assert plot.main([one, "--mean", *write_seeds(tmp_path), "--out", str(tmp_path), "--format", "svg"]) == 0
+    svg = (tmp_path / "error.svg").read_text()
+    assert svg.count("FillBetweenPolyCollection") == 1
+    assert plot.main([]) == 2
+    assert "name a run directory" in capsys.readouterr().err
