@@ -261,7 +261,8 @@ def print_row(row):
     name = " ".join([row["candidate"], row["precision"], *["compiled"] * row["compiled"]])
     speed = f"{row['ms']:8.1f} ms ({row['ms_20']:.1f} … {row['ms_80']:.1f})  {row['images_per_second']:8.1f} images/s"
     inference = f"inference {row['infer_images_per_second']:.1f} images/s × {row['infer_times_as_fast']:.2f}"
-    print(f"L={row['depth']:<4}{name:28}{speed} × {row['times_as_fast']:.2f}  {inference}  {row['peak_mib']:,} MiB", flush=True)
+    times = f"× {row['times_as_fast']:.2f}"
+    print(f"L={row['depth']:<4}{name:28}{speed} {times}  {inference}  {row['peak_mib']:,} MiB", flush=True)
 
 
 def hardware(device, precision):

@@ -134,7 +134,8 @@ def seed_epochs(depth, batch_size, images, device):
     loaders = {}
     for training in (True, False):
         transformed = Images(images, transforms.Compose(augment + finish if training else finish))
-        loaders[training] = torch.utils.data.DataLoader(transformed, batch_size, training, num_workers=1, pin_memory=pin)
+        options = {"shuffle": training, "num_workers": 1, "pin_memory": pin}
+        loaders[training] = torch.utils.data.DataLoader(transformed, batch_size, **options)
     model = DenseNet(depth=depth).to(device)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4, foreach=False)
 

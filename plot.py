@@ -234,7 +234,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", metavar="DIR", help="run directories; several are drawn over each other")
     parser.add_argument("--mean", nargs="+", action="append", default=[], metavar="DIR",
-        help="runs that differ in their seed: draw their mean, and as a band one standard deviation; repeatable")  # fmt: skip
+        help="runs that differ in their seed: draw their mean and a band of one standard deviation")
     parser.add_argument("--out", metavar="DIR", help="where figures go (default: DIR; of several, here)")
     parser.add_argument("--format", choices=("png", "pdf", "svg"), default="png", help="(default: %(default)s)")
     parser.add_argument("--smooth", type=float, default=0, metavar="EPOCHS", help="rolling mean (default: none)")
