@@ -269,8 +269,9 @@ def hardware(device, precision):
     """Bytes per second that a copy moves, reading and writing, and FLOP per second of a matrix product."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     matrix = torch.randn(4096, 4096, device=device).to(dtype)
-    source = torch.empty(64 * 2**20, device=device)
-    copied, multiplied = best_seconds(source.clone, device), best_seconds(lambda: matrix @ matrix, device)
+    source, target = torch.ones(2, 64 * 2**20, device=device)
+    copied = best_seconds(lambda: target.copy_(source), device)
+    multiplied = best_seconds(lambda: matrix @ matrix, device)
     return 2 * source.nbytes / copied, 2 * 4096**3 / multiplied
 
 
