@@ -1,12 +1,18 @@
 """What the README says about flags, networks and commands is what the code does."""
 
 import csv
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import densenet
 import train
@@ -41,18 +47,18 @@ def test_flag_table_is_the_parsers():
 
 
 def commands():
-    return re.findall(r"python train\.py[^\n`|#&\\]*", README)
+    return re.findall(r"(?:python|--\S+|\\\n) +(train\.py[^\n`|#&\\]*)", README)
 
 
 @pytest.mark.parametrize("command", sorted(set(commands())))
 def test_every_training_command_is_valid(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    flags = [flag for flag in shlex.split(command)[2:] if flag not in ("--resume", "--help")]
+    flags = [flag for flag in shlex.split(command.replace("$seed", "1"))[1:] if flag not in ("--resume", "--help")]
     train.parse_args(flags)
 
 
 def test_table_of_networks_has_the_code_s_parameter_counts():
-    rows = re.findall(r"\| ([\d,]+) \|[^\n]*--arch (\w+)", section("The networks of the paper"))
+    rows = re.findall(r"\| ([\d,]+) \|[^\n]*--arch (\w+)", section("Reproduce the paper"))
     assert {name for _, name in rows} == set(densenet.ARCHITECTURES)
     for count, name in rows:
         classes = 1000 if "bc" not in name and "_" not in name else 10
@@ -69,14 +75,70 @@ def test_links_and_pictures_exist():
 def test_block_table_is_the_benchmark_s():
     """What the README says of memory and time stands in work/bench/cpu.csv, at depth 100."""
     with open(ROOT / "work/bench/cpu.csv", newline="") as file:
-        rows = {row["block"]: row for row in csv.DictReader(file) if row["depth"] == "100"}
+        rows = {row["candidate"]: row for row in csv.DictReader(file)}
     for name in densenet.BLOCKS:
         line = re.search(rf"^\| `{name}` \|.*$", README, re.MULTILINE)[0]
         kept, peak, ms = (int(value.replace(",", "")) for value in re.findall(r"\| ([\d,]+) (?=\|)", line))
         row = rows[name]
-        assert (kept, peak, ms) == (round(float(row["saved_mib"])), int(row["peak_mib"]), int(row["ms"]))
+        assert (kept, peak, ms) == tuple(round(float(row[column])) for column in ("saved_mib", "peak_mib", "ms"))
 
 
 def test_headline_is_the_committed_run_s():
     error = float((ROOT / "work/digits.bc16/test.csv").read_text().split()[-1].split(",")[-1])
     assert f"a test error of {error:.2f} %" in " ".join(README.split())
+
+
+# What stands for python, torchrun, … while the README's commands run: the real one, on a small network and few images.
+SHORTENED = """#!{python}
+import os, sys
+tool, args = os.path.basename(sys.argv[0]), sys.argv[1:]
+if tool in ("pip", "pytest"):
+    sys.exit()
+if tool == "scontrol":
+    print("localhost")
+    sys.exit()
+if tool == "srun":
+    os.execvp(args[0], args)
+if "train.py" in args:
+    if "--save" not in args and "--dataset" not in args:
+        args += ["--save", "work/cifar10.base"]
+    if "DIR" in args and "--save" in args:  # a place to fill in: each command its own
+        args[args.index("--save") + 1] = f"run-{{os.getpid()}}"
+    args += "--dataset digits --image-size 8 --limit-train 64 --limit-test 50 --epochs 2 --device cpu".split()
+    args += "--depth 10 --valid-size 0 --no-plot".split()
+if args[0] == "data.py":
+    args += ["--dataset", "digits"]
+if tool == "torchrun":
+    changed = {{"--nnodes": "1", "--nproc_per_node": "2", "--rdzv-endpoint": "localhost:29500"}}
+    pairs = [arg.partition("=") for arg in args]
+    args = ["-m", "torch.distributed.run", *(f"{{k}}={{changed.get(k, v)}}" if e else k for k, e, v in pairs)]
+os.execv("{python}", ["{python}", *args])
+"""
+
+
+@pytest.mark.slow
+def test_every_block_of_commands_runs(tmp_path):
+    """The README's blocks of commands, verbatim and in their order, in a copy of the repository; then its Python."""
+    shutil.copytree(ROOT, tmp_path / "clone", ignore=shutil.ignore_patterns(".git", "data", "work", "__pycache__"))
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("python", "torchrun", "pip", "pytest", "srun", "scontrol"):
+        (tools / name).write_text(SHORTENED.format(python=sys.executable))
+        (tools / name).chmod(0o755)
+    for name in ("cat.jpg", "dog.png"):
+        Image.fromarray(np.zeros((40, 30, 3), dtype=np.uint8)).save(tmp_path / "clone" / name)
+    env = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    env |= {"SLURM_NNODES": "1", "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "localhost"}
+    blocks = re.findall(r"^```bash\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 10
+    for block in sorted(blocks, key=lambda block: "work/sgd work/adam" in block):  # draws what other blocks train
+        if "work/sgd work/adam" in block:
+            for name in ("sgd", "adam"):
+                shutil.copytree(tmp_path / f"clone/work/{name}.1", tmp_path / f"clone/work/{name}")
+        command = ["bash", "-euo", "pipefail", "-c", block]
+        result = subprocess.run(command, cwd=tmp_path / "clone", env=env, capture_output=True, text=True)
+        assert result.returncode == 0, f"{block}\n{result.stdout}\n{result.stderr}"
+    [program] = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, cwd=tmp_path / "clone", capture_output=True, text=True, check=True)
+    assert result.stdout.strip() in map(str, range(10))

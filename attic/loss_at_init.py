@@ -1,0 +1,99 @@
+"""Before any training: is the loss that of guessing, are the images normalised, does a gradient reach every layer?
+
+Example: python attic/loss_at_init.py
+         python attic/loss_at_init.py --dataset cifar10 --image-size 32 --depth 40
+
+A network that has learnt nothing gives every class about the same probability: its loss is ln(classes). More means
+that it is sure of something it cannot know: weights or images are too large, or the logits are not what the loss
+expects. The table shows, for each convolution and linear layer of a VGG-style network and of a DenseNet-BC, the
+standard deviation of its output, the norm of the gradient of the loss by its output, and that by its weight relative to
+the weight.
+"""
+
+import math
+import sys
+
+import checks
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+LOSS = 0.5  # above or below ln(classes): about what logits of unit variance add
+SPREAD = 1e3  # between the largest and the smallest number of a column
+
+
+def check_images(dataset, batches):
+    """Print mean and standard deviation of the normalised training images and the classes; returns the failures."""
+    parts = [(images, labels) for images, labels, *_ in batches.in_order()]
+    pixels = torch.cat([images.float().permute(1, 0, 2, 3).flatten(1) for images, _ in parts], 1)  # (3, pixels)
+    mean, std = pixels.mean(1), pixels.std(1)
+    counts = torch.cat([labels for _, labels in parts]).bincount(minlength=len(dataset.classes)).tolist()
+    print("training images, normalised: mean", *(f"{m:.3f}" for m in mean), " standard deviation", end=" ")
+    print(*(f"{s:.3f}" for s in std))
+    print(f"images per class: {min(counts)} to {max(counts)}, in {len(counts)} classes\n")
+    failures = []
+    if dataset.normalize[0] != (0.0, 0.0, 0.0) and not (mean.abs().max() < 0.2 and (std - 1).abs().max() < 0.2):
+        failures.append("the images are not normalised to mean 0 and standard deviation 1")
+    return failures + ([f"class {dataset.classes[counts.index(0)]} has no image"] if 0 in counts else [])
+
+
+def layer_rows(model, images, labels):
+    """The loss, and (name, output's deviation, norms of two gradients) of each convolution and linear layer."""
+    outputs = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+
+            def keep(module, inputs, output, name=name):
+                output.retain_grad()
+                outputs[name] = module, output
+
+            module.register_forward_hook(keep)
+    loss = F.cross_entropy(model(images), labels)
+    loss.backward()
+    rows = []
+    for name, (module, output) in outputs.items():
+        by_output, by_weight = (0.0 if t.grad is None else t.grad.norm().item() for t in (output, module.weight))
+        rows.append([name, output.std().item(), by_output, by_weight / module.weight.norm().item()])
+    return loss.item(), rows
+
+
+def check_network(name, model, images, labels, classes):
+    """Print a network's loss and layers; returns the failures."""
+    loss, rows = layer_rows(model.train(), images, labels)
+    print(f"{name}: loss {loss:.3f}, ln({classes}) = {math.log(classes):.3f}\n")
+    header = ["layer", "deviation of output", "gradient by output", "by weight, relative"]
+    checks.table(header, rows)
+    failures = [] if abs(loss - math.log(classes)) <= LOSS else [f"{name}: loss {loss:.3f} is not that of guessing"]
+    for column, values in zip(header[1:], list(zip(*rows, strict=True))[1:], strict=True):
+        if not all(0 < value < math.inf for value in values):
+            failures.append(f"{name}, {column}: not a positive number in every layer")
+        elif max(values) > SPREAD * min(values):
+            failures.append(f"{name}, {column}: differs by more than {SPREAD:.0f} between layers")
+    return failures
+
+
+def parse_args(argv=None):
+    parser = checks.make_parser("loss_at_init.py", __doc__)
+    checks.add_data_flags(parser)
+    return parser, parser.parse_args(argv)
+
+
+def main(argv=None):
+    parser, args = parse_args(argv)
+    dataset, batches = checks.load(parser, args)
+    torch.manual_seed(args.seed)
+    classes = len(dataset.classes)
+    networks = {
+        "VGG-style network": checks.vgg(classes),
+        f"DenseNet-BC-{args.depth}": checks.densenet(parser, args, classes, "naive"),
+    }
+    failures = check_images(dataset, batches)
+    images, labels, *_ = next(batches.shuffled(args.seed))
+    with checks.bug_of_2017(args.with_bug):
+        for name, model in networks.items():
+            failures += check_network(name, model, images.contiguous(), labels, classes)
+    return checks.verdict(failures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
