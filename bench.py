@@ -8,152 +8,22 @@ Example: python bench.py --csv work/bench/cpu.csv --plot images/speed.png
 import argparse
 import csv
 import json
+import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-import peers
+import candidates
 from densenet import BLOCKS, DenseNet, layers_per_block
-from evaluate import choose_device, choose_precision, set_up_device
-from workdir import peak_memory_mib, provenance
+from evaluate import choose_device, choose_precision
+from workdir import provenance
 
 STEPS = 5  # timed, after one that is not
 REFERENCE = "bamos"  # the way both seeds train: contiguous fp32, eager, concatenation
-CHECKED_IMAGES = 8
-
-
-def make_model(name, depth):
-    """A candidate's network, in training mode, with the weights that all candidates share."""
-    torch.manual_seed(0)
-    ours = DenseNet(depth=depth, block=name if name in BLOCKS else "naive")
-    return ours if name in BLOCKS else peers.MODELS[name](ours)
-
-
-def place(model, name, device):
-    """On the device, in the memory format that the candidate's users have."""
-    layout = torch.channels_last if name in BLOCKS else torch.contiguous_format
-    return model.to(device, memory_format=layout), layout
-
-
-def make_images(count, device, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randn(count, 3, 32, 32, generator=generator, dtype=torch.float64)
-    return images.to(device, dtype), torch.randint(10, (count,), generator=generator).to(device)
-
-
-# What the processes of the candidates do. ``job`` is a row of the table that says what to measure.
-
-
-def gradients(model, images, labels, amp):
-    """Output and all gradients, flattened in our order of parameters, in float64 on the CPU."""
-    with amp():
-        out = model(images)
-    F.cross_entropy(out.to(torch.promote_types(out.dtype, torch.float32)), labels).backward()
-    named = {peers.our_name(name): p.grad for name, p in model.named_parameters()}
-    flat = torch.cat([named[name].double().cpu().flatten() for name in sorted(named)])
-    return out.detach().double().cpu(), flat
-
-
-def check(job, device):
-    """Relative errors of output and gradients against float64."""
-    amp, _ = choose_precision(job["precision"], device)
-    images, labels = make_images(CHECKED_IMAGES, "cpu", torch.float64)
-    exact = gradients(make_model("naive", job["depth"]).double(), images, labels, choose_precision("fp32", device)[0])
-    model, layout = place(make_model(job["candidate"], job["depth"]), job["candidate"], device)
-    if job["compiled"]:
-        model.compile()
-    found = gradients(model, images.to(device, torch.float32, memory_format=layout), labels.to(device), amp)
-    return [((ours - true).norm() / true.norm()).item() for ours, true in zip(found, exact, strict=True)]
-
-
-def step_functions(job, device):
-    """Two functions, a training step and an inference, each on one batch that is on the device already."""
-    amp, _ = choose_precision(job["precision"], device)
-    model, layout = place(make_model(job["candidate"], job["depth"]), job["candidate"], device)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
-    images, labels = make_images(job["batch_size"], device)
-    images = images.to(memory_format=layout)
-    job["saved_mib"] = round(saved_bytes(lambda: model(images), model, amp) / 2**20, 1)
-    if job["compiled"]:
-        model.compile()
-
-    def train():
-        model.train()
-        optimizer.zero_grad()
-        with amp():
-            logits = model(images)
-        F.cross_entropy(logits.float(), labels).backward()
-        optimizer.step()
-
-    @torch.no_grad()
-    def infer():
-        model.eval()
-        with amp():
-            model(images)
-
-    return train, infer
-
-
-def saved_bytes(forward, model, amp):
-    """Bytes that autograd keeps between forward and backward pass, each storage once, parameters not counted."""
-    kept, parameters = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor lives on, so no address comes twice
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), amp():
-        out = forward()
-    del out
-    return sum(size for size, _ in kept.values())
-
-
-def serve(job):
-    """A candidate's process: answers each word on its standard input, "train" or "infer", with seconds."""
-    device = choose_device(job["device"])
-    if job["candidate"] in BLOCKS:
-        set_up_device(device)
-    if job["task"] in ("check", "profile"):
-        print(json.dumps({"check": check, "profile": profile}[job["task"]](job, device)))
-        return
-    if job["task"] == "epochs":
-        train, infer = peers.epoch_functions(job["candidate"], job["depth"], job["batch_size"], job["images"], device)
-    else:
-        train, infer = step_functions(job, device)
-    print(json.dumps(job), flush=True)
-    for word in sys.stdin:
-        start = time.perf_counter()
-        {"train": train, "infer": infer}[word.strip()]()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        print(json.dumps([time.perf_counter() - start, peak_memory_mib(device)]), flush=True)
-
-
-def profile(job, device):
-    """The ten operations that take most of a training step, as a table; our loops stand under SharedBuffer."""
-    from torch.profiler import ProfilerActivity, profile
-
-    train, _ = step_functions(job, device)
-    train()
-    activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * (device.type == "cuda")]
-    with profile(activities=activities) as profiler:
-        train()
-    kind = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    operations = sorted(profiler.key_averages(), key=lambda operation: -getattr(operation, kind))
-    total = sum(getattr(operation, kind) for operation in operations)
-    lines = [f"| {job['candidate']}, {job['precision']}: operation | calls | ms | share |", "|---|---|---|---|"]
-    for operation in operations[:10]:
-        spent = getattr(operation, kind)
-        name = operation.key.removeprefix("aten::")
-        lines.append(f"| {name} | {operation.count} | {spent / 1000:.0f} | {100 * spent / total:.0f} % |")
-    return "\n".join([*lines, f"| all | | {total / 1000:.0f} | |\n"])
 
 
 class Process:
@@ -161,7 +31,7 @@ class Process:
 
     def __init__(self, job):
         self.job, self.seconds = job, {"train": [], "infer": []}
-        command = [sys.executable, __file__, "--serve", json.dumps(job)]
+        command = [sys.executable, candidates.__file__, json.dumps(job)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.ready = self.read()
 
@@ -195,12 +65,13 @@ def answer(job, task):
     return process.ready
 
 
-def assert_right(job, naive_errors):
-    """Exit where a candidate's error against float64 is more than twice naive's in the same precision."""
-    errors = answer(job, "check")
-    if not all(error <= 2 * allowed + 1e-6 for error, allowed in zip(errors, naive_errors, strict=True)):
-        wrong = ", ".join(f"{value:.1e}" for value in errors)
-        sys.exit(f"bench.py: error: {job['candidate']} computes something else (relative errors {wrong}): not timed")
+def assert_right(job, naive):
+    """Exit where a candidate is another function in float64, or in its precision twice as far off as naive may be."""
+    ours = answer(job, "check")
+    errors = [statistics.median(values) for values in zip(*ours["draws"], strict=True)]  # of output, of gradients
+    allowed = [2 * max(values) + 1e-6 for values in zip(*naive["draws"], strict=True)]
+    if max(ours["float64"]) > 1e-8 or any(error > most for error, most in zip(errors, allowed, strict=True)):
+        sys.exit(f"bench.py: error: {job['candidate']} computes something else (relative errors {ours}): not timed")
     return {"output_error": f"{errors[0]:.1e}", "gradient_error": f"{errors[1]:.1e}"}
 
 
@@ -378,7 +249,7 @@ def plot_speed(rows, figure):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [*BLOCKS, *peers.available()]
+    names = [*BLOCKS, *candidates.available()]
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images (default: %(default)s)")
     parser.add_argument("--depths", type=int, nargs="+", default=[100], metavar="L", help="(default: 100)")
@@ -391,7 +262,6 @@ def parse_args(argv=None):
     parser.add_argument("--profile", action="store_true", help="print where a training step's time goes instead")
     parser.add_argument("--csv", metavar="FILE", help="write the rows there, too")
     parser.add_argument("--plot", metavar="FILE", help="draw speed there or, with several depths, memory")
-    parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     try:
         if args.batch_size < 1:
@@ -407,8 +277,6 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args, device = parse_args(argv)
-    if args.serve:
-        return serve(json.loads(args.serve))
     here = provenance(device)
     print(f"torch {here['versions']['torch']}, {here['device']}, DenseNet-BC (k = 12), batch {args.batch_size}")
     if args.profile:

@@ -92,27 +92,31 @@ def checkpoint(layers, x):
             return layer.conv1(F.relu(layer.norm1(torch.cat(outputs, 1))))
 
         # Under torch.compile the recomputation happens within the graph, where batch norm updates its statistics once.
-        once = {} if torch.compiler.is_compiling() else {"context_fn": lambda norm=layer.norm1: statistics_once(norm)}
-        x = recompute(first_conv, *outputs, use_reentrant=False, preserve_rng_state=False, **once)
+        keep = {} if torch.compiler.is_compiling() else {"context_fn": lambda norm=layer.norm1: keep_statistics(norm)}
+        x = recompute(first_conv, *outputs, use_reentrant=False, preserve_rng_state=False, **keep)
         outputs.append(layer.after_first_conv(x))
     return torch.cat(outputs, 1)
 
 
-def statistics_once(norm):
-    """Contexts for a forward pass and for its recomputation, in which ``norm`` updates copies of its statistics."""
+def keep_statistics(norm):
+    """Contexts for a forward pass and for its recomputations, in which ``norm`` updates copies of its statistics."""
+    return contextlib.nullcontext(), OnCopies(norm)
 
-    @contextlib.contextmanager
-    def on_copies():
-        statistics = dict(norm.named_buffers())
-        for name, value in statistics.items():
-            setattr(norm, name, value.clone())
-        try:
-            yield
-        finally:
-            for name, value in statistics.items():
-                setattr(norm, name, value)
 
-    return contextlib.nullcontext(), on_copies()
+class OnCopies:
+    """A context in which ``norm`` updates copies of its statistics; entered by each backward pass through the graph."""
+
+    def __init__(self, norm):
+        self.norm = norm
+
+    def __enter__(self):
+        self.statistics = dict(self.norm.named_buffers())
+        for name, value in self.statistics.items():
+            setattr(self.norm, name, value.clone())
+
+    def __exit__(self, *_):
+        for name, value in self.statistics.items():
+            setattr(self.norm, name, value)
 
 
 # The ways to run a dense block, (N, C, H, W) → (N, C + L·k, H, W). All compute the same function of the same

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 
 try:
     import loops
-except ImportError:  # without Numba
+except (ImportError, RuntimeError):  # without Numba, or without a place where Numba may keep what it compiles
     loops = None
 
 

@@ -29,9 +29,26 @@ def make_parser(name, doc):
     return parser
 
 
+def add_device_flag(parser):
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
+
+
+def device_of(parser, args):
+    """The torch.device of the arguments. Ends the program with status 2 where this machine lacks it."""
+    from evaluate import choose_device, set_up_device
+
+    try:
+        device = choose_device(args.device)
+    except ValueError as error:
+        parser.error(str(error))
+    set_up_device(device)
+    return device
+
+
 def add_data_flags(parser):
     import data
 
+    add_device_flag(parser)
     add = parser.add_argument
     add("--dataset", choices=data.DATASETS, default="digits", help="digits needs no download (default: %(default)s)")
     add("--data", metavar="DIR", default="data", help="where data sets live (default: %(default)s)")
@@ -40,14 +57,14 @@ def add_data_flags(parser):
     add("--depth", type=int, default=22, metavar="L", help="of the DenseNet-BC: 6n + 4 (default: %(default)s)")
 
 
-def load(parser, args):
+def load(parser, args, device):
     """The data set and its training batches, not augmented. Ends the program with status 2 where there is none."""
     import data
 
     if args.batch_size < 2:
         parser.error(f"--batch-size {args.batch_size}: batch norm needs at least 2 images")
     try:
-        dataset = data.load(args.dataset, args.data, args.image_size, progress=sys.stderr.isatty())
+        dataset = data.load(args.dataset, args.data, args.image_size, progress=sys.stderr.isatty()).to(device)
     except data.DataError as error:
         parser.error(str(error))
     return dataset, dataset.train.batches(args.batch_size, dataset.normalize)

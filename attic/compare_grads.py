@@ -114,13 +114,16 @@ def parse_args(argv=None):
     parser.add_argument("--small", action="store_true", help="a small network in place of DenseNet-121")
     parser.add_argument("--modules", action="store_true", help="a row for each batch norm and convolution")
     parser.add_argument("--block", choices=BLOCKS, default="naive", help="of our network (default: %(default)s)")
-    return parser.parse_args(argv)
+    checks.add_device_flag(parser)
+    return parser, parser.parse_args(argv)
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    ours, theirs = make_pair(args)
-    images, labels = torch.randn(4, 3, 64, 64, dtype=torch.float64), torch.tensor([3, 5, 0, 3])
+    parser, args = parse_args(argv)
+    device = checks.device_of(parser, args)
+    ours, theirs = (model.to(device) for model in make_pair(args))
+    images = torch.randn(4, 3, 64, 64, dtype=torch.float64).to(device)
+    labels = torch.tensor([3, 5, 0, 3]).to(device)
     steps = []
     for dtype in (torch.float64, torch.float32):
         with checks.bug_of_2017(args.with_bug):

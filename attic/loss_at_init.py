@@ -80,7 +80,8 @@ def parse_args(argv=None):
 
 def main(argv=None):
     parser, args = parse_args(argv)
-    dataset, batches = checks.load(parser, args)
+    device = checks.device_of(parser, args)
+    dataset, batches = checks.load(parser, args, device)
     torch.manual_seed(args.seed)
     classes = len(dataset.classes)
     networks = {
@@ -89,9 +90,10 @@ def main(argv=None):
     }
     failures = check_images(dataset, batches)
     images, labels, *_ = next(batches.shuffled(args.seed))
+    images = images.contiguous()  # (N, C, H, W) in memory too, as everything was in 2017
     with checks.bug_of_2017(args.with_bug):
         for name, model in networks.items():
-            failures += check_network(name, model, images.contiguous(), labels, classes)
+            failures += check_network(name, model.to(device), images, labels, classes)
     return checks.verdict(failures)
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import densenet
 import fused
-from bench import saved_bytes
+from candidates import saved_bytes
 from densenet import BLOCKS, DenseNet
 
 OTHERS = [name for name in BLOCKS if name != "naive"]
@@ -115,6 +115,18 @@ def test_twenty_steps_keep_the_loss_curve(block):
             optimizer.step()
             losses[name].append(loss.item())
     torch.testing.assert_close(losses[block], losses["naive"], rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("block", OTHERS)
+def test_a_graph_can_be_gone_through_twice(block):
+    model, x = make(block=block), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    loss = model(x).square().sum()
+    statistics = copy.deepcopy(dict(model.named_buffers()))
+    once = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    for first, second in zip(once, torch.autograd.grad(loss, list(model.parameters())), strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-12, atol=1e-12)
+    for name, value in model.named_buffers():
+        assert torch.equal(value, statistics[name]), name
 
 
 def errors(result, exact):

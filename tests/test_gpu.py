@@ -32,12 +32,13 @@ def test_repeats_bit_for_bit(block):
 @pytest.mark.parametrize("cudnn", [True, False])
 def test_gradients_of_cat_and_convolution(cudnn):
     """What was wrong in PyTorch in February 2017, with cuDNN."""
-    x, y = torch.randn(4, 6, 9, 9, dtype=torch.float64), torch.randn(4, 3, 9, 9, dtype=torch.float64)
-    weight = torch.randn(5, 9, 3, 3, dtype=torch.float64)
+    shapes = (4, 6, 9, 9), (3, 6, 3, 3), (5, 9, 3, 3)
+    cpu = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
 
     def gradients(device, dtype):
-        tensors = [t.to(device, dtype, copy=True).requires_grad_() for t in (x, y, weight)]
-        F.conv2d(torch.cat(tensors[:2], 1), tensors[2], padding=1).square().sum().backward()
+        x, w1, w2 = tensors = [t.to(device, dtype, copy=True).requires_grad_() for t in cpu]
+        y = F.conv2d(x, w1, padding=1)  # its gradient is a slice of that of the concatenation, with gaps
+        F.conv2d(torch.cat((x, y), 1), w2, padding=1).square().mean().backward()
         return [t.grad.double().cpu() for t in tensors]
 
     with torch.backends.cudnn.flags(enabled=cudnn, allow_tf32=False):

@@ -72,6 +72,11 @@ def test_links_and_pictures_exist():
         assert target.startswith("https://") or (ROOT / target).exists(), target
 
 
+def test_every_figure_is_shown_or_linked():
+    for path in (ROOT / "images").iterdir():
+        assert f"images/{path.name}" in README, path.name
+
+
 def test_block_table_is_the_benchmark_s():
     """What the README says of memory and time stands in work/bench/cpu.csv, at depth 100."""
     with open(ROOT / "work/bench/cpu.csv", newline="") as file:

@@ -49,6 +49,16 @@ def test_defaults_are_the_recipe_of_the_paper():
     assert {name: getattr(args, name) for name in expected} == expected
 
 
+def test_block_auto_is_the_one_that_was_measured_to_be_fastest(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert train.choose_block(parsed(""), cpu, "fp32") == "fused"
+    assert train.choose_block(parsed("--drop-rate 0.2"), cpu, "fp32") == "naive"
+    assert train.choose_block(parsed(""), cpu, "bf16") == train.choose_block(parsed(""), cuda, "bf16") == "naive"
+    assert train.choose_block(parsed("--block checkpoint"), cpu, "fp32") == "checkpoint"
+    monkeypatch.setattr(train.fused, "loops", None)
+    assert train.choose_block(parsed(""), cpu, "fp32") == "naive"
+
+
 def test_defaults_that_depend_on_data_set_and_optimiser():
     args = parsed("--dataset digits")
     assert (args.depth, args.epochs, args.augment, args.save) == (16, 20, False, "work/digits.base")

@@ -1,0 +1,339 @@
+"""What bench.py measures: our blocks, the ways of the two seeds, torchvision's and timm's networks, each in a process.
+
+A job is a dict: candidate, depth, batch_size, precision, compiled, device and task: "check", "profile", "steps" or
+"epochs" (of so many images). The process of a job prints its answer or, for the last two, one for each word it is told.
+"""
+
+import contextlib
+import copy
+import importlib.util
+import itertools
+import json
+import sys
+import time
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+import data
+from densenet import BLOCKS, FROM_TORCHVISION, DenseNet, rename
+from evaluate import choose_device, choose_precision, evaluate, set_up_device
+from workdir import peak_memory_mib
+
+CHECKED_IMAGES = 4
+DRAWS = 5  # of images to check with
+
+
+def bamos(ours):
+    """bamos/densenet.pytorch concatenates after every layer: our naive block, in contiguous memory and fp32."""
+    return ours
+
+
+def gpleiss(ours):
+    """gpleiss/efficient_densenet_pytorch: up to the first convolution, a layer runs under reentrant checkpointing.
+
+    Its batch norms update their running statistics twice in a step.
+    """
+    ours.blocks = nn.ModuleList(ReentrantBlock(block.layers) for block in ours.blocks)
+    return ours
+
+
+class ReentrantBlock(nn.Module):
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x):
+        outputs = [x]
+        for layer in self.layers:
+
+            def first_conv(*outputs, layer=layer):
+                return layer.conv1(F.relu(layer.norm1(torch.cat(outputs, 1))))
+
+            recomputed = torch.is_grad_enabled() and any(output.requires_grad for output in outputs)
+            x = checkpoint(first_conv, *outputs, use_reentrant=True) if recomputed else first_conv(*outputs)
+            outputs.append(layer.after_first_conv(x))
+        return torch.cat(outputs, 1)
+
+
+def torchvision(ours, memory_efficient=False):
+    from torchvision.models import DenseNet as Theirs
+
+    channels = ours.stem.conv.out_channels
+    theirs = Theirs(**shape_of(ours), num_init_features=channels, memory_efficient=memory_efficient)
+    return with_our_weights(theirs, ours)
+
+
+def timm(ours, memory_efficient=False):
+    from timm.models.densenet import DenseNet as Theirs
+
+    return with_our_weights(Theirs(**shape_of(ours), memory_efficient=memory_efficient), ours)
+
+
+def shape_of(ours):
+    """Arguments of torchvision's and timm's DenseNet."""
+    layers = tuple(len(block.layers) for block in ours.blocks)
+    growth_rate = ours.blocks[0].layers[0].conv2.out_channels
+    return dict(growth_rate=growth_rate, block_config=layers, num_classes=ours.classifier.out_features)
+
+
+def with_our_weights(theirs, ours):
+    """Their network with the stem for small images and our weights."""
+    theirs.features.conv0 = nn.Conv2d(3, ours.stem.conv.out_channels, 3, padding=1, bias=False)
+    for name in ("norm0", "relu0", "pool0"):
+        if hasattr(theirs.features, name):
+            setattr(theirs.features, name, nn.Identity())
+    theirs.load_state_dict(ours.torchvision_state_dict())
+    return theirs
+
+
+MODELS = {
+    "bamos": bamos,
+    "gpleiss": gpleiss,
+    "torchvision": torchvision,
+    "torchvision-efficient": lambda ours: torchvision(ours, memory_efficient=True),
+    "timm": timm,
+    "timm-efficient": lambda ours: timm(ours, memory_efficient=True),
+}
+
+
+def available():
+    """Names of MODELS whose library is installed."""
+    return [name for name in MODELS if not name.startswith("timm") or importlib.util.find_spec("timm")]
+
+
+def our_name(name):
+    """A parameter's name in our network."""
+    return rename(name, FROM_TORCHVISION)
+
+
+# The tasks.
+
+
+def make_model(name, depth):
+    """A candidate's network, in training mode, with the weights that all candidates share."""
+    torch.manual_seed(0)
+    ours = DenseNet(depth=depth, block=name if name in BLOCKS else "naive")
+    return ours if name in BLOCKS else MODELS[name](ours)
+
+
+def place(model, name, device):
+    """On the device, in the memory format that the candidate's users have."""
+    layout = torch.channels_last if name in BLOCKS else torch.contiguous_format
+    return model.to(device, memory_format=layout), layout
+
+
+def make_images(count, device, dtype=torch.float32, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(count, 3, 32, 32, generator=generator, dtype=torch.float64)
+    return images.to(device, dtype), torch.randint(10, (count,), generator=generator).to(device)
+
+
+
+def gradients(model, images, labels, amp):
+    """Output and all gradients, flattened in our order of parameters, in float64 on the CPU."""
+    model.zero_grad()
+    with amp():
+        out = model(images)
+    F.cross_entropy(out.to(torch.promote_types(out.dtype, torch.float32)), labels).backward()
+    named = {our_name(name): p.grad for name, p in model.named_parameters()}
+    flat = torch.cat([named[name].double().cpu().flatten() for name in sorted(named)])
+    return out.detach().double().cpu(), flat
+
+
+def check(job, device):
+    """Relative errors of output and gradients: in float64 on one draw of images, in the job's precision on several.
+
+    Several, since in single precision the gradients' error depends on luck: on whether rounding carries one of millions
+    of values across a ReLU's kink.
+    """
+    exact_amp, _ = choose_precision("fp32", device)
+    amp, _ = choose_precision(job["precision"], device)
+    reference = make_model("naive", job["depth"]).double()
+    model, layout = place(make_model(job["candidate"], job["depth"]), job["candidate"], device)
+
+    def errors(model, dtype, amp, seed):
+        images, labels = make_images(CHECKED_IMAGES, "cpu", torch.float64, seed)
+        true = gradients(reference, images, labels, exact_amp)
+        found = gradients(model, images.to(device, dtype, memory_format=layout), labels.to(device), amp)
+        return [((ours - exact).norm() / exact.norm()).item() for ours, exact in zip(found, true, strict=True)]
+
+    in_double = errors(copy.deepcopy(model).double(), torch.float64, exact_amp, 0)
+    if job["compiled"]:
+        model.compile()
+    return {"float64": in_double, "draws": [errors(model, torch.float32, amp, seed) for seed in range(DRAWS)]}
+
+
+def step_functions(job, device):
+    """Two functions, a training step and an inference, each on one batch that is on the device already."""
+    amp, _ = choose_precision(job["precision"], device)
+    model, layout = place(make_model(job["candidate"], job["depth"]), job["candidate"], device)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    images, labels = make_images(job["batch_size"], device)
+    images = images.to(memory_format=layout)
+    job["saved_mib"] = round(saved_bytes(lambda: model(images), model, amp) / 2**20, 1)
+    if job["compiled"]:
+        model.compile()
+
+    def train():
+        model.train()
+        optimizer.zero_grad()
+        with amp():
+            logits = model(images)
+        F.cross_entropy(logits.float(), labels).backward()
+        optimizer.step()
+
+    @torch.no_grad()
+    def infer():
+        model.eval()
+        with amp():
+            model(images)
+
+    return train, infer
+
+
+def saved_bytes(forward, model, amp):
+    """Bytes that autograd keeps between forward and backward pass, each storage once, parameters not counted."""
+    kept, parameters = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor lives on, so no address comes twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), amp():
+        out = forward()
+    del out
+    return sum(size for size, _ in kept.values())
+
+
+def profile(job, device):
+    """The ten operations that take most of a training step, as a table; our loops stand under SharedBuffer."""
+    from torch.profiler import ProfilerActivity, profile
+
+    train, _ = step_functions(job, device)
+    train()
+    activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * (device.type == "cuda")]
+    with profile(activities=activities) as profiler:
+        train()
+    kind = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    operations = sorted(profiler.key_averages(), key=lambda operation: -getattr(operation, kind))
+    total = sum(getattr(operation, kind) for operation in operations)
+    lines = [f"| {job['candidate']}, {job['precision']}: operation | calls | ms | share |", "|---|---|---|---|"]
+    for operation in operations[:10]:
+        spent = getattr(operation, kind)
+        name = operation.key.removeprefix("aten::")
+        lines.append(f"| {name} | {operation.count} | {spent / 1000:.0f} | {100 * spent / total:.0f} % |")
+    return "\n".join([*lines, f"| all | | {total / 1000:.0f} | |\n"])
+
+
+# Whole epochs, on random pixels: what they show does not change the time.
+
+
+class Images(torch.utils.data.Dataset):
+    """What torchvision's CIFAR10 is to a DataLoader: PIL images, transformed one by one."""
+
+    def __init__(self, images, transform):
+        self.pixels, self.labels, self.transform = images.pixels.numpy(), images.labels.tolist(), transform
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        from PIL import Image
+
+        return self.transform(Image.fromarray(self.pixels[i])), self.labels[i]
+
+
+def epoch_functions(name, depth, batch_size, count, device):
+    """Two functions, a training epoch and an evaluation of ``count`` images each: the seeds' way, or train.py's."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (count, 32, 32, 3), generator=generator, dtype=torch.uint8)
+    images = data.Images(pixels, torch.randint(10, (count,), generator=generator))
+    torch.manual_seed(0)
+    make = seed_epochs if name == "bamos" else our_epochs
+    return make(depth, batch_size, images, device)
+
+
+def seed_epochs(depth, batch_size, images, device):
+    """As both seeds train: PIL transforms in a DataLoader, contiguous fp32, one loop over parameters in the optimiser,
+    loss and error read from the device in every step."""
+    from torchvision import transforms
+
+    normalize = transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+    augment = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
+    finish = [transforms.ToTensor(), normalize]
+    pin = device.type == "cuda"
+    loaders = {}
+    for training in (True, False):
+        transformed = Images(images, transforms.Compose(augment + finish if training else finish))
+        options = {"shuffle": training, "num_workers": 1, "pin_memory": pin}
+        loaders[training] = torch.utils.data.DataLoader(transformed, batch_size, **options)
+    model = DenseNet(depth=depth).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4, foreach=False)
+
+    def run(training):
+        model.train(training)
+        for x, labels in loaders[training]:
+            x, labels = x.to(device), labels.to(device)
+            with contextlib.nullcontext() if training else torch.no_grad():
+                logits = model(x)
+                loss = F.cross_entropy(logits, labels)
+            if training:
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            loss.item(), (logits.argmax(1) != labels).sum().item()
+
+    return lambda: run(training=True), lambda: run(training=False)
+
+
+def our_epochs(depth, batch_size, images, device):
+    """As train.py trains by default on this device."""
+    import train  # what is measured is that very script
+
+    args = train.parse_args(["--depth", str(depth), "--batch-size", str(batch_size), "--save", "never-written"])[0]
+    train.set_up_device(device)
+    train.set_up_torch(args)
+    amp, precision = train.choose_precision(args.precision, device)
+    dataset = data.Dataset(images, images, [str(i) for i in range(10)], data.NORMALIZE["cifar10"]).to(device)
+    batches = train.make_batches(args, dataset)
+    model, _ = train.make_model(args, dataset, device, train.choose_block(args, device, precision))
+    optimizer = train.make_optimizer(args, model.parameters())
+    epochs = itertools.count(1)
+
+    def epoch():
+        with tqdm(disable=True) as bar:
+            shuffled = batches["train"].shuffled(next(epochs))
+            train.train_epoch(model, shuffled, optimizer, lambda step: args.lr, amp, bar)
+
+    return epoch, lambda: evaluate(model, batches["test"], amp)
+
+
+def serve(job):
+    """A candidate's process: answers each word on its standard input, "train" or "infer", with seconds."""
+    device = choose_device(job["device"])
+    if job["candidate"] in BLOCKS:
+        set_up_device(device)
+    if job["task"] in ("check", "profile"):
+        print(json.dumps({"check": check, "profile": profile}[job["task"]](job, device)))
+        return
+    if job["task"] == "epochs":
+        train, infer = epoch_functions(job["candidate"], job["depth"], job["batch_size"], job["images"], device)
+    else:
+        train, infer = step_functions(job, device)
+    print(json.dumps(job), flush=True)
+    for word in sys.stdin:
+        start = time.perf_counter()
+        {"train": train, "infer": infer}[word.strip()]()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        print(json.dumps([time.perf_counter() - start, peak_memory_mib(device)]), flush=True)
+
+
+if __name__ == "__main__":
+    serve(json.loads(sys.argv[1]))
