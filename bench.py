@@ -23,7 +23,6 @@ from evaluate import choose_device, choose_precision
 from workdir import provenance
 
 STEPS = 5  # timed, after one that is not
-REFERENCE = "bamos"  # the way both seeds train: contiguous fp32, eager, concatenation
 
 
 class Process:
@@ -70,7 +69,8 @@ def assert_right(job, naive):
     ours = answer(job, "check")
     errors = [statistics.median(values) for values in zip(*ours["draws"], strict=True)]  # of output, of gradients
     allowed = [2 * max(values) + 1e-6 for values in zip(*naive["draws"], strict=True)]
-    if max(ours["float64"]) > 1e-8 or any(error > most for error, most in zip(errors, allowed, strict=True)):
+    limits = [*zip(ours["float64"], (1e-8, 1e-8), strict=True), *zip(errors, allowed, strict=True)]
+    if not all(error <= limit for error, limit in limits):  # NaN fails, too
         sys.exit(f"bench.py: error: {job['candidate']} computes something else (relative errors {ours}): not timed")
     return {"output_error": f"{errors[0]:.1e}", "gradient_error": f"{errors[1]:.1e}"}
 
@@ -96,7 +96,7 @@ def measure(args, floor):
         job |= assert_right(job, naive_errors[kind])
         if reference is None or reference.job["depth"] != job["depth"]:
             reference = reference and reference.end()
-            reference = Process(job | {"candidate": REFERENCE, "precision": "fp32", "compiled": False})
+            reference = Process(job | {"candidate": args.reference, "precision": "fp32", "compiled": False})
         rows.append(row_of(*take_turns(job, reference)) | floor(job))
         rows[-1]["floor_share"] = round(rows[-1].pop("floor_ms") / rows[-1]["ms"], 3)
         print_row(rows[-1])
@@ -197,7 +197,7 @@ def measure_epochs(args):
     """train.py's way of training against that of the seeds, data loading and augmentation included."""
     job = {"depth": args.depths[0], "batch_size": args.batch_size, "precision": "fp32", "compiled": False,
            "device": args.device, "task": "epochs", "images": args.whole_epochs}  # fmt: skip
-    reference = Process(job | {"candidate": REFERENCE})
+    reference = Process(job | {"candidate": "bamos"})
     process, reference = take_turns(job | {"candidate": "train.py"}, reference, times=4)
     rows = [row_of(process, reference), row_of(reference, reference)]
     reference.end()
@@ -255,6 +255,8 @@ def parse_args(argv=None):
     parser.add_argument("--depths", type=int, nargs="+", default=[100], metavar="L", help="(default: 100)")
     parser.add_argument("--candidates", nargs="+", choices=names, default=names, metavar="NAME",
         help=f"of {', '.join(names)} (default: all)")  # fmt: skip
+    parser.add_argument("--reference", choices=names, default="bamos", metavar="NAME",
+        help="candidate with which the others take turns, in fp32 (default: %(default)s)")  # fmt: skip
     parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), metavar="NAME",
         help="fp32, bf16 (default: fp32, and bf16 where the hardware has it)")  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="measure with torch.compile, too (minutes)")

@@ -7,14 +7,20 @@ import contextlib
 import inspect
 import os
 import socket
+from datetime import timedelta
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 
 class Elsewhere(Exception):
-    """Another rank has failed; it says why, this one only has to end."""
+    """Another rank has failed and says why; this one only has to end, with exit status ``status``."""
+
+    def __init__(self, status):
+        super().__init__(status)
+        self.status = status
 
 
 def size():
@@ -32,9 +38,12 @@ def local_rank():
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
-def restarts():
-    """How often torchrun has started the ranks anew because one of them died (--max-restarts)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+def launched():
+    """When torchrun was started, in seconds since 1970; None without it.
+
+    What is newer was made by this launch: torchrun starts all ranks anew when one has died (--max-restarts).
+    """
+    return psutil.Process(os.getppid()).create_time() if "RANK" in os.environ else None
 
 
 @contextlib.contextmanager
@@ -47,10 +56,12 @@ def joined():
     if torch.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())  # before any rank makes a context on GPU 0
-    # After a restart torchrun may serve the store of the attempt before, whose addresses answer no more.
     store, *_ = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore(f"attempt {restarts()}", store)
-    dist.init_process_group(backend, store=store, rank=rank(), world_size=size())
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # After a restart, torchrun on one machine may serve the store of the attempt before, whose addresses are dead.
+        store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    # The others wait while one rank downloads or decodes; a rank that has died is noticed without a time limit.
+    dist.init_process_group(backend, store=store, rank=rank(), world_size=size(), timeout=timedelta(hours=6))
     yield
     dist.destroy_process_group()  # not after an exception: the others may be waiting in a collective
 
@@ -63,7 +74,7 @@ def own_device(device):
         raise ValueError(f"--device {device.type} runs one process: leave out torchrun, or use --device cpu")
     if device.index is not None:
         raise ValueError(f"--device {device}: each of several processes takes a GPU of its own, so use --device cuda")
-    processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", size())), torch.cuda.device_count()
     if processes > gpus:
         raise ValueError(
             f"{processes} processes, but {gpus} GPUs on {socket.gethostname()}: use --nproc_per_node={gpus}, "
@@ -88,11 +99,12 @@ def together(function, *args):
         result = function(*args)
     except (Exception, SystemExit) as failure:
         error = failure
-    failed = [number for number, fine in enumerate(gather(error is None)) if not fine]
-    if failed and failed[0] == rank():
+    status = None if error is None else getattr(error, "code", 2)  # SystemExit has one
+    failed = {number: status for number, status in enumerate(gather(status)) if status is not None}
+    if failed and min(failed) == rank():
         raise error
     if failed:
-        raise Elsewhere(f"rank {failed[0]} failed")
+        raise Elsewhere(failed[min(failed)])
     return result
 
 
@@ -151,7 +163,7 @@ def lost_rank(error):
 
 
 def speaks():
-    """Whether this rank says what ended the run: rank 0, and others that may have outlived it."""
+    """Whether this rank says that another one's end has ended the run: rank 0, and those that may have outlived it."""
     return rank() <= 1 or local_rank() == 0
 
 
@@ -161,4 +173,4 @@ def launcher():
         return "python"
     machines = os.environ.get("GROUP_WORLD_SIZE", "1")
     several = "" if machines == "1" else f"--nnodes={machines} … "
-    return f"torchrun {several}--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"
+    return f"torchrun {several}--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', size())}"

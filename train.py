@@ -203,7 +203,7 @@ def parse_args(argv=None):
     unset = object()
     given = vars(parser.parse_args(modernize(argv), argparse.Namespace(**dict.fromkeys(defaults, unset))))
     given = {name: value for name, value in given.items() if value is not unset}
-    if distributed.restarts() and (run_directory(given) / "latest.pth").exists():
+    if started_by_this_launch(run_directory(given)):
         given |= {"resume": True, "overwrite": False}
     checkpoint = None
     try:
@@ -232,6 +232,12 @@ def resolve_defaults(defaults, given):
             raise ValueError(f"--arch {args['arch']} sets the {clash[0].replace('_', ' ')}: leave out one of the two")
         args |= {"depth": None} | {name: value for name, value in preset.items() if name in args}
     return args
+
+
+def started_by_this_launch(path):
+    """Whether torchrun, after the death of a process, starts us anew to go on with the run in ``path``."""
+    launched, latest = distributed.launched(), path / "latest.pth"
+    return launched is not None and latest.exists() and latest.stat().st_mtime > launched
 
 
 def run_directory(given):
@@ -370,10 +376,14 @@ def pick_device(args):
 
 
 def load_data(args, device):
-    dataset = data.load(args.dataset, args.data, args.image_size, args.workers, args.progress)
+    progress = args.progress and distributed.rank() == 0
+    dataset = data.load(args.dataset, args.data, args.image_size, args.workers, progress)
     if args.valid_size:
         dataset = dataset.hold_out(args.valid_size, args.seed)
-    return dataset.limit(args.limit_train, args.limit_test).to(device)
+    dataset = dataset.limit(args.limit_train, args.limit_test)
+    if len(dataset.train) < distributed.size():
+        raise data.DataError(f"{len(dataset.train)} training images for {distributed.size()} processes: use fewer")
+    return dataset.to(device)
 
 
 def make_batches(args, dataset):
@@ -452,7 +462,8 @@ def train_and_test(args, epoch, model, parallel, optimizer, batches, amp):
 
 def progress_bar(args, epoch, batches):
     label = f"epoch {epoch}/{args.epochs}"
-    return tqdm(total=len(batches.images), desc=label, unit="img", leave=False, disable=not args.progress)
+    hidden = not args.progress or distributed.rank() > 0
+    return tqdm(total=len(batches.images), desc=label, unit="img", leave=False, disable=hidden)
 
 
 def print_start(args, config, here, dataset):
@@ -565,33 +576,37 @@ def main(argv=None):
             with run:
                 train(args, checkpoint, run)
         return 0
-    except distributed.Elsewhere:
-        return 2
+    except distributed.Elsewhere as error:
+        return error.status
     except (data.DataError, RunError) as error:
         status, message = 2, f"error: {error}" + (f"; {saved(run)}" if run.epoch is not None else "")
     except NotFinite as error:
         if distributed.rank() > 0:
             return 3
-        where = f"epoch {error.epoch}, iteration {error.step}"
+        where = f"epoch {run.epoch + 1}, iteration {error.step}"
         status, message = 3, f"error: the loss is not finite in {where}; {saved(run)}"
     except OSError as error:
         status, message = 1, f"error: {error.filename or args.save}: {error.strerror or error}; {saved(run)}"
     except Interrupted as error:
         status, message = 128 + error.number, f"stopped; {saved(run)}"
+        if not distributed.speaks() or (error.number == signal.SIGINT and distributed.rank() > 0):
+            return status
     except RuntimeError as error:
         if not distributed.lost_rank(error):
             raise
         status, message = 1, f"error: another process of this run has ended; {saved(run)}"
-    if distributed.speaks():
-        print(f"train.py: {message}", file=sys.stderr)
+        if not distributed.speaks():
+            return status
+    print(f"train.py: {message}", file=sys.stderr)
     return status
 
 
 def saved(run):
     """What of a run that ended early is safe, and how to go on."""
-    if run is None or (run.epoch is None and distributed.rank() == 0):
+    first = distributed.rank() == 0  # the others do not know how far it got
+    if run is None or (run.epoch is None if first else not (run.path / "latest.pth").exists()):
         return "nothing was saved"
-    whole = f"epoch {run.epoch}" if distributed.rank() == 0 else "the last whole epoch"
+    whole = f"epoch {run.epoch}" if first else "the last whole epoch"
     resume = f"{distributed.launcher()} train.py --save {shlex.quote(str(run.path))} --resume"
     return f"{whole} is saved in {run.path / 'latest.pth'}; to go on: {resume}"
 

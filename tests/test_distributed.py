@@ -169,6 +169,16 @@ def test_torchrun_restarts_a_run_from_its_last_checkpoint():
     assert json.loads(Path("run/config.json").read_text())["resumed"][0]["epoch"] >= 2
 
 
+@pytest.mark.slow
+def test_a_restart_does_not_touch_an_older_run():
+    finished(torchrun(2, str(ROOT / "train.py"), *RUN, "--epochs", "1"), 0)
+    before = Path("run/latest.pth").read_bytes()
+    output = finished(torchrun(2, str(ROOT / "train.py"), *RUN, "--epochs", "2", options=["--max-restarts=1"]), 1)
+    lines = lines_of_ours(output)
+    assert len(lines) == 2 and all("run holds a run" in line for line in lines)
+    assert Path("run/latest.pth").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
