@@ -195,7 +195,7 @@ def step_functions(job, device):
     return train, infer
 
 
-def saved_bytes(forward, model, amp):
+def saved_bytes(forward, model, amp=contextlib.nullcontext):
     """Bytes that autograd keeps between forward and backward pass, each storage once, parameters not counted."""
     kept, parameters = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
 

@@ -7,6 +7,7 @@ import contextlib
 import inspect
 import os
 import socket
+import sys
 from datetime import timedelta
 
 import psutil
@@ -160,6 +161,22 @@ def average_statistics(model):
 def lost_rank(error):
     """Whether an exception tells that another rank cannot be reached any more."""
     return size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+
+def exit_from(main):
+    """End the process with the exit status of ``main()``; where there are several ranks, at once.
+
+    The usual end of a process waits for, or aborts, the threads that talk to ranks which have ended already.
+    """
+    try:
+        status = main()
+    except SystemExit as error:
+        status = error.code
+    if size() == 1:
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status or 0)
 
 
 def speaks():

@@ -612,4 +612,4 @@ def saved(run):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    distributed.exit_from(main)

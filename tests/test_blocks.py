@@ -216,7 +216,7 @@ def test_statistics_updated_twice_would_be_noticed(monkeypatch):
     """The comparison above fails for recomputation as torchvision and the efficient seed do it."""
     from contextlib import nullcontext
 
-    monkeypatch.setattr(densenet, "statistics_once", lambda norm: (nullcontext(), nullcontext()))
+    monkeypatch.setattr(densenet, "keep_statistics", lambda norm: (nullcontext(), nullcontext()))
     model, x = make(torch.float32), torch.randn(4, 3, 8, 8)
     with pytest.raises(AssertionError, match=r"running_mean|running_var|num_batches_tracked"):
         assert_same(step(with_block(model, "checkpoint"), x), step(with_block(model, "naive"), x), rtol=0)
