@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY
+from tqdm import tqdm
 
 import data
 import distributed
@@ -67,7 +68,7 @@ def train_and_evaluate():
     """What each rank does: trains every block, evaluates, and on rank 0 writes what came out."""
     results, digits = {}, dataset()
     share = distributed.rank(), distributed.size()
-    no_amp, bar = contextlib.nullcontext, type("Bar", (), {"update": lambda self, count: None})()
+    no_amp, bar = contextlib.nullcontext, tqdm(disable=True)
     with distributed.joined():
         for block in BLOCKS:
             model, optimizer = make(block)
