@@ -406,7 +406,7 @@ def test_old_command_lines_run(tmp_path, monkeypatch, command):
     write_cifar(root, datasets.CIFAR10, monkeypatch)
     assert train.main([*command.replace("--save DIR", "--save RUN").split(), "--no-plot", "--no-progress"]) == 0
     saved = torch.load("RUN/latest.pth", weights_only=True)["config"]
-    assert saved["block"] == ("checkpoint" if "efficient" in command else "naive")
+    assert (saved["block"] == "checkpoint") == ("efficient" in command)
 
 
 def test_stats_command(capsys):
