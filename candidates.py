@@ -132,7 +132,6 @@ def make_images(count, device, dtype=torch.float32, seed=1):
     return images.to(device, dtype), torch.randint(10, (count,), generator=generator).to(device)
 
 
-
 def gradients(model, images, labels, amp):
     """Output and all gradients, flattened in our order of parameters, in float64 on the CPU."""
     model.zero_grad()

@@ -127,11 +127,6 @@ def in_turn(function, *args):
     return result
 
 
-def share(items):
-    """This rank's part of a batch: every size-th item."""
-    return items[rank() :: size()]
-
-
 def parallel(model):
     """The model as training calls it: its gradients become the mean over the ranks."""
     if size() == 1:

@@ -15,14 +15,10 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts run from anywhere
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        """One line, without the usage that argparse prints first."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
 def make_parser(name, doc):
     """A parser with the flags of every script; ``name`` is the script's, ``doc`` its docstring."""
+    from train import Parser
+
     parser = Parser(prog=name, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=1, help="of weights and inputs (default: %(default)s)")
     parser.add_argument("--with-bug", action="store_true", help="emulate the bug of 2017: can this check see it?")
