@@ -411,11 +411,14 @@ def make_model(args, dataset, device, block):
 
 def first_checkpoint(args, dataset, model, options, here):
     """The state before the first epoch: a run can be resumed from the moment it exists."""
-    parameters = sum(p.numel() for p in model.parameters())
+    config = here | {"arguments": vars(args), "model": options}
+    config["parameters"] = sum(p.numel() for p in model.parameters())
+    config["images"] = {name: len(split) for name, split in dataset.splits.items()}
     return {
         "epoch": 0,
+        "seconds": 0.0,  # that the finished epochs took, evaluations included
         "rng": {"seed": args.seed},  # with the epoch, the seed decides every random number
-        "config": here | {"arguments": vars(args), "model": options, "parameters": parameters, "resumed": []},
+        "config": config | {"resumed": []},
         "normalize": dataset.normalize,
         "classes": list(dataset.classes),
         "metrics": {name: [] for name in dataset.splits},
@@ -485,11 +488,12 @@ def print_epoch(args, rows, seconds):
     print("  ".join(parts), flush=True)
 
 
-def print_end(args, first, run):
+def print_end(args, first, run, seconds):
     if first > args.epochs:
         print(f"all {args.epochs} epochs are done; a larger --epochs goes further")
     final, best = run.rows["test"][-1], run.best("test")
-    print(f"test error {final['error']:.2f} % after epoch {final['epoch']}, the last")
+    took = datetime.timedelta(seconds=round(seconds))
+    print(f"test error {final['error']:.2f} % after epoch {final['epoch']}, the last; {took} in all")
     if "valid" in run.rows:
         chosen = run.rows["test"][run.best("valid")["epoch"] - 1]
         print(
@@ -537,11 +541,13 @@ def train(args, checkpoint, run):
             begin = time.monotonic()
             rows = train_and_test(args, epoch, model, parallel, optimizer, batches, amp)
             if writes:
+                seconds = time.monotonic() - begin
+                checkpoint["seconds"] += seconds
                 run.finish_epoch(state(epoch), rows)
-                print_epoch(args, rows, time.monotonic() - begin)
+                print_epoch(args, rows, seconds)
                 figures.redraw()
     if writes:
-        print_end(args, first, run)
+        print_end(args, first, run, checkpoint["seconds"])
 
 
 def set_up_torch(args):

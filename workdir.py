@@ -228,7 +228,8 @@ def device_name(device):
     with contextlib.suppress(OSError):  # Linux alone has this file, and there platform.processor() is often empty
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def provenance(device):

@@ -173,15 +173,17 @@ def test_a_run_writes_what_it_should(tiny, capsys):
     assert test.error.between(0, 100).all() and (log.images_per_second > 0).all()
     config = json.loads(Path("run/config.json").read_text())
     assert config["arguments"]["depth"] == 10 and config["arguments"]["lr"] == 0.1
+    assert config["images"] == {"train": 200, "test": 100}
     assert config["parameters"] == 2666 and config["versions"]["torch"] == torch.__version__.split("+")[0]
     assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", config["commit"] or "0" * 40)
 
     checkpoint = torch.load("run/latest.pth", weights_only=True)
     assert set(checkpoint) == {
-        "model", "optimizer", "epoch", "rng", "config", "normalize", "classes", "metrics"
+        "model", "optimizer", "epoch", "seconds", "rng", "config", "normalize", "classes", "metrics"
     }  # fmt: skip
     assert checkpoint["classes"] == list("0123456789")
     assert checkpoint["metrics"]["test"][-1]["error"] == test.error.iloc[-1]
+    assert checkpoint["seconds"] > sum(200 / log.images_per_second)
     out = capsys.readouterr().out
     assert f"test error {test.error.iloc[-1]:.2f} % after epoch 4, the last" in out
     assert "best on test" in out
@@ -247,6 +249,8 @@ def test_resume_keeps_the_arguments_and_refuses_others(tiny, capsys):
     config = json.loads(Path("run/config.json").read_text())
     assert config["arguments"]["weight_decay"] == 0.01
     assert [entry["epoch"] for entry in config["resumed"]] == [2]
+    log, checkpoint = pd.read_csv("run/train.csv"), torch.load("run/latest.pth", weights_only=True)
+    assert checkpoint["seconds"] > sum(200 / log.images_per_second)  # of both processes
     capsys.readouterr()
     assert tiny("--resume", "--save", "run", "--block", "fused", args=[]) == 0
     out = capsys.readouterr().out
