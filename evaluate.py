@@ -130,8 +130,30 @@ def print_test_error(matrix, classes):
             print(f"{name:{width}}", *(f"{value:5}" for value in row))
 
 
-def print_probabilities(paths, predictions, classes):
-    probabilities = torch.cat([logits.softmax(1).cpu() for logits, _ in predictions])  # (images, classes)
+def load_test_images(checkpoint, directory=None):
+    """The images that the checkpoint's run was tested on; ``directory``: where the data set lives, if not as then.
+
+    Raises data.DataError where they are missing or have other classes.
+    """
+    trained = checkpoint["config"]["arguments"]
+    dataset = data.load(trained["dataset"], directory or trained["data"], trained["image_size"])
+    if list(dataset.classes) != checkpoint["classes"]:
+        raise data.DataError("the classes of the data set are not those that the network was trained on")
+    return dataset.limit(test=trained["limit_test"]).test
+
+
+def classify(checkpoint, paths, device="cpu", amp=contextlib.nullcontext):
+    """Class probabilities of image files of any size: (images, classes) float32, in the order of the paths.
+
+    Raises data.DataError where a file is missing or no image.
+    """
+    model = load_model(checkpoint).to(device, memory_format=torch.channels_last)
+    images = data.unlabelled(paths, checkpoint["config"]["arguments"]["image_size"]).to(device)
+    batches = images.batches(checkpoint["config"]["arguments"]["batch_size"], checkpoint["normalize"])
+    return torch.cat([logits.softmax(1).cpu() for logits, _ in predict(model, batches, amp)])
+
+
+def print_probabilities(paths, probabilities, classes):
     for path, row in zip(paths, probabilities, strict=True):
         best = row.argsort(descending=True)[:5].tolist()
         print(f"{path}:", ", ".join(f"{classes[i]} {100 * row[i]:.1f} %" for i in best))
@@ -139,7 +161,7 @@ def print_probabilities(paths, predictions, classes):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="latest.pth or best.pth of a run")
+    parser.add_argument("checkpoint", help="latest.pth, best.pth or weights.pth of a run")
     parser.add_argument("images", nargs="*", help="image files to classify (default: evaluate the test set)")
     parser.add_argument("--data", metavar="DIR", help="where the data set lives (default: as in training)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
@@ -150,19 +172,13 @@ def main(argv=None):
         device = choose_device(args.device)
         set_up_device(device)
         amp, _ = choose_precision(args.precision, device)
-        model = load_model(checkpoint).to(device, memory_format=torch.channels_last)
-        trained, classes = checkpoint["config"]["arguments"], checkpoint["classes"]
+        classes = checkpoint["classes"]
         if args.images:
-            images = data.unlabelled(args.images, trained["image_size"])
+            print_probabilities(args.images, classify(checkpoint, args.images, device, amp), classes)
         else:
-            dataset = data.load(trained["dataset"], args.data or trained["data"], trained["image_size"])
-            if list(dataset.classes) != classes:
-                raise data.DataError(f"the classes of the data set are not those of {args.checkpoint}")
-            images = dataset.limit(test=trained["limit_test"]).test
-        batches = images.to(device).batches(trained["batch_size"], checkpoint["normalize"])
-        if args.images:
-            print_probabilities(args.images, predict(model, batches, amp), classes)
-        else:
+            model = load_model(checkpoint).to(device, memory_format=torch.channels_last)
+            images = load_test_images(checkpoint, args.data).to(device)
+            batches = images.batches(checkpoint["config"]["arguments"]["batch_size"], checkpoint["normalize"])
             print_test_error(confusion_matrix(model, batches, amp, len(classes)), classes)
     except (RunError, data.DataError, ValueError) as error:
         print(f"evaluate.py: error: {error}", file=sys.stderr)

@@ -1,7 +1,8 @@
 """Draw the loss and error curves of one or more runs from their CSV logs.
 
 Example: python plot.py work/digits.base
-         python plot.py work/sgd work/adam --out images --format svg --smooth 3
+         python plot.py work/sgd work/adam --out figures --format svg --smooth 3
+         python plot.py work/sgd work/adam --out sgd-vs-adam.png
          python plot.py --mean work/sgd.1 work/sgd.2 work/sgd.3 --mean work/adam.1 work/adam.2 work/adam.3
 
 Reads the logs of train.py, of bamos/densenet.pytorch (train.csv, test.csv without header) and of
@@ -24,6 +25,7 @@ from matplotlib.figure import Figure
 SPLIT_COLORS = {"train": "#56B4E9", "valid": "#009E73", "test": "#D55E00"}
 RUN_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9")
 SPLIT_STYLES = {"train": "--", "valid": ":", "test": "-"}
+FORMATS = ("png", "pdf", "svg")
 FIGURES = {"loss": ("loss",), "error": ("error",), "loss-error": ("loss", "error")}
 
 
@@ -235,8 +237,9 @@ def main(argv=None):
     parser.add_argument("runs", nargs="*", metavar="DIR", help="run directories; several are drawn over each other")
     parser.add_argument("--mean", nargs="+", action="append", default=[], metavar="DIR",
         help="runs that differ in their seed: draw their mean and a band of one standard deviation")
-    parser.add_argument("--out", metavar="DIR", help="where figures go (default: DIR; of several, here)")
-    parser.add_argument("--format", choices=("png", "pdf", "svg"), default="png", help="(default: %(default)s)")
+    parser.add_argument("--out", metavar="PATH",
+        help="where figures go (default: DIR; of several, here); a file name such as sgd-vs-adam.png: only loss-error")
+    parser.add_argument("--format", choices=FORMATS, default="png", help="(default: %(default)s)")
     parser.add_argument("--smooth", type=float, default=0, metavar="EPOCHS", help="rolling mean (default: none)")
     parser.add_argument("--loss-scale", choices=("log", "linear"), default="log", help="(default: %(default)s)")
     parser.add_argument("--error-scale", choices=("log", "linear"), default="linear", help="(default: %(default)s)")
@@ -247,11 +250,14 @@ def main(argv=None):
             raise LogError("name a run directory, such as work/cifar10.base")
         logs = [read_log(run) for run in args.runs]
         logs += [mean_log([read_log(run) for run in group]) for group in args.mean]
-        out.mkdir(parents=True, exist_ok=True)
-        for name, quantities in FIGURES.items():
+        figures = {out / f"{name}.{args.format}": quantities for name, quantities in FIGURES.items()}
+        if out.suffix[1:] in FORMATS:
+            figures = {out: FIGURES["loss-error"]}
+        for path, quantities in figures.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
             figure = make_figure(logs, quantities, {"loss": args.loss_scale, "error": args.error_scale}, args.smooth)
-            save(figure, out / f"{name}.{args.format}")
-            print(out / f"{name}.{args.format}")
+            save(figure, path)
+            print(path)
     except LogError as error:
         print(f"plot.py: error: {error}", file=sys.stderr)
         return 2

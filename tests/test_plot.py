@@ -96,6 +96,9 @@ def test_overlays_runs_of_all_kinds(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert plot.main([*map(str, runs), "--out", "figures"]) == 0
     assert sorted(p.name for p in Path("figures").iterdir()) == ["error.png", "loss-error.png", "loss.png"]
+    assert plot.main([*map(str, runs), "--out", "one/picture.svg"]) == 0
+    assert [p.name for p in Path("one").iterdir()] == ["picture.svg"]
+    assert Path("one/picture.svg").read_text().startswith("<?xml")
     figure = plot.make_figure([plot.read_log(run) for run in runs], ("loss", "error"), {"loss": "log", "error": "log"}, 0)
     title = figure.get_suptitle()
     assert "a: test error: final 9.50 %" in title and "c: valid error: final 33.00 %" in title
