@@ -128,7 +128,7 @@ def mean_log(logs):
     """The mean of several runs, over the epochs that all of them have, as a Log."""
     names = [log.name for log in logs]
     alike = sum(1 for _ in itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False)))
-    name = names[0][:alike].rstrip(".-_ ") or ", ".join(names)
+    name = names[0][:alike].rstrip(".-_ ").removesuffix("seed").rstrip(".-_ ") or ", ".join(names)
     tables, deviations = {}, {}
     for split in ("train", "valid", "test"):
         parts = [log.tables[split] for log in logs if split in log.tables]

@@ -32,7 +32,7 @@ def publish(directory, device, folder=None):
     ``folder`` says where the data set lives, if not where it was in training.
     """
     checkpoint = read_checkpoint(directory / "latest.pth")
-    config, epochs = checkpoint["config"], checkpoint["config"]["arguments"]["epochs"]
+    epochs = checkpoint["config"]["arguments"]["epochs"]
     if checkpoint["epoch"] < epochs:
         raise RunError(f"{directory} has finished {checkpoint['epoch']} of {epochs} epochs: --resume it first")
     wrong = mistakes(checkpoint, load_test_images(checkpoint, folder), device)

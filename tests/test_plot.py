@@ -161,6 +161,7 @@ def write_seeds(folder, count=3):
 def test_mean_and_standard_deviation_over_seeds(tmp_path):
     log = plot.mean_log([plot.read_log(run) for run in write_seeds(tmp_path)])
     assert log.name == "sgd, mean of 3"
+    assert plot.mean_log([plot.Log(name, {}) for name in ("black-seed1", "black-seed2")]).name == "black, mean of 2"
     assert log.tables["test"].epoch.tolist() == [1, 2, 3, 4, 5]  # the shortest run has five
     assert log.tables["test"].error.tolist() == pytest.approx([20 / e for e in range(1, 6)])
     assert log.deviations["test"].error.tolist() == pytest.approx([10 / e for e in range(1, 6)])
