@@ -95,27 +95,28 @@ def choose_precision(name, device):
     return amp, name
 
 
-def confusion_matrix(model, batches, amp, count):
+def confusion_matrix(predictions, count):
     """(count, count) int64: images of class row that were taken for class column."""
     matrix = torch.zeros(count, count, dtype=torch.int64)
-    for logits, labels in predict(model, batches, amp):
+    for logits, labels in predictions:
         pairs = labels * count + logits.argmax(1)
         matrix += torch.bincount(pairs.cpu(), minlength=count * count).view(count, count)
     return matrix
 
 
-def wilson(share, count, z=1.96):
-    """Wilson's score interval of a share measured on ``count`` images; z = 1.96 for 95 %."""
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * (share * (1 - share) / count + z * z / (4 * count * count)) ** 0.5
-    return max(0.0, centre - half), min(1.0, centre + half)
+def wilson(error, images, z=1.96):
+    """Wilson's score interval of an error measured on ``images`` images, all in percent; z = 1.96 for 95 %."""
+    share = error / 100
+    centre = (share + z * z / (2 * images)) / (1 + z * z / images)
+    half = z / (1 + z * z / images) * (share * (1 - share) / images + z * z / (4 * images * images)) ** 0.5
+    return 100 * max(0.0, centre - half), 100 * min(1.0, centre + half)
 
 
 def print_test_error(matrix, classes):
     images, wrong = int(matrix.sum()), int(matrix.sum() - matrix.trace())
-    low, high = (100 * bound for bound in wilson(wrong / images, images))
-    interval = f"95 % interval {low:.2f} … {high:.2f} %"
-    print(f"test error {100 * wrong / images:.2f} % ({interval}), {wrong} of {images} images wrong")
+    error = 100 * wrong / images
+    low, high = wilson(error, images)
+    print(f"test error {error:.2f} % (95 % interval {low:.2f} … {high:.2f} %), {wrong} of {images} images wrong")
     width = max(map(len, classes))
     print(f"\n{'class':{width}}  error %  taken for")
     for i, name in enumerate(classes):
@@ -138,19 +139,24 @@ def load_test_images(checkpoint, directory=None):
     trained = checkpoint["config"]["arguments"]
     dataset = data.load(trained["dataset"], directory or trained["data"], trained["image_size"])
     if list(dataset.classes) != checkpoint["classes"]:
-        raise data.DataError("the classes of the data set are not those that the network was trained on")
+        raise data.DataError(f"the data set in {directory or trained['data']} has other classes than in training")
     return dataset.limit(test=trained["limit_test"]).test
 
 
+def predictions(checkpoint, images, device="cpu", amp=contextlib.nullcontext):
+    """What ``predict`` yields for images of the data module and the trained network of a checkpoint."""
+    model = load_model(checkpoint).to(device, memory_format=torch.channels_last)
+    batch_size = checkpoint["config"]["arguments"]["batch_size"]
+    return predict(model, images.to(device).batches(batch_size, checkpoint["normalize"]), amp)
+
+
 def classify(checkpoint, paths, device="cpu", amp=contextlib.nullcontext):
-    """Class probabilities of image files of any size: (images, classes) float32, in the order of the paths.
+    """Class probabilities of one or more image files of any size: (images, classes) float32, in their order.
 
     Raises data.DataError where a file is missing or no image.
     """
-    model = load_model(checkpoint).to(device, memory_format=torch.channels_last)
-    images = data.unlabelled(paths, checkpoint["config"]["arguments"]["image_size"]).to(device)
-    batches = images.batches(checkpoint["config"]["arguments"]["batch_size"], checkpoint["normalize"])
-    return torch.cat([logits.softmax(1).cpu() for logits, _ in predict(model, batches, amp)])
+    images = data.unlabelled(paths, checkpoint["config"]["arguments"]["image_size"])
+    return torch.cat([logits.softmax(1).cpu() for logits, _ in predictions(checkpoint, images, device, amp)])
 
 
 def print_probabilities(paths, probabilities, classes):
@@ -176,10 +182,8 @@ def main(argv=None):
         if args.images:
             print_probabilities(args.images, classify(checkpoint, args.images, device, amp), classes)
         else:
-            model = load_model(checkpoint).to(device, memory_format=torch.channels_last)
-            images = load_test_images(checkpoint, args.data).to(device)
-            batches = images.batches(checkpoint["config"]["arguments"]["batch_size"], checkpoint["normalize"])
-            print_test_error(confusion_matrix(model, batches, amp, len(classes)), classes)
+            images = load_test_images(checkpoint, args.data)
+            print_test_error(confusion_matrix(predictions(checkpoint, images, device, amp), len(classes)), classes)
     except (RunError, data.DataError, ValueError) as error:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 2

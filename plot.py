@@ -13,6 +13,7 @@ import argparse
 import io
 import itertools
 import os
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,7 +129,7 @@ def mean_log(logs):
     """The mean of several runs, over the epochs that all of them have, as a Log."""
     names = [log.name for log in logs]
     alike = sum(1 for _ in itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False)))
-    name = names[0][:alike].rstrip(".-_ ").removesuffix("seed").rstrip(".-_ ") or ", ".join(names)
+    name = re.sub(r"([.\-_ ]+seed)?[.\-_ ]*\d*$", "", names[0][:alike]) or ", ".join(names)
     tables, deviations = {}, {}
     for split in ("train", "valid", "test"):
         parts = [log.tables[split] for log in logs if split in log.tables]
@@ -204,15 +205,15 @@ def draw(axes, logs, quantity, scale, smooth_epochs):
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def make_figure(logs, quantities, scales, smooth_epochs):
+def make_figure(logs, quantities, scales, smooth_epochs, title=None):
     figure = Figure(figsize=(5.6 * len(quantities), 4.2), layout="constrained")
     panels = figure.subplots(1, len(quantities), squeeze=False)[0]
     for axes, quantity in zip(panels, quantities, strict=True):
         draw(axes, logs, quantity, scales[quantity], smooth_epochs)
     if len(logs) == 1:
-        figure.suptitle(f"{logs[0].name}\n{summary(logs[0])}", fontsize=10)
+        figure.suptitle(f"{title or logs[0].name}\n{summary(logs[0])}", fontsize=10)
     else:
-        figure.suptitle("\n".join(f"{log.name}: {summary(log)}" for log in logs), fontsize=8)
+        figure.suptitle("\n".join([title or "", *(f"{log.name}: {summary(log)}" for log in logs)]).strip(), fontsize=8)
     handles, labels = panels[-1].get_legend_handles_labels()
     if any(drops(log.tables.get("train", pd.DataFrame())) for log in logs):
         handles.append(panels[0].axvline(float("nan"), color="0.6", linestyle=(0, (1, 2)), linewidth=1))
@@ -238,7 +239,8 @@ def main(argv=None):
     parser.add_argument("--mean", nargs="+", action="append", default=[], metavar="DIR",
         help="runs that differ in their seed: draw their mean and a band of one standard deviation")
     parser.add_argument("--out", metavar="PATH",
-        help="where figures go (default: DIR; of several, here); a file name such as sgd-vs-adam.png: only loss-error")
+        help="where figures go (default: DIR; of several, here); a file such as sgd-vs-adam.png: one figure of both")
+    parser.add_argument("--title", metavar="TEXT", help="a line above the figure: data set, network, …")
     parser.add_argument("--format", choices=FORMATS, default="png", help="(default: %(default)s)")
     parser.add_argument("--smooth", type=float, default=0, metavar="EPOCHS", help="rolling mean (default: none)")
     parser.add_argument("--loss-scale", choices=("log", "linear"), default="log", help="(default: %(default)s)")
@@ -251,12 +253,12 @@ def main(argv=None):
         logs = [read_log(run) for run in args.runs]
         logs += [mean_log([read_log(run) for run in group]) for group in args.mean]
         figures = {out / f"{name}.{args.format}": quantities for name, quantities in FIGURES.items()}
-        if out.suffix[1:] in FORMATS:
+        if args.out and out.suffix[1:] in FORMATS and not out.is_dir():
             figures = {out: FIGURES["loss-error"]}
+        scales = {"loss": args.loss_scale, "error": args.error_scale}
         for path, quantities in figures.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            figure = make_figure(logs, quantities, {"loss": args.loss_scale, "error": args.error_scale}, args.smooth)
-            save(figure, path)
+            save(make_figure(logs, quantities, scales, args.smooth, args.title), path)
             print(path)
     except LogError as error:
         print(f"plot.py: error: {error}", file=sys.stderr)

@@ -259,8 +259,8 @@ def read_saved(given):
             )
     if given.get("epochs", saved["epochs"]) < checkpoint["epoch"]:
         raise ValueError(f"--epochs {given['epochs']}: the run in {path} has finished {checkpoint['epoch']} already")
-    if "optimizer" not in checkpoint:
-        raise RunError(f"{path / 'latest.pth'} holds weights only: training cannot go on from it")
+    if not {"optimizer", "metrics", "seconds"} <= checkpoint.keys():
+        raise RunError(f"training cannot go on from {path / 'latest.pth'}: it holds weights only, or is too old")
     saved["progress"] = sys.stderr.isatty()
     return checkpoint, saved
 
@@ -411,14 +411,12 @@ def make_model(args, dataset, device, block):
 
 def first_checkpoint(args, dataset, model, options, here):
     """The state before the first epoch: a run can be resumed from the moment it exists."""
-    config = here | {"arguments": vars(args), "model": options}
-    config["parameters"] = sum(p.numel() for p in model.parameters())
-    config["images"] = {name: len(split) for name, split in dataset.splits.items()}
+    parameters = sum(p.numel() for p in model.parameters())
     return {
         "epoch": 0,
         "seconds": 0.0,  # that the finished epochs took, evaluations included
         "rng": {"seed": args.seed},  # with the epoch, the seed decides every random number
-        "config": config | {"resumed": []},
+        "config": here | {"arguments": vars(args), "model": options, "parameters": parameters, "resumed": []},
         "normalize": dataset.normalize,
         "classes": list(dataset.classes),
         "metrics": {name: [] for name in dataset.splits},
@@ -493,7 +491,7 @@ def print_end(args, first, run, seconds):
         print(f"all {args.epochs} epochs are done; a larger --epochs goes further")
     final, best = run.rows["test"][-1], run.best("test")
     took = datetime.timedelta(seconds=round(seconds))
-    print(f"test error {final['error']:.2f} % after epoch {final['epoch']}, the last; {took} in all")
+    print(f"test error {final['error']:.2f} % after epoch {final['epoch']}, the last; all epochs took {took}")
     if "valid" in run.rows:
         chosen = run.rows["test"][run.best("valid")["epoch"] - 1]
         print(

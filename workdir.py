@@ -26,7 +26,7 @@ COLUMNS = {
     "test": ("epoch", "loss", "error"),
 }
 FIGURES = ("loss.png", "error.png", "loss-error.png")
-FILES = ("latest.pth", "best.pth", "config.json", *(f"{name}.csv" for name in COLUMNS), *FIGURES)
+FILES = ("latest.pth", "best.pth", "weights.pth", "config.json", *(f"{name}.csv" for name in COLUMNS), *FIGURES)
 
 
 class RunError(Exception):
