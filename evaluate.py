@@ -137,7 +137,10 @@ def load_test_images(checkpoint, directory=None):
     Raises data.DataError where they are missing or have other classes.
     """
     trained = checkpoint["config"]["arguments"]
-    dataset = data.load(trained["dataset"], directory or trained["data"], trained["image_size"])
+    try:
+        dataset = data.load(trained["dataset"], directory or trained["data"], trained["image_size"])
+    except data.DataError as error:
+        raise data.DataError(f"{error}; --data says where the data set of the training is") from error
     if list(dataset.classes) != checkpoint["classes"]:
         raise data.DataError(f"the data set in {directory or trained['data']} has other classes than in training")
     return dataset.limit(test=trained["limit_test"]).test
@@ -151,10 +154,12 @@ def predictions(checkpoint, images, device="cpu", amp=contextlib.nullcontext):
 
 
 def classify(checkpoint, paths, device="cpu", amp=contextlib.nullcontext):
-    """Class probabilities of one or more image files of any size: (images, classes) float32, in their order.
+    """Class probabilities of a list of image files of any size: (images, classes) float32, in their order.
 
-    Raises data.DataError where a file is missing or no image.
+    Raises data.DataError where a file is missing or no image, or the list is empty.
     """
+    if isinstance(paths, str) or not paths:
+        raise data.DataError(f"{paths!r} is not a list of image files")
     images = data.unlabelled(paths, checkpoint["config"]["arguments"]["image_size"])
     return torch.cat([logits.softmax(1).cpu() for logits, _ in predictions(checkpoint, images, device, amp)])
 
@@ -168,7 +173,7 @@ def print_probabilities(paths, probabilities, classes):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="latest.pth, best.pth or weights.pth of a run")
-    parser.add_argument("images", nargs="*", help="image files to classify (default: evaluate the test set)")
+    parser.add_argument("images", nargs="*", default=[], help="image files to classify (default: the test set)")
     parser.add_argument("--data", metavar="DIR", help="where the data set lives (default: as in training)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="(default: %(default)s)")

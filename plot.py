@@ -173,7 +173,7 @@ def summary(log):
         return f"{split} error: final {final.error:.2f} ± {spread.error:.2f} % (epoch {final.epoch:.0f})"
     final, best = table.iloc[-1], table.loc[table.error.idxmin()]
     text = f"{split} error: final {final.error:.2f} % (epoch {final.epoch:.0f}), "
-    text += f"best {best.error:.2f} % (epoch {best.epoch:.0f})"
+    text += f"best {'on test ' if split == 'test' else ''}{best.error:.2f} % (epoch {best.epoch:.0f})"
     if split == "valid" and "test" in log.tables:
         text += f"; test {log.tables['test'].error.iloc[-1]:.2f} %"
     return text
@@ -199,6 +199,9 @@ def draw(axes, logs, quantity, scale, smooth_epochs):
                 axes.fill_between(line.epoch, low, high, color=color, alpha=0.2, linewidth=0)
     for epoch in sorted({epoch for log in logs for epoch in drops(log.tables.get("train", pd.DataFrame()))}):
         axes.axvline(epoch, color="0.6", linestyle=(0, (1, 2)), linewidth=1, zorder=0)
+    if scale == "auto":  # less than a decade on a logarithmic axis has hardly a number beside it
+        low, high = axes.dataLim.intervaly
+        scale = "log" if high > 10 * low > 0 else "linear"
     axes.set(xlabel="epoch", ylabel="cross-entropy loss (nats)" if quantity == "loss" else "error (%)", yscale=scale)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(color="0.9", linewidth=0.6)
@@ -243,7 +246,8 @@ def main(argv=None):
     parser.add_argument("--title", metavar="TEXT", help="a line above the figure: data set, network, …")
     parser.add_argument("--format", choices=FORMATS, default="png", help="(default: %(default)s)")
     parser.add_argument("--smooth", type=float, default=0, metavar="EPOCHS", help="rolling mean (default: none)")
-    parser.add_argument("--loss-scale", choices=("log", "linear"), default="log", help="(default: %(default)s)")
+    parser.add_argument("--loss-scale", choices=("auto", "log", "linear"), default="auto",
+        help="auto is log from a decade on (default: %(default)s)")
     parser.add_argument("--error-scale", choices=("log", "linear"), default="linear", help="(default: %(default)s)")
     args = parser.parse_args(argv)
     out = Path(args.out or (args.runs[0] if len(args.runs) == 1 and not args.mean else "."))

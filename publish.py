@@ -3,8 +3,8 @@
 Example: python publish.py work/digits.base
 
 Evaluates latest.pth once more, compares the error with test.csv, and writes the network without the optimiser to
-weights.pth: small, and all that evaluate.py needs. Then prints a table of the runs in Markdown. Of a run that has no
-latest.pth, as in a clone, weights.pth stays as it is.
+weights.pth: small, and all that evaluate.py needs. Then prints a table of the runs in Markdown. The weights are those
+of the last epoch, also of a run with --valid-size. Of a run that has no latest.pth, as in a clone, weights.pth stays.
 """
 
 import argparse

@@ -48,7 +48,7 @@ def test_reads_the_logs_of_train(tmp_path):
     assert log.tables["train"].epoch.tolist() == list(range(1, 9))
     assert len(log.fine) == 8
     assert plot.drops(log.tables["train"]) == [3]  # epoch 4 is the first at a tenth; it begins at 3
-    assert plot.summary(log) == "test error: final 9.50 % (epoch 8), best 6.43 % (epoch 7)"
+    assert plot.summary(log) == "test error: final 9.50 % (epoch 8), best on test 6.43 % (epoch 7)"
 
 
 def test_reads_the_logs_of_bamos(tmp_path):
@@ -56,7 +56,7 @@ def test_reads_the_logs_of_bamos(tmp_path):
     assert len(log.fine) == 40
     assert log.tables["train"].epoch.tolist() == [1, 2, 3, 4]
     assert log.tables["train"].error[0] == pytest.approx(90 - 9 * 0.45)  # the mean of the steps 0 … 0.9
-    assert plot.summary(log) == "test error: final 15.00 % (epoch 4), best 15.00 % (epoch 4)"
+    assert plot.summary(log) == "test error: final 15.00 % (epoch 4), best on test 15.00 % (epoch 4)"
 
 
 def test_reads_the_logs_of_gpleiss(tmp_path):
@@ -102,6 +102,13 @@ def test_overlays_runs_of_all_kinds(tmp_path, monkeypatch):
     figure = plot.make_figure([plot.read_log(run) for run in runs], ("loss", "error"), {"loss": "log", "error": "log"}, 0)
     title = figure.get_suptitle()
     assert "a: test error: final 9.50 %" in title and "c: valid error: final 33.00 %" in title
+
+
+@pytest.mark.parametrize(("first", "scale"), [(0.9, "linear"), (1.1, "log")])
+def test_the_loss_axis_is_logarithmic_from_a_decade_on(tmp_path, first, scale):
+    (tmp_path / "test.csv").write_text(f"epoch,loss,error\n1,{first},50\n2,0.1,5\n")
+    figure = plot.make_figure([plot.read_log(tmp_path)], ("loss",), {"loss": "auto"}, 0)
+    assert figure.axes[0].get_yscale() == scale
 
 
 def test_a_half_written_line_is_left_out(tmp_path):

@@ -217,6 +217,9 @@ def test_evaluate_classifies_files_and_names_mistakes(tiny, capsys, tmp_path):
     capsys.readouterr()
     assert evaluate.main(["run/latest.pth", str(image)]) == 0
     assert re.match(rf"{image}: \d \d+\.\d %, ", capsys.readouterr().out)
+    for paths in ([], str(image)):
+        with pytest.raises(evaluate.data.DataError, match="is not a list of image files"):
+            evaluate.classify(torch.load("run/latest.pth", weights_only=True), paths)
     for arguments, words in ((["run"], "run is not a checkpoint file"), (["run/latest.pth", "x.png"], "x.png is not an image")):
         assert evaluate.main(arguments) == 2
         err = capsys.readouterr().err
