@@ -1,6 +1,8 @@
 """What the README says about flags, networks and commands is what the code does."""
 
 import csv
+import itertools
+import json
 import os
 import re
 import shlex
@@ -10,12 +12,16 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+import scipy.stats
 import torch
 from PIL import Image
 
 import densenet
 import train
+from publish import error_cell
+from workdir import read_checkpoint
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -88,8 +94,79 @@ def test_block_table_is_the_benchmark_s():
         assert (kept, peak, ms) == tuple(round(float(row[column])) for column in ("saved_mib", "peak_mib", "ms"))
 
 
-def test_headline_is_the_committed_run_s():
-    error = float((ROOT / "work/digits.bc16/test.csv").read_text().split()[-1].split(",")[-1])
+def published(name):
+    """config.json, train.csv and test.csv of a published run."""
+    run = ROOT / "work" / name
+    return json.loads((run / "config.json").read_text()), *(pd.read_csv(run / f"{log}.csv") for log in ("train", "test"))
+
+
+def final_error(name):
+    """The error after the last epoch and its 95 % interval, as work/README.md writes it."""
+    test = read_checkpoint(ROOT / "work" / name / "weights.pth")["test"]
+    return error_cell(test["error"], test["images"])
+
+
+def result_row():
+    name = "cifar10-jpeg.bc40"
+    config, train_log, _ = published(name)
+    network = f"DenseNet-BC, L = {config['model']['depth']}, {config['parameters']:,} parameters"
+    link = f"[work/{name}](work/{name})"
+    return f"| CIFAR-10, JPEG re-encoding | {network} | {len(train_log)} | {final_error(name)} | {link} |"
+
+
+def optimizer_table():
+    lines = [
+        "| run | learning rate | test error (%), 95 % interval | best on test (%), not a result | training error (%) |",
+        "|---|---|---|---|---|",
+    ]
+    for name in ("sgd", "adam", "adam-step"):
+        _, train_log, test = published(f"optimizers/{name}")
+        rates = " → ".join(f"{rate:g}" for rate in train_log.lr.unique())
+        lowest, training = f"{test.error.min():.2f}", f"{train_log.error.iloc[-1]:.2f}"
+        cells = (f"[{name}](work/optimizers/{name})", rates, final_error(f"optimizers/{name}"), lowest, training)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def ablation_errors():
+    """{(fill, momentum): final test errors of the seeds}."""
+    cells = itertools.product(("mean", "black"), ("nesterov", "plain"))
+    return {
+        (fill, momentum): [published(f"ablation/{fill}-{momentum}-seed{seed}")[2].error.iloc[-1] for seed in (1, 2, 3)]
+        for fill, momentum in cells
+    }
+
+
+def ablation_table():
+    errors = ablation_errors()
+    lines = ["| | mean colour beyond the border | black |", "|---|---|---|"]
+    for momentum, name in (("nesterov", "Nesterov momentum"), ("plain", "plain momentum")):
+        cells = [f"{np.mean(e):.2f} ± {np.std(e, ddof=1):.2f}" for e in (errors["mean", momentum], errors["black", momentum])]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def effect(errors, one, other):
+    """Mean difference between two settings, all else equal, seed included, with the 95 % interval of a paired t-test."""
+    one, other = ([error for cell, values in errors.items() if name in cell for error in values] for name in (one, other))
+    low, high = scipy.stats.ttest_rel(one, other).confidence_interval(0.95)
+    difference = np.mean(one) - np.mean(other)
+    return f"{difference:+.2f} points (95 % interval {low:+.2f} … {high:+.2f})".replace("-", "−")
+
+
+@pytest.mark.parametrize("table", [result_row, optimizer_table, ablation_table])
+def test_tables_of_results_are_the_published_runs(table):
+    assert table() in README, f"put this table into the README:\n{table()}"
+
+
+def test_effects_are_those_of_the_published_runs():
+    errors, text = ablation_errors(), " ".join(README.split())
+    for one, other in (("black", "mean"), ("plain", "nesterov")):
+        assert effect(errors, one, other) in text, f"{one} against {other}: {effect(errors, one, other)}"
+
+
+def test_first_run_s_error_is_the_published_one():
+    error = published("digits.bc16")[2].error.iloc[-1]
     assert f"a test error of {error:.2f} %" in " ".join(README.split())
 
 
@@ -97,7 +174,7 @@ def test_headline_is_the_committed_run_s():
 SHORTENED = """#!{python}
 import os, sys
 tool, args = os.path.basename(sys.argv[0]), sys.argv[1:]
-if tool in ("pip", "pytest"):
+if tool in ("pip", "pytest", "git"):
     sys.exit()
 if tool == "scontrol":
     print("localhost")
@@ -125,9 +202,11 @@ os.execv("{python}", ["{python}", *args])
 def test_every_block_of_commands_runs(tmp_path):
     """The README's blocks of commands, verbatim and in their order, in a copy of the repository; then its Python."""
     shutil.copytree(ROOT, tmp_path / "clone", ignore=shutil.ignore_patterns(".git", "data", "work", "__pycache__"))
+    for run in ("digits.bc16", "cifar10-jpeg.bc40"):
+        shutil.copytree(ROOT / "work" / run, tmp_path / "clone/work" / run)
     tools = tmp_path / "tools"
     tools.mkdir()
-    for name in ("python", "torchrun", "pip", "pytest", "srun", "scontrol"):
+    for name in ("python", "torchrun", "pip", "pytest", "git", "srun", "scontrol"):
         (tools / name).write_text(SHORTENED.format(python=sys.executable))
         (tools / name).chmod(0o755)
     for name in ("cat.jpg", "dog.png"):
@@ -143,4 +222,4 @@ def test_every_block_of_commands_runs(tmp_path):
     [program] = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
     command = [sys.executable, "-c", program]
     result = subprocess.run(command, cwd=tmp_path / "clone", capture_output=True, text=True, check=True)
-    assert result.stdout.strip() in map(str, range(10))
+    assert result.stdout.strip() in "airplane automobile bird cat deer dog frog horse ship truck".split()
