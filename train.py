@@ -510,7 +510,7 @@ def train(args, checkpoint, run):
     dataset = distributed.in_turn(load_data, args, device)
     model, options = make_model(args, dataset, device, choose_block(args, device, precision))
     optimizer = make_optimizer(args, model.parameters())
-    here = provenance(device) | {"precision": precision, "block": model.blocks[0].block}
+    here = provenance(device, distributed.launcher()) | {"precision": precision, "block": model.blocks[0].block}
     if checkpoint is None:
         checkpoint = first_checkpoint(args, dataset, model, options, here)
     else:

@@ -232,8 +232,11 @@ def device_name(device):
     return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
 
 
-def provenance(device):
-    """What numbers of a run depend on beside its arguments: command, commit, versions, hardware."""
+def provenance(device, launcher="python"):
+    """What numbers of a run depend on beside its arguments: command, commit, versions, hardware.
+
+    ``launcher`` is what the command begins with: torchrun and its options where several processes share the work.
+    """
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
@@ -244,7 +247,7 @@ def provenance(device):
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
     return {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": f"{launcher} {shlex.join(sys.argv)}",
         "commit": commit,
         "versions": versions,
         "device": device_name(device),

@@ -158,7 +158,10 @@ def test_a_killed_rank_ends_the_run_and_another_number_of_ranks_resumes_it():
     output = finished(torchrun(3, str(ROOT / "train.py"), "--save", "run", "--resume", "--epochs", str(epoch + 2)), 0)
     assert output.count("images/s") == 2  # one rank speaks for all
     assert_logs_are_whole(epoch + 2)
-    assert json.loads(Path("run/config.json").read_text())["resumed"][0]["epoch"] == epoch
+    config = json.loads(Path("run/config.json").read_text())
+    assert config["resumed"][0]["epoch"] == epoch
+    assert config["command"].startswith("torchrun --nproc_per_node=2 ")
+    assert config["resumed"][0]["command"].startswith("torchrun --nproc_per_node=3 ")
 
 
 @pytest.mark.slow
