@@ -82,8 +82,8 @@ def table_row(directory):
     """The cells of COLUMNS of a published run, from its config.json, logs and weights.pth, as Markdown."""
     weights = read_checkpoint(directory / "weights.pth")
     config, logs = json.loads((directory / "config.json").read_text()), plot.read_log(directory).tables
-    last = {name: (log.epoch.iloc[-1], log.error.iloc[-1]) for name, log in logs.items()}
-    if "train" not in last or last.get("test") != (weights["epoch"], weights["test"]["error"]):
+    logged = {"train", "test"} <= logs.keys() and tuple(logs["test"][["epoch", "error"]].iloc[-1])
+    if logged != (weights["epoch"], weights["test"]["error"]):
         raise RunError(f"{directory}: the logs are not those of weights.pth: publish it where latest.pth is")
 
     def each(name):
