@@ -5,7 +5,7 @@ Example: python bench.py --csv work/bench/cpu.csv --plot images/speed.png
          python bench.py --whole-epochs 512      (data loading and evaluation included)
 """
 
-import argparse
+import contextlib
 import csv
 import json
 import statistics
@@ -18,18 +18,23 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import candidates
+from cli import Parser, positive
 from densenet import BLOCKS, DenseNet, layers_per_block
 from evaluate import choose_device, choose_precision
 from workdir import provenance
 
-STEPS = 5  # timed, after one that is not
+TURNS = 5  # timed, after one that is not
+
+
+class CandidateError(Exception):
+    """A candidate that cannot be measured. The message is one line."""
 
 
 class Process:
     """A candidate in a process of its own, so that its peak of memory and its allocator are its own."""
 
     def __init__(self, job):
-        self.job, self.seconds = job, {"train": [], "infer": []}
+        self.job, self.seconds, self.peaks = job, {"train": [], "infer": []}, []
         command = [sys.executable, candidates.__file__, json.dumps(job)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.ready = self.read()
@@ -37,14 +42,14 @@ class Process:
     def read(self):
         line = self.process.stdout.readline()
         if not line:
-            sys.exit(f"bench.py: error: {self.job['candidate']} ended early, for lack of memory? Try --candidates")
+            raise CandidateError(f"{self.job['candidate']} ended early, for lack of memory if nothing is said above")
         return json.loads(line)
 
     def run(self, word):
         print(word, file=self.process.stdin, flush=True)
         seconds, peak = self.read()
         self.seconds[word].append(seconds)
-        self.job["peak_mib"] = max(round(peak), self.job.get("peak_mib", 0))
+        self.peaks.append(peak)
 
     def quantiles(self, word):
         timed = sorted(self.seconds[word][1:])  # the first allocates, and compiles
@@ -65,13 +70,16 @@ def answer(job, task):
 
 
 def assert_right(job, naive):
-    """Exit where a candidate is another function in float64, or in its precision twice as far off as naive may be."""
+    """Errors of a candidate in its precision, as columns of its row.
+
+    Raises CandidateError where it is another function in float64, or in its precision twice as far off as naive may be.
+    """
     ours = answer(job, "check")
     errors = [statistics.median(values) for values in zip(*ours["draws"], strict=True)]  # of output, of gradients
     allowed = [2 * max(values) + 1e-6 for values in zip(*naive["draws"], strict=True)]
     limits = [*zip(ours["float64"], (1e-8, 1e-8), strict=True), *zip(errors, allowed, strict=True)]
     if not all(error <= limit for error, limit in limits):  # NaN fails, too
-        sys.exit(f"bench.py: error: {job['candidate']} computes something else (relative errors {ours}): not timed")
+        raise CandidateError(f"{job['candidate']} computes something else (relative errors {ours}): not timed")
     return {"output_error": f"{errors[0]:.1e}", "gradient_error": f"{errors[1]:.1e}"}
 
 
@@ -81,56 +89,55 @@ def jobs_of(args):
         for precision in args.precisions:
             for compiled in (False, True) if args.compile else (False,):
                 for name in args.candidates:
-                    if precision == "fp32" or name in BLOCKS:
+                    if precision == "fp32" or name not in candidates.FP32_ONLY:
                         yield {"candidate": name, "depth": depth, "batch_size": args.batch_size, "precision": precision,
                                "compiled": compiled, "device": args.device, "task": "steps"}  # fmt: skip
 
 
-def measure(args, floor):
-    """Rows of all jobs. Each takes turns with the reference, so that both feel what else the machine does."""
-    rows, naive_errors, reference = [], {}, None
+def measure(args, device):
+    """Yield the row of each job; says which one failed. All take turns with the reference: both feel what else runs."""
+    naive_errors, floor = {}, make_floor(device, args.precisions)
     for job in jobs_of(args):
-        kind = job["depth"], job["precision"]
-        if kind not in naive_errors:
-            naive_errors[kind] = answer(job | {"candidate": "naive", "compiled": False}, "check")
-        job |= assert_right(job, naive_errors[kind])
-        if reference is None or reference.job["depth"] != job["depth"]:
-            reference = reference and reference.end()
-            reference = Process(job | {"candidate": args.reference, "precision": "fp32", "compiled": False})
-        rows.append(row_of(*take_turns(job, reference)) | floor(job))
-        rows[-1]["floor_share"] = round(rows[-1].pop("floor_ms") / rows[-1]["ms"], 3)
-        print_row(rows[-1])
-    reference.end()
-    return rows
+        kind, naive = (job["depth"], job["precision"]), job | {"candidate": "naive", "compiled": False}
+        reference = job | {"candidate": args.reference, "precision": "fp32", "compiled": False}
+        try:
+            naive_errors[kind] = naive_errors.get(kind) or answer(naive, "check")
+            job |= assert_right(job, naive_errors[kind])
+            row = row_of(*take_turns(job, reference))
+        except CandidateError as error:
+            print(f"bench.py: error: {error}", file=sys.stderr, flush=True)
+            continue
+        yield row | {"floor_share": round(floor(job) / row["ms"], 3)}
 
 
-def take_turns(job, reference, times=1 + STEPS):
-    """Processes of a candidate and of the reference, after as many steps of each; the candidate's has ended."""
-    reference.seconds = {"train": [], "infer": []}
-    process = Process(job)
+def take_turns(job, reference, times=1 + TURNS):
+    """Processes of two jobs, after as many turns of each; both have ended."""
+    processes = Process(job), Process(reference)
     for _ in range(times):
         for word in ("train", "infer"):
-            process.run(word)
-            reference.run(word)
-    process.end()
-    return process, reference
+            for process in processes:
+                process.run(word)
+    for process in processes:
+        process.end()
+    return processes
 
 
 def row_of(process, reference):
     row = process.job | {key: value for key, value in process.ready.items() if key == "saved_mib"}
     images = row.pop("images", row["batch_size"])
     low, median, high = process.quantiles("train")
-    row |= {"ms": round(1000 * median, 1), "ms_20": round(1000 * low, 1), "ms_80": round(1000 * high, 1)}
+    row |= {name: float(f"{1000 * value:.4g}") for name, value in (("ms", median), ("ms_20", low), ("ms_80", high))}
     _, inference, _ = process.quantiles("infer")
     row |= {"images_per_second": round(images / median, 1), "infer_images_per_second": round(images / inference, 1)}
     row["times_as_fast"] = round(reference.quantiles("train")[1] / median, 2)
     row["infer_times_as_fast"] = round(reference.quantiles("infer")[1] / inference, 2)
+    row["peak_mib"] = round(max(process.peaks[2:]))  # without the first turn, in which cuDNN tries what is fastest
     return {name: value for name, value in row.items() if name not in ("device", "task")}
 
 
 def print_row(row):
     name = " ".join([row["candidate"], row["precision"], *["compiled"] * row["compiled"]])
-    speed = f"{row['ms']:8.1f} ms ({row['ms_20']:.1f} … {row['ms_80']:.1f})  {row['images_per_second']:8.1f} images/s"
+    speed = f"{row['ms']:8.2f} ms ({row['ms_20']:.2f} … {row['ms_80']:.2f})  {row['images_per_second']:8.1f} images/s"
     inference = f"inference {row['infer_images_per_second']:.1f} images/s × {row['infer_times_as_fast']:.2f}"
     times = f"× {row['times_as_fast']:.2f}"
     print(f"L={row['depth']:<4}{name:28}{speed} {times}  {inference}  {row['peak_mib']:,} MiB", flush=True)
@@ -167,7 +174,7 @@ def make_floor(device, precisions):
         copy, matrix = rates[job["precision"]]
         size = 2 if job["precision"] == "bf16" else 4
         seconds = max(moved_elements(job["depth"]) * size / copy, flops(job["depth"]) / matrix)
-        return {"floor_ms": 1000 * seconds * job["batch_size"]}
+        return 1000 * seconds * job["batch_size"]
 
     return floor
 
@@ -194,16 +201,28 @@ def flops(depth):
 
 
 def measure_epochs(args):
-    """train.py's way of training against that of the seeds, data loading and augmentation included."""
-    job = {"depth": args.depths[0], "batch_size": args.batch_size, "precision": "fp32", "compiled": False,
+    """train.py's way of training against bamos/densenet.pytorch's, data loading and augmentation included."""
+    job = {"depth": args.depths[0], "batch_size": args.batch_size, "compiled": False,
            "device": args.device, "task": "epochs", "images": args.whole_epochs}  # fmt: skip
-    reference = Process(job | {"candidate": "bamos"})
-    process, reference = take_turns(job | {"candidate": "train.py"}, reference, times=4)
-    rows = [row_of(process, reference), row_of(reference, reference)]
-    reference.end()
-    for row in rows:
-        print_row(row)
-    return rows
+    ours = job | {"candidate": "train.py", "precision": args.precisions[-1]}
+    process, reference = take_turns(ours, job | {"candidate": "bamos", "precision": "fp32"}, times=4)
+    return [row_of(process, reference), row_of(reference, reference)]
+
+
+def finish(rows, path, origin):
+    """Print rows and write them to a CSV file, each as it comes: an hour may lie between them. Returns all."""
+    done = []
+    with open(path, "w", newline="") if path else contextlib.nullcontext() as file:
+        for row in rows:
+            print_row(row)
+            done.append(row)
+            if file:
+                writer = csv.DictWriter(file, row | origin, lineterminator="\n")
+                if len(done) == 1:
+                    writer.writeheader()
+                writer.writerow(row | origin)
+                file.flush()
+    return done
 
 
 def plot(rows, path):
@@ -248,10 +267,10 @@ def plot_speed(rows, figure):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="bench.py", description=__doc__)
     names = [*BLOCKS, *candidates.available()]
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images (default: %(default)s)")
+    parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images (default: %(default)s)")
     parser.add_argument("--depths", type=int, nargs="+", default=[100], metavar="L", help="(default: 100)")
     parser.add_argument("--candidates", nargs="+", choices=names, default=names, metavar="NAME",
         help=f"of {', '.join(names)} (default: all)")  # fmt: skip
@@ -260,42 +279,48 @@ def parse_args(argv=None):
     parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), metavar="NAME",
         help="fp32, bf16 (default: fp32, and bf16 where the hardware has it)")  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="measure with torch.compile, too (minutes)")
-    parser.add_argument("--whole-epochs", type=int, metavar="N", help="time epochs of N images instead of steps")
+    parser.add_argument("--whole-epochs", type=positive, metavar="N", help="time epochs of N images instead of steps")
     parser.add_argument("--profile", action="store_true", help="print where a training step's time goes instead")
     parser.add_argument("--csv", metavar="FILE", help="write the rows there, too")
     parser.add_argument("--plot", metavar="FILE", help="draw speed there or, with several depths, memory")
     args = parser.parse_args(argv)
     try:
-        if args.batch_size < 1:
-            raise ValueError(f"--batch-size {args.batch_size}: needs at least one image")
         for depth in args.depths:
             layers_per_block(depth, bottleneck=True)
         device = choose_device(args.device)
     except ValueError as error:
-        parser.exit(2, f"bench.py: error: {error}\n")
+        parser.error(str(error))
     args.precisions = args.precisions or list(dict.fromkeys(("fp32", choose_precision("auto", device)[1])))
+    if not list(jobs_of(args)):
+        parser.error(f"{', '.join(candidates.FP32_ONLY)} run in fp32: choose other --candidates, or --precisions fp32")
     return args, device
 
 
 def main(argv=None):
     args, device = parse_args(argv)
+    try:
+        return run(args, device)
+    except CandidateError as error:
+        print(f"bench.py: error: {error}", file=sys.stderr)
+        return 1
+
+
+def run(args, device):
+    """Measure what the arguments say. Returns the exit status: 1 where a candidate's row is missing."""
     here = provenance(device)
     print(f"torch {here['versions']['torch']}, {here['device']}, DenseNet-BC (k = 12), batch {args.batch_size}")
     if args.profile:
         for job in jobs_of(args):
             print(answer(job, "profile"), flush=True)
         return 0
-    rows = measure_epochs(args) if args.whole_epochs else measure(args, make_floor(device, args.precisions))
+    expected = 2 if args.whole_epochs else len(list(jobs_of(args)))
     origin = {"device": here["device"], "torch": here["versions"]["torch"], "commit": here["commit"]}
     if args.csv:
         Path(args.csv).parent.mkdir(parents=True, exist_ok=True)
-        with open(args.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0] | origin, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(row | origin for row in rows)
-    if args.plot:
+    rows = finish(measure_epochs(args) if args.whole_epochs else measure(args, device), args.csv, origin)
+    if args.plot and rows:
         plot(rows, args.plot)
-    return 0
+    return 0 if len(rows) == expected else 1
 
 
 if __name__ == "__main__":

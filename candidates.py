@@ -1,4 +1,4 @@
-"""What bench.py measures: our blocks, the ways of the two seeds, torchvision's and timm's networks, each in a process.
+"""What bench.py measures: our blocks, torchvision's, timm's and two known repositories' networks, each in a process.
 
 A job is a dict: candidate, depth, batch_size, precision, compiled, device and task: "check", "profile", "steps" or
 "epochs" (of so many images). The process of a job prints its answer or, for the last two, one for each word it is told.
@@ -25,6 +25,7 @@ from workdir import peak_memory_mib
 
 CHECKED_IMAGES = 4
 DRAWS = 5  # of images to check with
+STEPS = 20  # of a turn on a GPU
 
 
 def bamos(ours):
@@ -98,6 +99,9 @@ MODELS = {
     "timm": timm,
     "timm-efficient": lambda ours: timm(ours, memory_efficient=True),
 }
+
+
+FP32_ONLY = ("bamos", "gpleiss")  # without mixed precision, as they are
 
 
 def available():
@@ -212,6 +216,7 @@ def saved_bytes(forward, model, amp=contextlib.nullcontext):
 
 def profile(job, device):
     """The ten operations that take most of a training step, as a table; our loops stand under SharedBuffer."""
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     train, _ = step_functions(job, device)
@@ -220,14 +225,15 @@ def profile(job, device):
     with profile(activities=activities) as profiler:
         train()
     kind = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    operations = sorted(profiler.key_averages(), key=lambda operation: -getattr(operation, kind))
+    operations = [o for o in profiler.key_averages() if device.type == "cpu" or o.device_type == DeviceType.CUDA]
+    operations.sort(key=lambda operation: -getattr(operation, kind))
     total = sum(getattr(operation, kind) for operation in operations)
     lines = [f"| {job['candidate']}, {job['precision']}: operation | calls | ms | share |", "|---|---|---|---|"]
     for operation in operations[:10]:
         spent = getattr(operation, kind)
         name = operation.key.removeprefix("aten::")
-        lines.append(f"| {name} | {operation.count} | {spent / 1000:.0f} | {100 * spent / total:.0f} % |")
-    return "\n".join([*lines, f"| all | | {total / 1000:.0f} | |\n"])
+        lines.append(f"| {name} | {operation.count} | {spent / 1000:.3g} | {100 * spent / total:.0f} % |")
+    return "\n".join([*lines, f"| all | | {total / 1000:.3g} | |\n"])
 
 
 # Whole epochs, on random pixels: what they show does not change the time.
@@ -248,19 +254,19 @@ class Images(torch.utils.data.Dataset):
         return self.transform(Image.fromarray(self.pixels[i])), self.labels[i]
 
 
-def epoch_functions(name, depth, batch_size, count, device):
-    """Two functions, a training epoch and an evaluation of ``count`` images each: the seeds' way, or train.py's."""
-    generator = torch.Generator().manual_seed(0)
+def epoch_functions(job, device):
+    """Two functions, a training epoch and an evaluation of as many images each: bamos's way, or train.py's."""
+    generator, count = torch.Generator().manual_seed(0), job["images"]
     pixels = torch.randint(256, (count, 32, 32, 3), generator=generator, dtype=torch.uint8)
     images = data.Images(pixels, torch.randint(10, (count,), generator=generator))
     torch.manual_seed(0)
-    make = seed_epochs if name == "bamos" else our_epochs
-    return make(depth, batch_size, images, device)
+    make = bamos_epochs if job["candidate"] == "bamos" else our_epochs
+    return make(job, images, device)
 
 
-def seed_epochs(depth, batch_size, images, device):
-    """As both seeds train: PIL transforms in a DataLoader, contiguous fp32, one loop over parameters in the optimiser,
-    loss and error read from the device in every step."""
+def bamos_epochs(job, images, device):
+    """As bamos and gpleiss train: PIL transforms in a DataLoader, contiguous fp32, one loop over parameters in the
+    optimiser, loss and error read from the device in every step."""
     from torchvision import transforms
 
     normalize = transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
@@ -271,8 +277,8 @@ def seed_epochs(depth, batch_size, images, device):
     for training in (True, False):
         transformed = Images(images, transforms.Compose(augment + finish if training else finish))
         options = {"shuffle": training, "num_workers": 1, "pin_memory": pin}
-        loaders[training] = torch.utils.data.DataLoader(transformed, batch_size, **options)
-    model = DenseNet(depth=depth).to(device)
+        loaders[training] = torch.utils.data.DataLoader(transformed, job["batch_size"], **options)
+    model = DenseNet(depth=job["depth"]).to(device)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4, foreach=False)
 
     def run(training):
@@ -291,11 +297,12 @@ def seed_epochs(depth, batch_size, images, device):
     return lambda: run(training=True), lambda: run(training=False)
 
 
-def our_epochs(depth, batch_size, images, device):
+def our_epochs(job, images, device):
     """As train.py trains by default on this device."""
     import train  # what is measured is that very script
 
-    args = train.parse_args(["--depth", str(depth), "--batch-size", str(batch_size), "--save", "never-written"])[0]
+    flags = {"--depth": job["depth"], "--batch-size": job["batch_size"], "--precision": job["precision"]}
+    args, _ = train.parse_args([*map(str, itertools.chain(*flags.items())), "--save", "never-written"])
     train.set_up_device(device)
     train.set_up_torch(args)
     amp, precision = train.choose_precision(args.precision, device)
@@ -314,24 +321,32 @@ def our_epochs(depth, batch_size, images, device):
 
 
 def serve(job):
-    """A candidate's process: answers each word on its standard input, "train" or "infer", with seconds."""
+    """A candidate's process: answers each word on its standard input, "train" or "infer", with seconds and MiB.
+
+    On a GPU a word means several steps, of which one alone would be too short to time; the seconds are those of one.
+    """
     device = choose_device(job["device"])
-    if job["candidate"] in BLOCKS:
+    times = STEPS if device.type == "cuda" and job["task"] == "steps" else 1
+    if job["candidate"] in BLOCKS:  # as train.py does
         set_up_device(device)
+        torch.backends.cudnn.benchmark = True
     if job["task"] in ("check", "profile"):
         print(json.dumps({"check": check, "profile": profile}[job["task"]](job, device)))
         return
     if job["task"] == "epochs":
-        train, infer = epoch_functions(job["candidate"], job["depth"], job["batch_size"], job["images"], device)
+        train, infer = epoch_functions(job, device)
     else:
         train, infer = step_functions(job, device)
     print(json.dumps(job), flush=True)
     for word in sys.stdin:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         start = time.perf_counter()
-        {"train": train, "infer": infer}[word.strip()]()
+        for _ in range(times):
+            {"train": train, "infer": infer}[word.strip()]()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        print(json.dumps([time.perf_counter() - start, peak_memory_mib(device)]), flush=True)
+        print(json.dumps([(time.perf_counter() - start) / times, peak_memory_mib(device)]), flush=True)
 
 
 if __name__ == "__main__":

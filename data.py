@@ -3,7 +3,7 @@
 Example: python data.py --dataset digits --stats     (per-channel mean and standard deviation)
 """
 
-import argparse
+import contextlib
 import hashlib
 import os
 import signal
@@ -16,6 +16,8 @@ import psutil
 import torch
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
+
+from cli import Parser, positive
 
 DATASETS = ("cifar10", "cifar100", "svhn", "digits", "folder")
 PAD = 4  # pixels by which the augmentation shifts an image at most (section 4.2 of the paper)
@@ -105,8 +107,8 @@ class Batches:
     """Batches of a split that lives on the device: no worker processes and no Python loop over images.
 
     ``crop_fill`` turns augmentation on and says what a shifted image shows beyond its border: "mean" (zero after
-    normalisation, as in the paper's Lua code) or "black" (zero before it, as in both seeds). ``share``, (rank, ranks),
-    gives a rank every ranks-th image of each batch, so that all ranks together see the batches of a single process.
+    normalisation, as in the paper's Lua code) or "black" (zero before it, as bamos and gpleiss do). ``share``, (rank,
+    ranks), gives a rank every ranks-th image of each batch, so that all together see the batches of a single process.
     """
 
     def __init__(self, images, batch_size, normalize, crop_fill=None, share=(0, 1)):
@@ -262,7 +264,8 @@ class DecodedFiles(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed((self.seed * 1_000_003 + i) % 2**63)
+            # torch.manual_seed would seed the GPU, too, where the masks of dropout are drawn.
+            torch.default_generator.manual_seed((self.seed * 1_000_003 + i) % 2**63)
             return self.transform(decode(self.files.paths[i])), self.files.labels[i]
 
 
@@ -433,7 +436,8 @@ def decode_cached(cache, paths, image_size, progress):
     except (OSError, RuntimeError) as error:  # RuntimeError: how torch.save reports a full disk
         print(f"{cache} cannot be written ({error}): the next run will decode the images again", file=sys.stderr)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a read-only file system refuses to delete even what is not there
+            temporary.unlink(missing_ok=True)
     return pixels
 
 
@@ -464,7 +468,7 @@ def decode(path):
             return image.convert("RGB")
     except (FileNotFoundError, IsADirectoryError) as error:
         raise DataError(f"{path} is not an image file: {error.strerror}") from error
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
         raise DataError(f"{path} is not a readable image: replace or delete it ({type(error).__name__})") from error
 
 
@@ -484,10 +488,11 @@ def measure(pixels):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="data.py", description=__doc__)
     parser.add_argument("--dataset", choices=DATASETS, default="cifar10", help="data set (default: %(default)s)")
     parser.add_argument("--data", metavar="DIR", default="data", help="where data sets live (default: %(default)s)")
-    parser.add_argument("--image-size", type=int, default=32, help="pixels; folder and digits (default: %(default)s)")
+    parser.add_argument("--image-size", type=positive, default=32, metavar="N",
+        help="folder and digits: resize images to N×N pixels (default: %(default)s)")
     parser.add_argument("--stats", action="store_true", help="measure mean and standard deviation, training images")
     args = parser.parse_args(argv)
     try:

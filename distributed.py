@@ -40,11 +40,11 @@ def local_rank():
 
 
 def launched():
-    """When torchrun was started, in seconds since 1970; None without it.
+    """When torchrun was started, in seconds since 1970; None without it (other launchers set RANK, too).
 
     What is newer was made by this launch: torchrun starts all ranks anew when one has died (--max-restarts).
     """
-    return psutil.Process(os.getppid()).create_time() if "RANK" in os.environ else None
+    return psutil.Process(os.getppid()).create_time() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ Example: python evaluate.py work/digits.base/latest.pth
          python evaluate.py work/cifar10.base/latest.pth cat.jpg dog.png
 """
 
-import argparse
 import contextlib
 import ctypes
 import functools
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 
 import data
 import distributed
+from cli import Parser
 from densenet import DenseNet
 from workdir import RunError, read_checkpoint
 
@@ -69,7 +69,9 @@ def set_up_device(device):
     if device.type == "cpu":
         keep_freed_memory()
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # Triton launches on the current device
+        torch.backends.cudnn.allow_tf32 = False  # fp32 shall mean fp32: who wants tensor cores has bf16
+        if device.index is not None:  # without one, it is the current device already
+            torch.cuda.set_device(device)  # Triton launches there
 
 
 def keep_freed_memory():
@@ -123,8 +125,9 @@ def print_test_error(matrix, classes):
         row = matrix[i].clone()
         total, right = int(row.sum()), int(row[i])
         row[i] = 0
+        rate = f"{100 * (1 - right / total):.2f}" if total else "–"
         confused = [f"{classes[j]} {int(row[j])}" for j in row.argsort(descending=True)[:3].tolist() if row[j]]
-        print(f"{name:{width}}  {100 * (1 - right / max(1, total)):7.2f}  {', '.join(confused)}")
+        print(f"{name:{width}}  {rate:>7}  {', '.join(confused)}")
     if len(classes) <= 20:
         print("\nconfusion matrix (row: class, column: taken for)")
         for name, row in zip(classes, matrix.tolist(), strict=True):
@@ -171,7 +174,7 @@ def print_probabilities(paths, probabilities, classes):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="evaluate.py", description=__doc__)
     parser.add_argument("checkpoint", help="latest.pth, best.pth or weights.pth of a run")
     parser.add_argument("images", nargs="*", default=[], help="image files to classify (default: the test set)")
     parser.add_argument("--data", metavar="DIR", help="where the data set lives (default: as in training)")

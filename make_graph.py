@@ -21,6 +21,7 @@ import torch.nn as nn
 from torch.fx import symbolic_trace
 from torch.fx.passes.shape_prop import ShapeProp
 
+from cli import Parser
 from densenet import ARCHITECTURES, DenseNet
 
 FORMATS = ("svg", "png", "pdf", "dot")
@@ -37,12 +38,6 @@ INPUT, CONCATENATION = "input", "concatenation"
 
 class GraphError(Exception):
     """A graph that cannot be drawn. The message is one line."""
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        """One line, without the usage that argparse prints first."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 @dataclass
@@ -373,7 +368,7 @@ def save(graph, path):
 
 
 def parse_args(argv=None):
-    parser = Parser(prog="make_graph.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="make_graph.py", description=__doc__)
     add = parser.add_argument_group("model").add_argument
     add("--arch", choices=ARCHITECTURES, metavar="NAME",
         help=f"a network of the paper by name: {', '.join(ARCHITECTURES)}")

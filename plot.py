@@ -9,7 +9,6 @@ Reads the logs of train.py, of bamos/densenet.pytorch (train.csv, test.csv witho
 gpleiss/efficient_densenet_pytorch (results.csv).
 """
 
-import argparse
 import io
 import itertools
 import os
@@ -21,6 +20,8 @@ from pathlib import Path
 import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
+
+from cli import Parser
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; of one run, the training curve is the lighter one.
 SPLIT_COLORS = {"train": "#56B4E9", "valid": "#009E73", "test": "#D55E00"}
@@ -229,7 +230,7 @@ def make_figure(logs, quantities, scales, smooth_epochs, title=None):
 def save(figure, path):
     """Write a figure in one step, the same bytes for the same logs."""
     temporary = path.with_name(f".{path.name}.tmp")
-    kind = path.suffix[1:]
+    kind = path.suffix[1:].lower()
     metadata = {"png": {"Software": None}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}[kind]
     with matplotlib.rc_context({"svg.hashsalt": "densenet"}):
         figure.savefig(temporary, format=kind, dpi=150, metadata=metadata)
@@ -237,7 +238,7 @@ def save(figure, path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="plot.py", description=__doc__)
     parser.add_argument("runs", nargs="*", metavar="DIR", help="run directories; several are drawn over each other")
     parser.add_argument("--mean", nargs="+", action="append", default=[], metavar="DIR",
         help="runs that differ in their seed: draw their mean and a band of one standard deviation")
@@ -256,8 +257,11 @@ def main(argv=None):
             raise LogError("name a run directory, such as work/cifar10.base")
         logs = [read_log(run) for run in args.runs]
         logs += [mean_log([read_log(run) for run in group]) for group in args.mean]
+        kind = out.suffix[1:].lower()
+        if args.out and kind not in FORMATS and kind in Figure().canvas.get_supported_filetypes() and not out.is_dir():
+            raise LogError(f"--out {out}: a figure is written as {', '.join(FORMATS)}, not as {kind}")
         figures = {out / f"{name}.{args.format}": quantities for name, quantities in FIGURES.items()}
-        if args.out and out.suffix[1:] in FORMATS and not out.is_dir():
+        if args.out and kind in FORMATS and not out.is_dir():
             figures = {out: FIGURES["loss-error"]}
         scales = {"loss": args.loss_scale, "error": args.error_scale}
         for path, quantities in figures.items():

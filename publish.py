@@ -7,7 +7,6 @@ weights.pth: small, and all that evaluate.py needs. Then prints a table of the r
 of the last epoch, also of a run with --valid-size. Of a run that has no latest.pth, as in a clone, weights.pth stays.
 """
 
-import argparse
 import datetime
 import json
 import os
@@ -18,6 +17,7 @@ import torch
 
 import data
 import plot
+from cli import Parser
 from evaluate import choose_device, choose_precision, load_test_images, predictions, set_up_device, wilson
 from workdir import RunError, read_checkpoint, write_checkpoint
 
@@ -110,7 +110,7 @@ def markdown(rows):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="publish.py", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="directories of finished runs")
     parser.add_argument("--data", metavar="DIR", help="where the data set lives (default: as in training)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")

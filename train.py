@@ -21,6 +21,7 @@ from tqdm import tqdm
 import data
 import distributed
 import fused
+from cli import Parser, natural, positive
 from densenet import ARCHITECTURES, BLOCKS, DenseNet
 from evaluate import choose_device, choose_precision, evaluate, set_up_device
 from workdir import Figures, Run, RunError, peak_memory_mib, provenance, read_checkpoint
@@ -65,24 +66,6 @@ class Interrupted(BaseException):
     def __init__(self, number):
         super().__init__(number)
         self.number = number
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        """One line, without the usage that argparse prints first."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def positive(text):
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return int(text)
-
-
-def natural(text):
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return int(text)
 
 
 def seed(text):
@@ -152,7 +135,7 @@ def make_parser():
     add("--weight-decay", type=float, default=1e-4, metavar="X",
         help="on every parameter (default: %(default)s)")
     add("--schedule", choices=("step", "cosine", "constant"),
-        help="step: ×0.1 at 50 %% and 75 %% of the epochs (default: step; adam and rmsprop constant)")
+        help="step: ×0.1 in the epochs (from 1) at 50 %% and 75 %% (default: step; adam and rmsprop constant)")
     add("--seed", type=seed, default=1, metavar="N",
         help="of split, weights, order, augmentation, dropout (default: %(default)s)")
 
@@ -276,13 +259,24 @@ def check_args(args):
         raise ValueError("--block fused has no dropout: choose naive or checkpoint, or leave out --drop-rate")
     if args.batch_size < distributed.size():
         raise ValueError(f"--batch-size {args.batch_size}: each of {distributed.size()} processes needs an image of it")
-    choose_device(args.device)
-    size = args.image_size if args.dataset in ("digits", "folder") else 32
+    if choose_device(args.device).type == "mps" and args.block == "fused":
+        raise ValueError("--block fused runs on CPUs and CUDA GPUs: choose naive or checkpoint")
+    size = args.image_size
+    if size != 32 and args.dataset not in ("digits", "folder"):
+        raise ValueError(f"--image-size {size}: the images of {args.dataset} have 32×32 pixels")
+    streamed = args.dataset == "folder" and size >= data.STREAM_FROM
+    if args.crop_fill == "black" and (streamed or not args.augment):
+        raise ValueError("--crop-fill black: no image is shifted in this run, so that nothing shows beyond its border")
     try:
-        with torch.device("meta"):  # finds an impossible architecture without making weights
-            DenseNet(**model_options(args, num_classes=2)).eval()(torch.empty(1, 3, size, size))
+        try_out(args, images=2)
     except RuntimeError as error:
         raise ValueError(f"images of {size}×{size} pixels are too small for this network: see --image-size") from error
+
+
+def try_out(args, images):
+    """Let the network compute on so many images, without data or weights; raises what it would raise in training."""
+    with torch.device("meta"):
+        DenseNet(**model_options(args, num_classes=2))(torch.empty(images, 3, args.image_size, args.image_size))
 
 
 def model_options(args, num_classes):
@@ -365,7 +359,7 @@ def train_rows(steps, epoch, schedule, log_every, costs):
 
 
 def log_row(epoch, loss, error):
-    return {"epoch": round(epoch, 4), "loss": round(loss, 6), "error": round(error, 4)}
+    return {"epoch": round(epoch, 6), "loss": round(loss, 6), "error": round(error, 4)}
 
 
 def pick_device(args):
@@ -383,6 +377,12 @@ def load_data(args, device):
     dataset = dataset.limit(args.limit_train, args.limit_test)
     if len(dataset.train) < distributed.size():
         raise data.DataError(f"{len(dataset.train)} training images for {distributed.size()} processes: use fewer")
+    share = distributed.rank(), distributed.size()
+    if any(len(part) < 2 for part, _ in data.shares(len(dataset.train), args.batch_size, share)):
+        try:
+            try_out(args, images=1)
+        except ValueError as error:
+            raise data.DataError(f"--batch-size {args.batch_size} makes a batch of one image ({error})") from error
     return dataset.to(device)
 
 
@@ -444,6 +444,8 @@ def train_and_test(args, epoch, model, parallel, optimizer, batches, amp):
     def schedule(step):
         return learning_rate(args, epoch, step / len(batches["train"]))
 
+    if device.type == "cuda":  # cuDNN's trials in the first epoch need more memory than any step after them
+        torch.cuda.reset_peak_memory_stats(device)
     start = time.monotonic()
     with progress_bar(args, epoch, batches["train"]) as bar:
         steps = train_epoch(parallel, batches["train"].shuffled(epoch_seed), optimizer, schedule, amp, bar)
@@ -611,7 +613,8 @@ def saved(run):
     if run is None or (run.epoch is None if first else not (run.path / "latest.pth").exists()):
         return "nothing was saved"
     whole = f"epoch {run.epoch}" if first else "the last whole epoch"
-    resume = f"{distributed.launcher()} train.py --save {shlex.quote(str(run.path))} --resume"
+    script = shlex.quote(sys.argv[0])
+    resume = f"{distributed.launcher()} {script} --save {shlex.quote(str(run.path))} --resume"
     return f"{whole} is saved in {run.path / 'latest.pth'}; to go on: {resume}"
 
 

@@ -17,6 +17,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import psutil
 import torch
 from filelock import FileLock, Timeout
 
@@ -52,13 +53,22 @@ class Run:
         if resume and not (self.path / "latest.pth").exists():
             raise RunError(f"{self.path} has no latest.pth to resume: leave out --resume, or name the run with --save")
         existing = [name for name in FILES if (self.path / name).exists()]
-        if existing and not {"latest.pth", "config.json"} & set(existing):
+        if existing and not self._is_ours():
             raise RunError(f"{self.path} holds files of another program ({existing[0]}): choose another --save")
         if existing and not (resume or overwrite):
             raise RunError(
                 f"{self.path} holds a run ({existing[0]}): --resume continues it, --overwrite replaces it, "
                 "--save DIR starts another"
             )
+
+    def _is_ours(self):
+        """Whether train.py wrote what is in the directory: other programs have a config.json or latest.pth, too."""
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            if "arguments" in json.loads((self.path / "config.json").read_text()):
+                return True
+        with contextlib.suppress(RunError):
+            return bool(read_checkpoint(self.path / "latest.pth"))
+        return False
 
     def lock(self):
         """Create the directory and keep other processes out of it until this one ends, however it ends."""
@@ -81,7 +91,7 @@ class Run:
 
         ``clear`` first deletes what an earlier run wrote here, and nothing else.
         """
-        for name in FILES if clear else ():
+        for name in reversed(FILES) if clear else ():  # latest.pth last: until then this is a run that can go on
             (self.path / name).unlink(missing_ok=True)
         self.rows = checkpoint["metrics"]
         self._write_checkpoints(checkpoint)
@@ -131,6 +141,8 @@ def read_checkpoint(path, device="cpu"):
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except (FileNotFoundError, IsADirectoryError) as error:
         raise RunError(f"{path} is not a checkpoint file, such as latest.pth in a run: {error.strerror}") from None
+    except PermissionError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror}") from error
     except Exception as error:  # a damaged file makes torch.load raise nearly anything
         raise RunError(f"{path} is damaged or no checkpoint ({type(error).__name__}): restore a copy") from error
     if not isinstance(checkpoint, dict) or not {"model", "config", "normalize", "classes"} <= checkpoint.keys():
@@ -210,11 +222,13 @@ class Figures:
 
 
 def peak_memory_mib(device):
-    """Most memory in use so far: of the CUDA allocator, elsewhere of the whole process."""
+    """Most memory in use so far: of the CUDA allocator (since its last reset), elsewhere of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     with contextlib.suppress(OSError):  # Linux; its ru_maxrss begins with what the parent process had
         return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / 2**20
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

@@ -3,7 +3,6 @@
 Example: python attic/numcheck_grads.py --with-bug
 """
 
-import argparse
 import contextlib
 import sys
 from pathlib import Path
@@ -17,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts r
 
 def make_parser(name, doc):
     """A parser with the flags of every script; ``name`` is the script's, ``doc`` its docstring."""
-    from train import Parser
+    from cli import Parser
 
-    parser = Parser(prog=name, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog=name, description=doc)
     parser.add_argument("--seed", type=int, default=1, help="of weights and inputs (default: %(default)s)")
     parser.add_argument("--with-bug", action="store_true", help="emulate the bug of 2017: can this check see it?")
     return parser

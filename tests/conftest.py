@@ -9,7 +9,7 @@ if not torch.cuda.is_available():
 
 import train
 
-TINY = "--dataset digits --image-size 8 --depth 10 --growth-rate 4 --limit-train 200 --limit-test 100 --epochs 4".split()
+TINY = "--device cpu --dataset digits --image-size 8 --depth 10 --growth-rate 4 --limit-train 200 --limit-test 100 --epochs 4".split()
 
 
 @pytest.fixture

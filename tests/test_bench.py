@@ -27,7 +27,7 @@ def test_a_wrong_candidate_is_not_timed(monkeypatch, wrong, place):
     assert bench.assert_right(job("fused"), naive) == {"output_error": "1.0e-06", "gradient_error": "1.0e-05"}
     bad = naive | ({"float64": [0.0, wrong]} if place == "float64" else {"draws": [[1e-6, wrong]] * 5})
     monkeypatch.setattr(bench, "answer", lambda job, task: bad)
-    with pytest.raises(SystemExit, match="fused computes something else"):
+    with pytest.raises(bench.CandidateError, match="fused computes something else"):
         bench.assert_right(job("fused"), naive)
 
 
@@ -37,14 +37,54 @@ def test_floor_of_the_default_network():
 
 
 def test_candidates_take_turns_with_the_reference(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "STEPS", 1)
+    monkeypatch.setattr(bench, "TURNS", 1)
     monkeypatch.setattr(bench, "hardware", lambda device, precision: (2e10, 2e11))
     flags = ["--device", "cpu", "--depths", "10", "--batch-size", "2", "--candidates", "fused", "--precisions", "fp32"]
     assert bench.main([*flags, "--csv", str(tmp_path / "b.csv"), "--plot", str(tmp_path / "b.png")]) == 0
     header, row = (tmp_path / "b.csv").read_text().splitlines()
     assert header.startswith("candidate,depth,batch_size,precision,compiled,output_error") and row.startswith("fused,10,2")
     assert (tmp_path / "b.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [("--depths 11", "depth 11"), ("--batch-size 0", "0 is not a positive"), ("--candidates bamos --precisions bf16", "fp32")],
+)
+def test_mistakes_end_with_one_line_and_status_2(capsys, flags, words):
     with pytest.raises(SystemExit) as exit:
-        bench.main(["--depths", "11"])
+        bench.main(flags.split())
     assert exit.value.code == 2
-    assert "bench.py: error: depth 11" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert err.startswith("bench.py: error: ") and words in err and err.count("\n") == 1
+
+
+def test_rows_are_written_as_they_come(tmp_path, capsys):
+    path = tmp_path / "b.csv"
+    row = {"candidate": "fused", "precision": "fp32", "compiled": False, "depth": 10, "ms": 1.5, "ms_20": 1.4, "ms_80": 2.0,
+           "images_per_second": 9.0, "times_as_fast": 1.0, "infer_images_per_second": 9.0, "infer_times_as_fast": 1.0,
+           "peak_mib": 7}  # fmt: skip
+
+    def rows():
+        yield row
+        assert len(path.read_text().splitlines()) == 2
+        yield row
+
+    assert bench.finish(rows(), path, {"commit": "c"}) == [row, row]
+    assert path.read_text().splitlines()[1:] == ["fused,fp32,False,10,1.5,1.4,2.0,9.0,1.0,9.0,1.0,7,c"] * 2
+
+
+def test_a_candidate_that_fails_does_not_end_the_others(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "answer", lambda job, task: {"float64": [0.0, 0.0], "draws": [[1e-6, 1e-5]] * 5})
+    monkeypatch.setattr(bench, "row_of", lambda process, reference: {"candidate": process, "ms": 2.0})
+
+    def take_turns(job, reference):
+        if job["candidate"] == "naive":
+            raise bench.CandidateError("naive ended early")
+        return job["candidate"], reference
+
+    monkeypatch.setattr(bench, "take_turns", take_turns)
+    args, device = bench.parse_args(["--device", "cpu", "--candidates", "naive", "fused", "--precisions", "fp32"])
+    monkeypatch.setattr(bench, "make_floor", lambda device, precisions: lambda job: 1.0)
+    rows = list(bench.measure(args, device))
+    assert rows == [{"candidate": "fused", "ms": 2.0, "floor_share": 0.5}]
+    assert capsys.readouterr().err == "bench.py: error: naive ended early\n"

@@ -138,7 +138,7 @@ def test_constants_are_the_published_ones():
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_constants_are_those_of_the_data(name):
-    if not list(Path("data").glob(f"{name[:5]}-{name[5:]}*")):
+    if not list(Path("data").glob(f"{name[:5]}-{name[5:]}-*")):
         pytest.skip(f"{name} is not in data/")
     np.testing.assert_allclose(data.measure(data.load(name, "data").train.pixels), data.NORMALIZE[name], atol=0.06)
 

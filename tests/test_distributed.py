@@ -153,7 +153,7 @@ def test_a_killed_rank_ends_the_run_and_another_number_of_ranks_resumes_it():
     kill_rank_1_after(2, process)
     output = finished(process, 1)
     [line] = lines_of_ours(output)
-    assert "is saved in run/latest.pth; to go on: torchrun --nproc_per_node=2 train.py --save run --resume" in line
+    assert f"is saved in run/latest.pth; to go on: torchrun --nproc_per_node=2 {ROOT / 'train.py'} --save run --resume" in line
     epoch = torch.load("run/latest.pth", weights_only=True)["epoch"]
     output = finished(torchrun(3, str(ROOT / "train.py"), "--save", "run", "--resume", "--epochs", str(epoch + 2)), 0)
     assert output.count("images/s") == 2  # one rank speaks for all

@@ -1,14 +1,58 @@
 """On a CUDA GPU: every block against the float64 reference on the CPU. Run with pytest -m gpu."""
 
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import TINY
 from test_blocks import OTHERS, assert_as_exact_as_naive, make, step, with_block
+from test_train import assert_same_run
+
+import bench
+import train
+from densenet import BLOCKS
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def full_precision(monkeypatch):
+    """fp32 as train.py has it; torch's own default rounds the inputs of convolutions to 10 bits."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_training(tiny, block, precision):
+    flags = [*TINY, "--device", "cuda", "--block", block, "--precision", precision, "--save", "run"]
+    assert tiny("--image-size", "16", "--limit-train", "1437", "--epochs", "8", args=flags) == 0
+    assert pd.read_csv("run/test.csv").error.iloc[-1] < 50  # 90 % is chance
+
+
+def test_a_deterministic_run_resumes_bit_for_bit(tiny):
+    flags = [*TINY, "--device", "cuda", "--deterministic"]
+    assert tiny("--save", "whole", args=flags) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "print_epoch", stop_after_epoch_2)
+        with pytest.raises(KeyboardInterrupt):
+            tiny("--save", "run", args=flags)
+    assert tiny("--save", "run", "--resume", args=[]) == 0
+    assert_same_run("whole", "run")
+
+
+def stop_after_epoch_2(args, rows, seconds):
+    if rows["train"][-1]["epoch"] == 2:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name", [*BLOCKS, "bamos"])
+def test_benchmark(name):
+    job = {"candidate": name, "depth": 10, "batch_size": 4, "precision": "fp32", "compiled": False, "device": "cuda"}
+    process, _ = bench.take_turns(job | {"task": "steps"}, job | {"task": "steps"}, times=2)
+    assert len(process.seconds["train"]) == 2 and min(process.peaks) > 0
 
 
 @pytest.mark.parametrize("block", OTHERS)

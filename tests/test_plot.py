@@ -98,6 +98,7 @@ def test_overlays_runs_of_all_kinds(tmp_path, monkeypatch):
     assert sorted(p.name for p in Path("figures").iterdir()) == ["error.png", "loss-error.png", "loss.png"]
     assert plot.main([*map(str, runs), "--out", "one/picture.svg", "--title", "three runs"]) == 0
     assert [p.name for p in Path("one").iterdir()] == ["picture.svg"]
+    assert plot.main([*map(str, runs), "--out", "picture.jpg"]) == 2 and not Path("picture.jpg").exists()
     assert "<!-- three runs -->" in Path("one/picture.svg").read_text()  # text is drawn as outlines
     figure = plot.make_figure([plot.read_log(run) for run in runs], ("loss", "error"), {"loss": "log", "error": "log"}, 0)
     title = figure.get_suptitle()

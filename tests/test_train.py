@@ -120,6 +120,8 @@ def test_presets_set_the_architecture(capsys):
         ("--resume --overwrite", "--resume and --overwrite exclude each other"),
         ("--block fused --drop-rate 0.2", "--block fused has no dropout"),
         ("--dataset digits --image-size 3", "images of 3×3 pixels are too small for this network"),
+        ("--image-size 64", "--image-size 64: the images of cifar10 have 32×32 pixels"),
+        ("--dataset digits --crop-fill black", "--crop-fill black: no image is shifted in this run"),
         ("--arch densenet_bc_100_12 --reduction 0.9", "--arch densenet_bc_100_12 sets the reduction"),
         ("--seed 4294967296", "is not in 0 … 2³² − 1"),
         ("--resume --save nowhere", "nowhere has no latest.pth to resume"),
@@ -277,12 +279,48 @@ def test_resume_notices_other_images(tiny, capsys, tmp_path):
     assert "was trained on other images or classes" in capsys.readouterr().err
 
 
-def test_files_of_another_program_are_not_replaced(tiny, capsys):
+@pytest.mark.parametrize("name", ["train.csv", "config.json", "latest.pth"])
+def test_files_of_another_program_are_not_replaced(tiny, capsys, name):
     Path("run").mkdir()
-    Path("run/train.csv").write_text("1,2,3\n")
+    Path("run", name).write_text('{"hidden_size": 768}\n')
     assert tiny("--save", "run", "--overwrite") == 2
-    assert "run holds files of another program (train.csv)" in capsys.readouterr().err
-    assert Path("run/train.csv").read_text() == "1,2,3\n"
+    assert f"run holds files of another program ({name})" in capsys.readouterr().err
+    assert Path("run", name).read_text() == '{"hidden_size": 768}\n'
+
+
+def test_a_replacement_that_is_cut_short_leaves_a_run(tiny, monkeypatch):
+    assert tiny("--save", "run", "--epochs", "1") == 0
+    real, deleted = Path.unlink, []
+
+    def unlink(path, *args, **options):
+        if path.name == "latest.pth":
+            raise KeyboardInterrupt
+        deleted.append(path.name)
+        real(path, *args, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", unlink)
+        tiny("--save", "run", "--overwrite")
+    assert {"train.csv", "test.csv", "config.json"} <= set(deleted)
+    assert tiny("--save", "run", "--overwrite", "--epochs", "1") == 0
+
+
+def test_a_batch_of_one_image_is_refused_where_batch_norm_would_fail(tiny, capsys):
+    flags = ["--image-size", "4", "--limit-train", "65", "--epochs", "1", "--save", "run"]
+    assert tiny(*flags) == 2
+    err = capsys.readouterr().err
+    assert "--batch-size 64 makes a batch of one image" in err and err.count("\n") == 1
+    assert not Path("run").exists()
+    assert tiny(*flags, "--batch-size", "63") == 0
+    assert tiny(*flags, "--image-size", "8", "--save", "other") == 0
+
+
+def test_a_gpu_without_a_number_is_set_up():
+    import evaluate
+
+    with torch.backends.cudnn.flags(allow_tf32=True):
+        evaluate.set_up_device(torch.device("cuda"))  # what "cuda" and "auto" choose; torch.cuda.set_device refuses it
+        assert not torch.backends.cudnn.allow_tf32
 
 
 def test_log_every_adds_rows_within_epochs(tiny):
@@ -368,7 +406,7 @@ def test_a_full_disk_keeps_the_last_epoch(tiny, capsys, monkeypatch, write, epoc
         patch.setattr(workdir.os, "fsync", full)
         assert tiny("--save", "run") == 1
     err = capsys.readouterr().err
-    assert f"No space left on device; epoch {epoch} is saved in run/latest.pth; to go on: python train.py" in err
+    assert f"No space left on device; epoch {epoch} is saved in run/latest.pth; to go on: python " in err
     assert not list(Path("run").glob("*.tmp"))
     assert tiny("--save", "run", "--resume", args=[]) == 0
     assert_same_run("whole", "run")
@@ -460,7 +498,7 @@ def test_interrupt_says_how_to_go_on(number, status, whole_run):
     assert process.returncode == status
     epochs = int(re.findall(r"epoch +(\d+)/", out)[-1]) if out else 2
     match = re.search(r"^train.py: stopped; epoch (\d+) is saved in run/latest.pth; to go on: (.*)$", err, re.MULTILINE)
-    assert int(match[1]) in (epochs, epochs + 1) and match[2] == "python train.py --save run --resume"
+    assert int(match[1]) in (epochs, epochs + 1) and match[2] == f"python {ROOT / 'train.py'} --save run --resume"
     assert torch.load("run/latest.pth", weights_only=True)["epoch"] == int(match[1])
 
 
