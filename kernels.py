@@ -5,6 +5,8 @@ accumulate in float32, offsets along rows are int64. A kernel that sums over row
 and the partial sums are added in a fixed order: no atomics, so that runs repeat bit for bit.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -19,6 +21,14 @@ def power_of_2(n, least=16):
 ROWS, COLUMNS, MOST_OUTPUTS = 64, 32, 64
 # Programs of a launch that sums over rows: enough for a large GPU, few enough that their partial sums stay small.
 PROGRAMS = 528
+
+
+def vector(*sizes):
+    """How many neighbouring columns a thread may read at once, 8 of bf16 at most: what divides all strides and ends.
+
+    Triton itself asks only whether 16 divides them, and would read one by one. Kernels see it as n // V * V.
+    """
+    return math.gcd(8, *sizes)
 
 
 def row_programs(rows, others):
@@ -53,8 +63,9 @@ def store_tile_statistics(value, partial, tile, rows, cols, M, C):
 @triton.jit
 def bn_relu_conv1x1_kernel(
     x, x_stride, scale, shift, weight, h, partial, M, C, J,
-    BM: tl.constexpr, BC: tl.constexpr, BJ: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, BJ: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
+    x_stride, C = x_stride // V * V, C // V * V
     tile = tl.program_id(0).to(tl.int64)
     rows = tile * BM + tl.arange(0, BM)
     outs = tl.program_id(1) * BJ + tl.arange(0, BJ)
@@ -78,8 +89,9 @@ def bn_relu_conv1x1(x, norm, weight):
     grid = (triton.cdiv(m, ROWS), triton.cdiv(j, bj))
     partial = x.new_empty(grid[0], 2, j, dtype=torch.float32)
     bn_relu_conv1x1_kernel[grid](
-        x, x.stride(0), norm.scale, norm.shift, weight.contiguous(), h, partial, m, c, j, BM=ROWS, BC=COLUMNS, BJ=bj
-    )
+        x, x.stride(0), norm.scale, norm.shift, weight.contiguous(), h, partial, m, c, j,
+        BM=ROWS, BC=COLUMNS, BJ=bj, V=vector(c, x.stride(0)),
+    )  # fmt: skip
     return h, combine_statistics(partial, m)
 
 
@@ -226,8 +238,9 @@ def conv3x3_backward(d_out, x, norm, weight, shape):
 @triton.jit
 def conv1x1_backward_kernel(
     d_relu, h, alpha, beta, delta, x, x_stride, scale, shift, mean, rstd, weight, d, d_stride, sums, partial, M, C, J,
-    BM: tl.constexpr, BC: tl.constexpr, BJ: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, BJ: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
+    x_stride, d_stride, C = x_stride // V * V, d_stride // V * V, C // V * V
     program, programs = tl.program_id(0), tl.num_programs(0)
     cols = tl.program_id(1) * BC + tl.arange(0, BC)
     outs = tl.arange(0, BJ)
@@ -279,7 +292,8 @@ def conv1x1_backward(d_relu, h, coefficients, x, d, norm, weight):
     partial = x.new_empty(programs, j, c, dtype=torch.float32)
     conv1x1_backward_kernel[(programs, column_tiles)](
         d_relu, h, *coefficients, x, x.stride(0), norm.scale, norm.shift, norm.mean, norm.rstd, weight.contiguous(),
-        d, d.stride(0), sums, partial, m, c, j, BM=bm, BC=COLUMNS, BJ=bj, num_warps=8,
+        d, d.stride(0), sums, partial, m, c, j,
+        BM=bm, BC=COLUMNS, BJ=bj, V=vector(c, x.stride(0), d.stride(0)), num_warps=8,
     )  # fmt: skip
     d_weight, d_bias = sums.sum(0)
     return d_weight, d_bias, partial.sum(0)

@@ -43,8 +43,11 @@ def poison(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
 
 
-def inputs(image, channels, growth_rate, bottleneck=True, dtype=torch.float32):
-    """Random arguments of the steps of one layer that reads ``channels`` columns of a wider buffer."""
+def inputs(image, channels, growth_rate, bottleneck=True, dtype=torch.float32, spare=5):
+    """Random arguments of the steps of one layer that reads ``channels`` columns of a wider buffer.
+
+    ``spare`` columns of it are neither read nor written.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):
@@ -54,7 +57,7 @@ def inputs(image, channels, growth_rate, bottleneck=True, dtype=torch.float32):
     m, j = n * height * width, 4 * growth_rate if bottleneck else channels
     shape = (n, channels, height, width)
     norms = [Norm(draw(c), draw(c).abs() + 0.5, draw(c), draw(c), True) for c in (channels, j)]
-    buf = draw(m, channels + growth_rate + 5).to(dtype)
+    buf = draw(m, channels + growth_rate + spare).to(dtype)
     return {
         "shape": shape,
         "x": buf[:, :channels],
@@ -128,6 +131,14 @@ def test_awkward_images(name, image):
 @pytest.mark.parametrize(("channels", "growth_rate"), CHANNELS)
 def test_awkward_channel_counts(name, channels, growth_rate):
     assert_as_exact_as_torch(name, inputs((1, 5, 7), channels, growth_rate))
+
+
+@pytest.mark.parametrize("name", ["bn_relu_conv1x1", "conv1x1_backward"])
+@pytest.mark.parametrize(("channels", "spare", "columns"), [(24, 4, 8), (36, 4, 4), (342, 2, 2), (24, 5, 1)])
+def test_columns_read_together(name, channels, spare, columns):
+    v = inputs((1, 5, 7), channels, 12, spare=spare)
+    assert kernels.vector(channels, v["x"].stride(0)) == columns
+    assert_as_exact_as_torch(name, v)
 
 
 @pytest.mark.parametrize("name", ["bn_relu_conv3x3", "conv3x3_backward"])
