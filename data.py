@@ -31,6 +31,7 @@ NORMALIZE = {
     "svhn": ((0.0, 0.0, 0.0), (255.0, 255.0, 255.0)),  # the paper divides SVHN by 255 and does no more
     "imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
 }
+SVHN_CLASSES = [str(digit) for digit in range(10)]
 
 
 class DataError(Exception):
@@ -293,6 +294,18 @@ def load(name, root, image_size=32, workers=0, progress=True):
     return dataset
 
 
+def load_test(name, root, image_size=32):
+    """The test images and the names of the classes, without the training images where those are apart. As ``load``."""
+    if name == "folder":
+        classes = list_images(Path(root, "test"))
+        return read_folder(Path(root, "test"), classes, image_size), list(classes)
+    if name == "svhn":
+        [test] = load_svhn(root, "test")
+        return test, SVHN_CLASSES
+    dataset = load(name, root, image_size)
+    return dataset.test, dataset.classes
+
+
 def load_digits(image_size):
     """scikit-learn's 1,797 scanned digits, 8×8 grey, enlarged; always the same 1,437 for training, 360 for test."""
     from sklearn.datasets import load_digits
@@ -313,11 +326,9 @@ def load_torchvision(name, root):
     from torchvision import datasets
 
     if name == "svhn":
-        archives = [(filename, md5) for _, filename, md5 in datasets.SVHN.split_list.values()]
-        make = [lambda split=split: datasets.SVHN(root, split, download=True) for split in ("train", "extra", "test")]
-        train, extra, test = (svhn_images(split) for split in download(name, root, archives, make))
+        train, extra, test = load_svhn(root, "train", "extra", "test")
         train = Images(torch.cat((train.pixels, extra.pixels)), torch.cat((train.labels, extra.labels)))
-        return Dataset(train, test, [str(digit) for digit in range(10)], NORMALIZE[name])
+        return Dataset(train, test, SVHN_CLASSES, NORMALIZE[name])
 
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     make = [lambda part=part: kind(root, train=part, download=True) for part in (True, False)]
@@ -327,8 +338,16 @@ def load_torchvision(name, root):
     return Dataset(*splits, train.classes, NORMALIZE[name])
 
 
-def svhn_images(split):
-    return Images(torch.from_numpy(split.data).permute(0, 2, 3, 1).contiguous(), torch.from_numpy(split.labels).long())
+def load_svhn(root, *splits):
+    """The named splits of SVHN, as Images."""
+    from torchvision.datasets import SVHN
+
+    archives = [SVHN.split_list[split][1:] for split in splits]  # (file name, md5) each
+    make = [lambda split=split: SVHN(root, split, download=True) for split in splits]
+    return [
+        Images(torch.from_numpy(part.data).permute(0, 2, 3, 1).contiguous(), torch.from_numpy(part.labels).long())
+        for part in download("svhn", root, archives, make)
+    ]
 
 
 def download(name, root, archives, make):
@@ -363,17 +382,22 @@ def load_folder(root, image_size, workers, progress):
     if len(classes) < 2:
         raise DataError(f"{root}/train: found one class, {classes[0]}; a classifier needs at least two class folders")
 
-    parts = [interleave(splits[split]) for split in ("train", "test")]
+    if image_size < STREAM_FROM:
+        check_memory(sum(len(paths) for split in splits.values() for paths in split.values()), image_size)
+    train, test = (read_folder(root / split, splits[split], image_size, workers, progress) for split in splits)
     if image_size >= STREAM_FROM:
-        train, test = (Files(paths, labels, image_size, workers) for paths, labels in parts)
         return Dataset(train, test, classes, NORMALIZE["imagenet"])
-    check_memory(sum(len(paths) for paths, _ in parts), image_size)
-    train, test = (
-        Images(decode_cached(root / f".{split}-{image_size}.cache", paths, image_size, progress), labels)
-        for split, (paths, labels) in zip(("train", "test"), parts, strict=True)
-    )
     mean, std = measure(train.pixels)
     return Dataset(train, test, classes, (mean, tuple(value or 1.0 for value in std)))  # 0: the channel never varies
+
+
+def read_folder(folder, classes, image_size, workers=0, progress=False):
+    """The images that ``list_images`` found in a folder: Images, or Files if they are to be streamed."""
+    paths, labels = interleave(classes)
+    if image_size >= STREAM_FROM:
+        return Files(paths, labels, image_size, workers)
+    cache = folder.with_name(f".{folder.name}-{image_size}.cache")
+    return Images(decode_cached(cache, paths, image_size, progress), labels)
 
 
 def list_images(folder):

@@ -141,12 +141,12 @@ def load_test_images(checkpoint, directory=None):
     """
     trained = checkpoint["config"]["arguments"]
     try:
-        dataset = data.load(trained["dataset"], directory or trained["data"], trained["image_size"])
+        images, classes = data.load_test(trained["dataset"], directory or trained["data"], trained["image_size"])
     except data.DataError as error:
         raise data.DataError(f"{error}; --data says where the data set of the training is") from error
-    if list(dataset.classes) != checkpoint["classes"]:
+    if list(classes) != checkpoint["classes"]:
         raise data.DataError(f"the data set in {directory or trained['data']} has other classes than in training")
-    return dataset.limit(test=trained["limit_test"]).test
+    return images.select(slice(trained["limit_test"]))
 
 
 def predictions(checkpoint, images, device="cpu", amp=contextlib.nullcontext):

@@ -1,4 +1,5 @@
 import pickle
+import shutil
 import tarfile
 from hashlib import md5
 from pathlib import Path
@@ -236,6 +237,15 @@ def test_folder_mistakes_are_named(tmp_path):
         data.load("folder", root, progress=False)
 
 
+@pytest.mark.parametrize("size", [32, 128])
+def test_test_images_load_without_the_training_images(tmp_path, size):
+    whole = data.load("folder", write_folder(tmp_path), image_size=size)
+    shutil.rmtree(tmp_path / "train")
+    images, classes = data.load_test("folder", tmp_path, size)
+    assert classes == whole.classes and torch.equal(images.labels, whole.test.labels)
+    assert size == 128 or torch.equal(images.pixels, whole.test.pixels)
+
+
 def test_folder_too_large_for_memory_says_how_much_it_needs(tmp_path, monkeypatch):
     memory = type("Memory", (), {"available": 1000})
     monkeypatch.setattr(data.psutil, "virtual_memory", lambda: memory)
@@ -371,6 +381,8 @@ def test_svhn_archives(tmp_path, monkeypatch):
     assert dataset.train.labels[:10].tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]
     x, _ = next(dataset.test.batches(10, dataset.normalize).in_order())
     torch.testing.assert_close(x.permute(0, 2, 3, 1), dataset.test.pixels / 255)  # divided by 255 and no more
+    (tmp_path / "extra_32x32.mat").unlink()
+    assert torch.equal(data.load_test("svhn", tmp_path)[0].pixels, dataset.test.pixels)
 
 
 @pytest.mark.parametrize(("name", "flags"), [("cifar10", ""), ("cifar100", ""), ("svhn", "--valid-size 20")])
