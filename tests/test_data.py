@@ -237,6 +237,24 @@ def test_folder_mistakes_are_named(tmp_path):
         data.load("folder", root, progress=False)
 
 
+def test_an_image_with_far_too_many_pixels_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(DataError, match=r"cat/0.png is not a readable image.*DecompressionBombError"):
+        data.load("folder", write_folder(tmp_path), progress=False)
+
+
+def test_a_read_only_folder_is_decoded_without_a_cache(tmp_path, monkeypatch, capsys):
+    root = write_folder(tmp_path)
+
+    def refuse(*args, **options):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(torch, "save", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert len(data.load("folder", root, progress=False).train) == 6
+    assert capsys.readouterr().err.count("cannot be written ([Errno 30] Read-only file system)") == 2
+
+
 @pytest.mark.parametrize("size", [32, 128])
 def test_test_images_load_without_the_training_images(tmp_path, size):
     whole = data.load("folder", write_folder(tmp_path), image_size=size)

@@ -209,6 +209,14 @@ def test_wilson_interval():
     assert evaluate.wilson(0, 20) == pytest.approx((0, 16.11), abs=0.01)
 
 
+def test_a_class_without_test_images_has_no_error(capsys):
+    import evaluate
+
+    evaluate.print_test_error(torch.tensor([[3, 1], [0, 0]]), ["cat", "dog"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[3:5] == ["cat    25.00  dog 1", "dog        –  "]
+
+
 def test_evaluate_classifies_files_and_names_mistakes(tiny, capsys, tmp_path):
     from test_data import write_folder
 
