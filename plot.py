@@ -257,12 +257,12 @@ def main(argv=None):
             raise LogError("name a run directory, such as work/cifar10.base")
         logs = [read_log(run) for run in args.runs]
         logs += [mean_log([read_log(run) for run in group]) for group in args.mean]
-        kind = out.suffix[1:].lower()
-        if args.out and kind not in FORMATS and kind in Figure().canvas.get_supported_filetypes() and not out.is_dir():
-            raise LogError(f"--out {out}: a figure is written as {', '.join(FORMATS)}, not as {kind}")
         figures = {out / f"{name}.{args.format}": quantities for name, quantities in FIGURES.items()}
-        if args.out and kind in FORMATS and not out.is_dir():
+        kind = out.suffix[1:].lower() if args.out and not out.is_dir() else None
+        if kind in FORMATS:
             figures = {out: FIGURES["loss-error"]}
+        elif kind in Figure().canvas.get_supported_filetypes():
+            raise LogError(f"--out {out}: a figure is written as {', '.join(FORMATS)}, not as {kind}")
         scales = {"loss": args.loss_scale, "error": args.error_scale}
         for path, quantities in figures.items():
             path.parent.mkdir(parents=True, exist_ok=True)

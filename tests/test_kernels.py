@@ -104,17 +104,14 @@ def doubled(value):
     return type(value)(map(doubled, value)) if value and isinstance(value[0], torch.Tensor) else value
 
 
-def largest(tensor):
-    return tensor.abs().max()
-
-
-def assert_as_exact_as_torch(name, v, size=largest):
+def assert_as_exact_as_torch(name, v):
     """Every result's error against float64 is at most twice that of plain torch in the same precision."""
     exact = run(getattr(fused, name), {key: doubled(value) for key, value in v.items()})
     results = zip(run(getattr(kernels, name), v), run(getattr(fused, name), v), exact, strict=True)
     for i, (ours, torch_s, reference) in enumerate(results):
-        error = size(ours.double() - reference) / size(reference)
-        allowed = 2 * size(torch_s.double() - reference) / size(reference) + 1e-6
+        scale = reference.abs().max()
+        error = (ours.double() - reference).abs().max() / scale
+        allowed = 2 * (torch_s.double() - reference).abs().max() / scale + 1e-6
         assert error <= allowed, f"{name}, result {i}: {error:.2e} > {allowed:.2e}"  # NaN fails, too
 
 
@@ -151,13 +148,10 @@ def test_without_bottleneck(name):
 @pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize(("channels", "growth_rate"), [(36, 12), (204, 12), (60, 24), (88, 40)])
 def test_half_precision(name, channels, growth_rate, monkeypatch):
-    """bf16 on a GPU. The interpreter cannot multiply bf16 matrices: there float16, whose rounding is finer.
-
-    Errors are compared in the 2-norm: the largest of a few dozen sums of rounded terms is a matter of luck.
-    """
-    monkeypatch.setattr(kernels, "PROGRAMS", 2)  # so that some have several tiles
+    """bf16 on a GPU. The interpreter cannot multiply bf16 matrices: there float16, whose rounding is finer."""
+    monkeypatch.setattr(kernels, "PROGRAMS", 1)  # which then has two tiles
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16
-    assert_as_exact_as_torch(name, inputs((2, 9, 8), channels, growth_rate, dtype=dtype), torch.linalg.vector_norm)
+    assert_as_exact_as_torch(name, inputs((2, 6, 6), channels, growth_rate, dtype=dtype))
 
 
 @pytest.mark.parametrize("name", STEPS)

@@ -2,6 +2,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -414,7 +415,8 @@ def test_a_full_disk_keeps_the_last_epoch(tiny, capsys, monkeypatch, write, epoc
         patch.setattr(workdir.os, "fsync", full)
         assert tiny("--save", "run") == 1
     err = capsys.readouterr().err
-    assert f"No space left on device; epoch {epoch} is saved in run/latest.pth; to go on: python " in err
+    resume = f"python {shlex.quote(sys.argv[0])} --save run --resume"
+    assert f"No space left on device; epoch {epoch} is saved in run/latest.pth; to go on: {resume}\n" in err
     assert not list(Path("run").glob("*.tmp"))
     assert tiny("--save", "run", "--resume", args=[]) == 0
     assert_same_run("whole", "run")
