@@ -1,6 +1,17 @@
-"""What the command lines of all scripts share: one line for a mistake, and numbers that must not be negative."""
+"""What all commands share: mistakes in one line, streams that cause no traceback, files that are written whole."""
 
 import argparse
+import contextlib
+import functools
+import os
+import sys
+from pathlib import Path
+
+WRONG_PLACE = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+
+
+class Mistake(Exception):
+    """What a user can set right. The message is one line: what, where, what to do instead."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,3 +34,64 @@ def natural(text):
     if int(text) < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
     return int(text)
+
+
+def command(main):
+    """Decorate the ``main(argv=None)`` of a script: what a user can cause is one line on stderr, not a traceback.
+
+    Returns main's exit status; 2 for a Mistake and for a path that cannot be used, 1 for another failure to read or
+    write, such as a full disk. Where the reader of standard output has gone (``… | head``) the script ends quietly,
+    with 141, as if SIGPIPE had killed it. A character that the console cannot show becomes a question mark.
+    """
+    script = Path(main.__code__.co_filename).name
+
+    @functools.wraps(main)
+    def run(argv=None):
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):  # not so in a notebook
+                stream.reconfigure(errors="replace")
+        try:
+            try:
+                return main(argv) or 0
+            finally:
+                sys.stdout.flush()  # what is buffered meets a closed pipe here, not in the interpreter's finalisation
+        except BrokenPipeError:
+            discard_output()
+            return 141  # 128 + SIGPIPE
+        except Mistake as error:
+            status, message = 2, error
+        except OSError as error:
+            if error.filename is None:
+                discard_output()
+            status = 2 if isinstance(error, WRONG_PLACE) else 1
+            message = f"{error.filename or 'standard output'}: {error.strerror or error}"
+        print(f"{script}: error: {message}", file=sys.stderr)
+        return status
+
+    return run
+
+
+def discard_output():
+    """Let nothing that is still buffered for standard output be written, or fail, from here on."""
+    with contextlib.suppress(OSError), open(os.devnull, "wb") as devnull:
+        os.dup2(devnull.fileno(), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def written_whole(path, suffix=".tmp"):
+    """A binary file that takes the place of ``path`` in one step when the block ends without an exception.
+
+    Whatever happens meanwhile, ``path`` holds its old content or all of the new. The new content is written beside it
+    first, under a name that ends in ``suffix``.
+    """
+    temporary = path.with_name(path.name + suffix)
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # a read-only file system refuses to delete even what is not there
+            temporary.unlink(missing_ok=True)
+        raise

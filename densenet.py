@@ -12,7 +12,7 @@ from collections import OrderedDict
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint as recompute
+from torch.utils.checkpoint import checkpoint
 
 import fused
 
@@ -36,7 +36,18 @@ ARCHITECTURES = {
 }
 
 
-class SingleLayer(nn.Module):
+class Layer(nn.Module):
+    """A layer of a dense block, in two parts: block "checkpoint" computes the first one, whose input is wide, twice."""
+
+    def forward(self, x):
+        return self.after_conv1(self.up_to_conv1(x))
+
+    def up_to_conv1(self, x):
+        # F.relu is not in place: a hook on norm1 must see what norm1 returned.
+        return self.conv1(F.relu(self.norm1(x)))
+
+
+class SingleLayer(Layer):
     """BN-ReLU-Conv3×3: (N, C, H, W) → (N, k, H, W) (section 3, "composite function")."""
 
     def __init__(self, in_channels, growth_rate, drop_rate):
@@ -45,15 +56,11 @@ class SingleLayer(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, growth_rate, 3, padding=1, bias=False)
         self.drop_rate = drop_rate
 
-    def forward(self, x):
-        # F.relu is not in place: a hook on norm1 must see what norm1 returned.
-        return self.after_first_conv(self.conv1(F.relu(self.norm1(x))))
-
-    def after_first_conv(self, x):
+    def after_conv1(self, x):
         return F.dropout(x, self.drop_rate, self.training)
 
 
-class BottleneckLayer(nn.Module):
+class BottleneckLayer(Layer):
     """BN-ReLU-Conv1×1 to 4k channels, BN-ReLU-Conv3×3: (N, C, H, W) → (N, k, H, W) (section 3, "bottleneck layers")."""
 
     def __init__(self, in_channels, growth_rate, drop_rate):
@@ -64,23 +71,20 @@ class BottleneckLayer(nn.Module):
         self.conv2 = nn.Conv2d(4 * growth_rate, growth_rate, 3, padding=1, bias=False)
         self.drop_rate = drop_rate
 
-    def forward(self, x):
-        return self.after_first_conv(self.conv1(F.relu(self.norm1(x))))
-
-    def after_first_conv(self, x):
+    def after_conv1(self, x):
         x = F.dropout(x, self.drop_rate, self.training)
         x = self.conv2(F.relu(self.norm2(x)))
         return F.dropout(x, self.drop_rate, self.training)
 
 
-def naive(layers, x):
+def naive_block(layers, x):
     """Concatenate after every layer; autograd keeps every copy, so memory grows with the square of the depth."""
     for layer in layers:
         x = torch.cat((x, layer(x)), 1)
     return x
 
 
-def checkpoint(layers, x):
+def checkpoint_block(layers, x):
     """Keep each layer's output once; concatenate, normalise, rectify and convolve anew in the backward pass.
 
     Memory grows linearly with depth. The recomputed part is the one whose input is wide, up to the first convolution.
@@ -88,23 +92,27 @@ def checkpoint(layers, x):
     outputs = [x]
     for layer in layers:
 
-        def first_conv(*outputs, layer=layer):
-            return layer.conv1(F.relu(layer.norm1(torch.cat(outputs, 1))))
+        def recomputed(*outputs, layer=layer):
+            return layer.up_to_conv1(torch.cat(outputs, 1))
 
         # Under torch.compile the recomputation happens within the graph, where batch norm updates its statistics once.
         keep = {} if torch.compiler.is_compiling() else {"context_fn": lambda norm=layer.norm1: keep_statistics(norm)}
-        x = recompute(first_conv, *outputs, use_reentrant=False, preserve_rng_state=False, **keep)
-        outputs.append(layer.after_first_conv(x))
+        x = checkpoint(recomputed, *outputs, use_reentrant=False, preserve_rng_state=False, **keep)
+        outputs.append(layer.after_conv1(x))
     return torch.cat(outputs, 1)
 
 
 def keep_statistics(norm):
-    """Contexts for a forward pass and for its recomputations, in which ``norm`` updates copies of its statistics."""
-    return contextlib.nullcontext(), OnCopies(norm)
+    """Contexts for a forward pass and for its recomputations: only the first is to count in the running statistics."""
+    return contextlib.nullcontext(), KeptStatistics(norm)
 
 
-class OnCopies:
-    """A context in which ``norm`` updates copies of its statistics; entered by each backward pass through the graph."""
+class KeptStatistics:
+    """A context that leaves the running statistics of ``norm`` as they are: it updates copies, which are thrown away.
+
+    Without it, recomputation would update them a second time in every step. Each backward pass through the graph
+    enters it anew.
+    """
 
     def __init__(self, norm):
         self.norm = norm
@@ -121,7 +129,7 @@ class OnCopies:
 
 # The ways to run a dense block, (N, C, H, W) → (N, C + L·k, H, W). All compute the same function of the same
 # parameters, so a state_dict trained with one loads into a model that uses another.
-BLOCKS = {"naive": naive, "checkpoint": checkpoint, "fused": fused.dense_block}
+BLOCKS = {"naive": naive_block, "checkpoint": checkpoint_block, "fused": fused.dense_block}
 
 
 class DenseBlock(nn.Module):

@@ -15,8 +15,10 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from cli import Mistake
 
-class Elsewhere(Exception):
+
+class FailedElsewhere(Exception):
     """Another rank has failed and says why; this one only has to end, with exit status ``status``."""
 
     def __init__(self, status):
@@ -24,7 +26,7 @@ class Elsewhere(Exception):
         self.status = status
 
 
-def size():
+def world_size():
     """The number of ranks."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
@@ -39,7 +41,12 @@ def local_rank():
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
-def launched():
+def share():
+    """(rank, world size): which images of each batch are this process's."""
+    return rank(), world_size()
+
+
+def launch_time():
     """When torchrun was started, in seconds since 1970; None without it (other launchers set RANK, too).
 
     What is newer was made by this launch: torchrun starts all ranks anew when one has died (--max-restarts).
@@ -48,9 +55,9 @@ def launched():
 
 
 @contextlib.contextmanager
-def joined():
+def process_group():
     """A context in which the ranks can communicate: NCCL between GPUs, gloo between CPUs."""
-    if size() == 1:
+    if world_size() == 1:
         yield
         return
     backend = "gloo"
@@ -62,74 +69,74 @@ def joined():
         # After a restart, torchrun on one machine may serve the store of the attempt before, whose addresses are dead.
         store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     # The others wait while one rank downloads or decodes; a rank that has died is noticed without a time limit.
-    dist.init_process_group(backend, store=store, rank=rank(), world_size=size(), timeout=timedelta(hours=6))
+    dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=timedelta(hours=6))
     yield
     dist.destroy_process_group()  # not after an exception: the others may be waiting in a collective
 
 
-def own_device(device):
-    """The device of this rank, of the kind of ``device``. Raises ValueError where there are not enough."""
-    if size() == 1 or device.type == "cpu":
+def device_of_rank(device):
+    """The device of this rank, of the kind of ``device``. Raises Mistake where there are not enough."""
+    if world_size() == 1 or device.type == "cpu":
         return device
     if device.type != "cuda":
-        raise ValueError(f"--device {device.type} runs one process: leave out torchrun, or use --device cpu")
+        raise Mistake(f"--device {device.type} runs one process: leave out torchrun, or use --device cpu")
     if device.index is not None:
-        raise ValueError(f"--device {device}: each of several processes takes a GPU of its own, so use --device cuda")
-    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", size())), torch.cuda.device_count()
+        raise Mistake(f"--device {device}: each of several processes takes a GPU of its own, so use --device cuda")
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", world_size())), torch.cuda.device_count()
     if processes > gpus:
-        raise ValueError(
+        raise Mistake(
             f"{processes} processes, but {gpus} GPUs on {socket.gethostname()}: use --nproc_per_node={gpus}, "
             "or --device cpu"
         )
     return torch.device("cuda", local_rank())
 
 
-def gather(value):
+def all_gather(value):
     """The values of all ranks, in a list, on every rank."""
-    values = [value] * size()
-    if size() > 1:
+    values = [value] * world_size()
+    if world_size() > 1:
         dist.all_gather_object(values, value)
     return values
 
 
-def together(function, *args):
+def on_every_rank(function, *args):
     """Call a function on every rank. Where it fails on some, the first of them raises its exception, all others
-    Elsewhere: no rank goes on to wait for one that has ended."""
+    FailedElsewhere: no rank goes on to wait for one that has ended."""
     result = error = None
     try:
         result = function(*args)
     except (Exception, SystemExit) as failure:
         error = failure
     status = None if error is None else getattr(error, "code", 2)  # SystemExit has one
-    failed = {number: status for number, status in enumerate(gather(status)) if status is not None}
+    failed = {number: status for number, status in enumerate(all_gather(status)) if status is not None}
     if failed and min(failed) == rank():
         raise error
     if failed:
-        raise Elsewhere(failed[min(failed)])
+        raise FailedElsewhere(failed[min(failed)])
     return result
 
 
-def by_first(function, *args):
+def on_rank_0(function, *args):
     """Call a function on rank 0 alone and return its result on every rank."""
-    result = [together(lambda: function(*args) if rank() == 0 else None)]
-    if size() > 1:
+    result = [on_every_rank(lambda: function(*args) if rank() == 0 else None)]
+    if world_size() > 1:
         dist.broadcast_object_list(result, src=0)
     return result[0]
 
 
-def in_turn(function, *args):
+def local_rank_0_first(function, *args):
     """Call a function on the first rank of each machine, then on the others, which find what it left on the disk."""
     for turn in (True, False):
         mine = (local_rank() == 0) == turn
-        outcome = together(lambda mine=mine: function(*args) if mine else None)
+        outcome = on_every_rank(lambda mine=mine: function(*args) if mine else None)
         if mine:
             result = outcome
     return result
 
 
-def parallel(model):
+def data_parallel(model):
     """The model as training calls it: its gradients become the mean over the ranks."""
-    if size() == 1:
+    if world_size() == 1:
         return model
     # Running statistics are averaged once per epoch, not copied from rank 0 in every step. Newer releases renamed this.
     names = inspect.signature(DistributedDataParallel).parameters
@@ -137,25 +144,25 @@ def parallel(model):
     return DistributedDataParallel(model, gradient_as_bucket_view=True, **{copies: False})
 
 
-def total(tensor):
+def all_reduce(tensor):
     """The sum of a tensor over the ranks, in place."""
-    if size() > 1:
+    if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def average_statistics(model):
     """Give every rank the mean of the ranks' running statistics, each measured on its own share of the batches."""
-    if size() == 1:
+    if world_size() == 1:
         return
     for buffer in model.buffers():
         if buffer.is_floating_point():
-            total(buffer).div_(size())
+            all_reduce(buffer).div_(world_size())
 
 
-def lost_rank(error):
+def is_lost_rank(error):
     """Whether an exception tells that another rank cannot be reached any more."""
-    return size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
+    return world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
 def exit_from(main):
@@ -167,22 +174,22 @@ def exit_from(main):
         status = main()
     except SystemExit as error:
         status = error.code
-    if size() == 1:
+    if world_size() == 1:
         sys.exit(status)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status or 0)
 
 
-def speaks():
+def reports_lost_rank():
     """Whether this rank says that another one's end has ended the run: rank 0, and those that may have outlived it."""
     return rank() <= 1 or local_rank() == 0
 
 
 def launcher():
     """The beginning of the command that starts such a run."""
-    if size() == 1:
+    if world_size() == 1:
         return "python"
     machines = os.environ.get("GROUP_WORLD_SIZE", "1")
     several = "" if machines == "1" else f"--nnodes={machines} … "
-    return f"torchrun {several}--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', size())}"
+    return f"torchrun {several}--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', world_size())}"

@@ -4,25 +4,18 @@ Example: python make_graph.py
          python make_graph.py --depth 28 --part blocks.0 --direction right --out images/dense-block.png
          python make_graph.py --depth 10 --autograd --out autograd.pdf
 
-torch.fx traces the network, so boxes and arrows are those of the model; dot (https://graphviz.org) lays them out. The
-tensors have no data, and dense blocks run as the naive one: the others compute the same function.
+torch.fx traces the network, so boxes and arrows are those of the model; dot (https://graphviz.org) lays them out.
 """
 
-import argparse
-import os
-import re
 import sys
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
-import torch.nn as nn
-from torch.fx import symbolic_trace
-from torch.fx.passes.shape_prop import ShapeProp
 
-from cli import Parser
-from densenet import ARCHITECTURES, DenseNet
+from arguments import NETWORK, add_network_flags, architecture, given_flags
+from cli import Mistake, Parser, command, written_whole
+from densenet import DenseNet
+from graph import INPUT, arrows, describe_box, example, group, heading, layer_title, layers_of, size, trace
 
 FORMATS = ("svg", "png", "pdf", "dot")
 FONT = "Helvetica,Arial,sans-serif"
@@ -33,197 +26,6 @@ FILLS = {"image": "#FFFFFF", "stem": "#FFF3CF", "transitions": "#FFF3CF", "class
 # Tints and full tones after Okabe and Ito's colours, which colour-blind readers can tell apart. A layer's box and the
 # arrows that leave it have one colour.
 LAYER_COLORS = (("#D6E8F5", "#0072B2"), ("#FBE0CF", "#D55E00"), ("#D3EFE4", "#009E73"), ("#F6E1EC", "#B04A87"))
-INPUT, CONCATENATION = "input", "concatenation"
-
-
-class GraphError(Exception):
-    """A graph that cannot be drawn. The message is one line."""
-
-
-@dataclass
-class Op:
-    """One operation of the network."""
-
-    name: str
-    text: str  # what it does: "Conv 3×3"
-    path: str  # of the module that it belongs to: "blocks.0.layers.1.conv2"
-    reads: list  # names of the operations whose output it reads
-    shape: tuple  # of its output, without N: (C, H, W)
-
-    @cached_property
-    def part(self):
-        """What the network is made of: image, stem, blocks.I, transitions.I, classifier."""
-        found = re.match(r"image|stem|(blocks|transitions)\.\d+", self.path)
-        return found[0] if found else "classifier"
-
-    @cached_property
-    def layer(self):
-        """Index of the layer in its dense block, or None."""
-        found = re.match(r"blocks\.\d+\.layers\.(\d+)", self.path)
-        return int(found[1]) if found else None
-
-
-def trace(model, image_size):
-    """The operations of ``model`` by name, in the order of the forward pass; without dropout of 0."""
-    traced = symbolic_trace(model)
-    ShapeProp(traced).propagate(example(image_size))
-    ops, names = {}, {}
-    for node in traced.graph.nodes:
-        reads = [names[source] for source in node.all_input_nodes]
-        if node.op == "output" or (node.name.startswith("dropout") and node.kwargs["p"] == 0):
-            names[node] = reads[0]
-            continue
-        names[node] = node.name
-        scopes = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
-        path = "image" if node.op == "placeholder" else "".join(scopes[-1:])
-        ops[node.name] = Op(node.name, describe(node, model), path, reads, tuple(node.meta["tensor_meta"].shape[1:]))
-    return add_inputs(ops)
-
-
-def add_inputs(ops):
-    """Give every dense block an operation that stands for its input, which all of its layers read."""
-    result = {}
-    for op in ops.values():
-        for i, name in enumerate(op.reads):
-            if op.part.startswith("blocks") and ops[name].part != op.part:
-                op.reads[i] = f"{op.part}.{INPUT}"
-                result.setdefault(op.reads[i], Op(op.reads[i], INPUT, op.part, [name], ops[name].shape))
-        result[op.name] = op
-    return result
-
-
-def example(image_size):
-    """(2, 3, H, W) without data; two images, since batch norm refuses a single value per channel."""
-    return torch.empty(2, 3, image_size, image_size, device="meta")
-
-
-def describe(node, model):
-    """What a node of the trace does, in the paper's words where it has some."""
-    if node.op == "call_module":
-        module = model.get_submodule(node.target)
-        if isinstance(module, nn.Conv2d):
-            stride = f" stride {module.stride[0]}" if module.stride[0] > 1 else ""
-            return f"Conv {module.kernel_size[0]}×{module.kernel_size[1]}{stride}"
-        if isinstance(module, nn.MaxPool2d):
-            return f"max pool {module.kernel_size}×{module.kernel_size} stride {module.stride}"
-        return {"BatchNorm2d": "BN", "ReLU": "ReLU", "Linear": "linear"}[type(module).__name__]
-    function = node.target if isinstance(node.target, str) else node.target.__name__
-    return {
-        "relu": "ReLU",
-        "cat": CONCATENATION,
-        "dropout": f"dropout {node.kwargs.get('p')}",
-        "avg_pool2d": "average pool 2×2",
-        "adaptive_avg_pool2d": "global average pool",
-    }.get(function, "image" if node.op == "placeholder" else function)
-
-
-def features(op, ops):
-    """Names of the operations whose output ``op`` reads; concatenations in its dense block stand for their parts.
-
-    A block concatenates its concatenation so far with each layer's output: that is all outputs before (equation 2).
-    """
-    found, waiting = [], list(op.reads)
-    while waiting:
-        name = waiting.pop(0)
-        if ops[name].text == CONCATENATION and ops[name].part == op.part:
-            waiting = ops[name].reads + waiting
-        else:
-            found.append(name)
-    return found
-
-
-def group(ops, depth_limit, max_layers):
-    """The boxes to draw: name → operations in it.
-
-    A concatenation that only its own dense block reads gets no box. Of a block with more than ``max_layers`` layers,
-    all between the first ones and the last share a box.
-    """
-    leaving = {name for op in ops.values() for name in op.reads if ops[name].part != op.part}
-    counts = {part: len(layers_of(ops.values(), part)) for part in {op.part for op in ops.values()}}
-    boxes = {}
-    for op in ops.values():
-        first, last = max_layers - 2, counts[op.part] - 2  # of the layers that share a box
-        if depth_limit == 1 or (depth_limit == 2 and not op.part.startswith("blocks")):
-            name = op.part
-        elif op.layer is not None and counts[op.part] > max_layers and first <= op.layer <= last:
-            name = f"{op.part}.layers.{first}-{last}"
-        elif op.layer is not None and depth_limit == 2:
-            name = f"{op.part}.layers.{op.layer}"
-        elif op.text == CONCATENATION and op.name not in leaving:
-            continue
-        else:
-            name = op.name
-        boxes.setdefault(name, []).append(op)
-    return boxes
-
-
-def layers_of(ops, part):
-    """Layer index → operations, of a dense block."""
-    layers = {}
-    for op in ops:
-        if op.part == part and op.layer is not None:
-            layers.setdefault(op.layer, []).append(op)
-    return layers
-
-
-def arrows(boxes, ops):
-    """Pairs (box read, box that reads), each once."""
-    box_of = {op.name: name for name, members in boxes.items() for op in members}
-    pairs = {}  # a dict keeps the order
-    for name, members in boxes.items():
-        for op in members:
-            for source in features(op, ops):
-                if box_of[source] != name:
-                    pairs[box_of[source], name] = None
-    return list(pairs)
-
-
-def part_title(part):
-    kind, _, index = part.partition(".")
-    kind = {"blocks": "dense block", "transitions": "transition"}.get(kind, kind)
-    return f"{kind} {int(index) + 1}" if index else kind
-
-
-def layer_title(layers):
-    first, last = min(layers) + 1, max(layers) + 1
-    return f"layer {first}" if first == last else f"layers {first} … {last}"
-
-
-def size(shape):
-    return "×".join(map(str, shape))
-
-
-def compose(members):
-    """Operations in a row in the paper's notation, a line per convolution, with the channels that it makes."""
-    text = ""
-    for op in members:
-        if op.text.startswith("Conv"):
-            text += f"{op.text} → {op.shape[0]}\n"
-        elif op.text != "flatten":
-            text += f"{op.text}-"
-    return text.rstrip("-\n").split("\n")
-
-
-def heading(part, layers):
-    """Title and lines that say what a part is: of a dense block, how many layers of which operations."""
-    if not layers:
-        return part_title(part), []
-    return f"{part_title(part)}: {len(layers)} layer{'s' * (len(layers) > 1)}", compose(layers[0])
-
-
-def describe_box(name, members, ops):
-    """Title and lines of a box: what is in it, and the sizes of what it reads and returns."""
-    first, last = members[0], members[-1]
-    if name == first.name or not first.reads:  # a single operation
-        return first.text, [size(first.shape)]
-    layers = layers_of(members, first.part)
-    if first.layer is not None:
-        reads = [ops[layer[0].reads[0]].shape[0] for layer in layers.values()]  # channels
-        if len(reads) == 1:
-            return layer_title(layers), [f"{reads[0]} → {last.shape[0]} channels"]
-        return layer_title(layers), [f"{reads[0]} … {reads[-1]} → {last.shape[0]} channels each"]
-    title, lines = heading(first.part, layers)
-    return title, [*(lines or compose(members)), f"{size(ops[first.reads[0]].shape)} → {size(last.shape)}"]
 
 
 def html(title, lines, align="center"):
@@ -249,7 +51,7 @@ def new_graph(name, direction):
     try:
         import graphviz
     except ImportError as error:
-        raise GraphError("the Python package graphviz is missing: pip install graphviz") from error
+        raise Mistake("the Python package graphviz is missing: pip install graphviz") from error
     graph = graphviz.Digraph(name)
     graph.attr(rankdir=RANKDIR[direction], bgcolor="white", fontname=FONT, nodesep="0.3", ranksep="0.24")
     graph.attr("node", shape="box", style="filled,rounded", fontname=FONT, fontsize="13", margin="0.15,0.05")
@@ -262,7 +64,7 @@ def model_graph(model, image_size, depth_limit, max_layers, part, direction):
     ops = trace(model, image_size)
     _, *parts = dict.fromkeys(op.part for op in ops.values())  # the first is the image
     if part not in (None, *parts):
-        raise GraphError(f"part {part!r}: choose one of {', '.join(parts)}")
+        raise Mistake(f"part {part!r}: choose one of {', '.join(parts)}")
     boxes = group(ops, depth_limit, max_layers)
     pairs = [(tail, head) for tail, head in arrows(boxes, ops) if part in (None, boxes[head][0].part)]
     shown = {name for pair in pairs for name in pair}
@@ -359,28 +161,17 @@ def save(graph, path):
         path, content = path.with_suffix(".dot"), graph.source.encode()
     except graphviz.CalledProcessError as error:
         reason = (error.stderr or b"").decode(errors="replace").strip().partition("\n")[0]
-        raise GraphError(f"dot cannot draw {path} ({reason or error}): try --out {path.with_suffix('.dot')}") from error
+        raise Mistake(f"dot cannot draw {path} ({reason or error}): try --out {path.with_suffix('.dot')}") from error
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    with written_whole(path) as file:
+        file.write(content)
     return path
 
 
-def parse_args(argv=None):
+def make_parser():
     parser = Parser(prog="make_graph.py", description=__doc__)
     add = parser.add_argument_group("model").add_argument
-    add("--arch", choices=ARCHITECTURES, metavar="NAME",
-        help=f"a network of the paper by name: {', '.join(ARCHITECTURES)}")
-    add("--depth", type=int, metavar="L",
-        help="layers with weights: 6n + 4, or 3n + 4 without bottlenecks (default: 100)")
-    add("--growth-rate", type=int, metavar="K", help="channels that each layer adds (default: 12)")
-    add("--reduction", type=float, metavar="R", help="share of the channels that a transition keeps (default: 0.5)")
-    add("--bottleneck", action=argparse.BooleanOptionalAction,
-        help="1×1 convolutions before the 3×3 ones (default: on)")
-    add("--drop-rate", type=float, metavar="P", help="dropout after every convolution but the first (default: 0)")
-    add("--init-channels", type=int, metavar="N",
-        help="channels of the first convolution (default: 2K, or 16 without bottlenecks)")
+    add_network_flags(add, depth="100")
     add("--num-classes", type=int, metavar="N", help="length of the logits (default: 10; of ImageNet's networks 1000)")
     add("--image-size", type=int, metavar="N", help="of N×N pixels (default: 32; of ImageNet's networks 224)")
 
@@ -394,62 +185,55 @@ def parse_args(argv=None):
     add("--part", metavar="NAME", help="draw only stem, blocks.I, transitions.I or classifier (default: all)")
     add("--direction", choices=("down", "right"), default="down", help="of the arrows (default: %(default)s)")
     add("--autograd", action="store_true", help="draw the backward functions and parameters instead")
-    args = parser.parse_args(argv)
-    check_args(args, parser)
-    return args
+    return parser
 
 
-def check_args(args, parser):
+def check_args(args, given):
     if args.out.suffix[1:] not in FORMATS:
-        parser.error(f"--out {args.out}: needs one of the suffixes {', '.join('.' + name for name in FORMATS)}")
+        raise Mistake(f"--out {args.out}: needs one of the suffixes {', '.join('.' + name for name in FORMATS)}")
     if args.out.is_dir():
-        parser.error(f"--out {args.out}: is a directory, needs the name of a file")
+        raise Mistake(f"--out {args.out}: is a directory, needs the name of a file")
     if args.max_layers < 3:
-        parser.error(f"--max-layers {args.max_layers}: needs at least 3, for the first, the last and those between")
+        raise Mistake(f"--max-layers {args.max_layers}: needs at least 3, for the first, the last and those between")
     for name in ("depth_limit", "max_layers", "part"):
-        if args.autograd and getattr(args, name) != parser.get_default(name):
-            parser.error(f"--autograd draws every function: leave out --{name.replace('_', '-')}")
-    clash = [name for name in ("depth", *ARCHITECTURES.get(args.arch, {})) if getattr(args, name, None) is not None]
-    if args.arch and clash:
-        parser.error(f"--arch {args.arch} sets the {clash[0].replace('_', ' ')}: leave out one of the two")
+        if args.autograd and name in given:
+            raise Mistake(f"--autograd draws every function: leave out --{name.replace('_', '-')}")
 
 
-def build(args):
-    """The network, without data, and the size of its images."""
-    names = ("depth", "growth_rate", "reduction", "bottleneck", "drop_rate", "init_channels", "num_classes")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    options = ARCHITECTURES.get(args.arch, {})
+def build(given):
+    """The network that the flags describe, without data, and the size of its images. Raises Mistake."""
+    options = architecture(given)
     imagenet = options.get("stem") == "imagenet"
-    image_size = (224 if imagenet else 32) if args.image_size is None else args.image_size
-    with torch.device("meta"):
-        model = DenseNet(**{"num_classes": 1000 if imagenet else 10} | options | given)
+    options = {"num_classes": 1000 if imagenet else 10} | options
+    options |= {name: given[name] for name in (*NETWORK, "num_classes") if name in given}
+    image_size = given.get("image_size", 224 if imagenet else 32)
     try:
+        with torch.device("meta"):
+            model = DenseNet(**options)
         model(example(image_size))
+    except ValueError as error:
+        raise Mistake(str(error)) from error
     except RuntimeError as error:
-        raise ValueError(f"images of {image_size}×{image_size} pixels are too small: see --image-size") from error
+        raise Mistake(f"images of {image_size}×{image_size} pixels are too small: see --image-size") from error
     return model, image_size
 
 
+@command
 def main(argv=None):
-    args = parse_args(argv)
-    try:
-        model, image_size = build(args)
-        if args.autograd:
-            graph = autograd_graph(model, image_size, args.direction)
-        else:
-            graph = model_graph(model, image_size, args.depth_limit, args.max_layers, args.part, args.direction)
-        written = save(graph, args.out)
-    except (GraphError, ValueError) as error:
-        print(f"make_graph.py: error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"make_graph.py: error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
+    parser = make_parser()
+    args, given = parser.parse_args(argv), given_flags(parser, argv)
+    check_args(args, given)
+    model, image_size = build(given)
+    if args.autograd:
+        graph = autograd_graph(model, image_size, args.direction)
+    else:
+        graph = model_graph(model, image_size, args.depth_limit, args.max_layers, args.part, args.direction)
+    written = save(graph, args.out)
     print(written)
     if written != args.out:
         draw = f"dot -T{args.out.suffix[1:]} {written} -o {args.out}"
         print(f"the program dot is missing: install it (apt install graphviz), then {draw}", file=sys.stderr)
-    return 0
+        return 1
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ gpleiss/efficient_densenet_pytorch (results.csv).
 
 import io
 import itertools
-import os
 import re
 import sys
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
-from cli import Parser
+from cli import Mistake, Parser, command, written_whole
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; of one run, the training curve is the lighter one.
 SPLIT_COLORS = {"train": "#56B4E9", "valid": "#009E73", "test": "#D55E00"}
@@ -29,10 +28,6 @@ RUN_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", 
 SPLIT_STYLES = {"train": "--", "valid": ":", "test": "-"}
 FORMATS = ("png", "pdf", "svg")
 FIGURES = {"loss": ("loss",), "error": ("error",), "loss-error": ("loss", "error")}
-
-
-class LogError(Exception):
-    """Logs that cannot be drawn. The message is one line."""
 
 
 @dataclass
@@ -62,7 +57,7 @@ def read_table(path, names=None):
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
-        raise LogError(f"{path} cannot be read ({error})") from error
+        raise Mistake(f"{path} cannot be read ({error})") from error
     text = text[: text.rfind("\n") + 1]
     has_header = text.startswith("epoch")
     try:
@@ -71,17 +66,17 @@ def read_table(path, names=None):
     except pd.errors.EmptyDataError:
         return None
     except (ValueError, pd.errors.ParserError) as error:
-        raise LogError(f"{path} is not a log: {str(error).splitlines()[0]}") from error
+        raise Mistake(f"{path} is not a log: {str(error).splitlines()[0]}") from error
     if "epoch" not in table:
-        raise LogError(f"{path} is not a log: it has no header that begins with epoch")
+        raise Mistake(f"{path} is not a log: it has no header that begins with epoch")
     return table if len(table) else None
 
 
 def read_log(directory):
-    """The Log of a run directory. Raises LogError where it has none, or no row yet."""
+    """The Log of a run directory. Raises Mistake where it has none, or no row yet."""
     directory = Path(directory)
     if not directory.is_dir():
-        raise LogError(f"{directory} is not a run directory")
+        raise Mistake(f"{directory} is not a run directory")
     results = read_table(directory / "results.csv")
     if results is not None and "train_loss" in results:
         return read_results(directory.name, results)
@@ -91,10 +86,10 @@ def read_log(directory):
         if table is not None:
             missing = {"loss", "error"} - set(table)
             if missing:
-                raise LogError(f"{directory / split}.csv is not a log: it has no column {missing.pop()}")
+                raise Mistake(f"{directory / split}.csv is not a log: it has no column {missing.pop()}")
             tables[split] = table
     if not tables:
-        raise LogError(f"{directory} has no log with a row: train.csv, test.csv or results.csv")
+        raise Mistake(f"{directory} has no log with a row: train.csv, test.csv or results.csv")
     fine = None
     if "train" in tables:
         whole = tables["train"].epoch == tables["train"].epoch.round()
@@ -139,7 +134,7 @@ def mean_log(logs):
         grouped = pd.concat(parts).groupby("epoch")
         whole = grouped.size() == len(logs)
         if not whole.any():
-            raise LogError(f"{', '.join(names)}: --mean needs runs that have epochs in common")
+            raise Mistake(f"{', '.join(names)}: --mean needs runs that have epochs in common")
         tables[split] = grouped.mean()[whole].reset_index()
         deviations[split] = grouped[["loss", "error"]].std()[whole].reset_index()
     return Log(f"{name}, mean of {len(logs)}", tables, deviations=deviations, runs=len(logs))
@@ -229,15 +224,13 @@ def make_figure(logs, quantities, scales, smooth_epochs, title=None):
 
 def save(figure, path):
     """Write a figure in one step, the same bytes for the same logs."""
-    temporary = path.with_name(f".{path.name}.tmp")
     kind = path.suffix[1:].lower()
     metadata = {"png": {"Software": None}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}[kind]
-    with matplotlib.rc_context({"svg.hashsalt": "densenet"}):
-        figure.savefig(temporary, format=kind, dpi=150, metadata=metadata)
-    os.replace(temporary, path)
+    with matplotlib.rc_context({"svg.hashsalt": "densenet"}), written_whole(path) as file:
+        figure.savefig(file, format=kind, dpi=150, metadata=metadata)
 
 
-def main(argv=None):
+def parse_args(argv=None):
     parser = Parser(prog="plot.py", description=__doc__)
     parser.add_argument("runs", nargs="*", metavar="DIR", help="run directories; several are drawn over each other")
     parser.add_argument("--mean", nargs="+", action="append", default=[], metavar="DIR",
@@ -251,30 +244,32 @@ def main(argv=None):
         help="auto is log from a decade on (default: %(default)s)")
     parser.add_argument("--error-scale", choices=("log", "linear"), default="linear", help="(default: %(default)s)")
     args = parser.parse_args(argv)
+    if not args.runs and not args.mean:
+        raise Mistake("name a run directory, such as work/cifar10.base")
+    return args
+
+
+def figures(args):
+    """What to draw: {path: quantities}."""
     out = Path(args.out or (args.runs[0] if len(args.runs) == 1 and not args.mean else "."))
-    try:
-        if not args.runs and not args.mean:
-            raise LogError("name a run directory, such as work/cifar10.base")
-        logs = [read_log(run) for run in args.runs]
-        logs += [mean_log([read_log(run) for run in group]) for group in args.mean]
-        figures = {out / f"{name}.{args.format}": quantities for name, quantities in FIGURES.items()}
-        kind = out.suffix[1:].lower() if args.out and not out.is_dir() else None
-        if kind in FORMATS:
-            figures = {out: FIGURES["loss-error"]}
-        elif kind in Figure().canvas.get_supported_filetypes():
-            raise LogError(f"--out {out}: a figure is written as {', '.join(FORMATS)}, not as {kind}")
-        scales = {"loss": args.loss_scale, "error": args.error_scale}
-        for path, quantities in figures.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save(make_figure(logs, quantities, scales, args.smooth, args.title), path)
-            print(path)
-    except LogError as error:
-        print(f"plot.py: error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"plot.py: error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
-    return 0
+    kind = out.suffix[1:].lower() if args.out and not out.is_dir() else None
+    if kind in FORMATS:
+        return {out: FIGURES["loss-error"]}
+    if kind in Figure().canvas.get_supported_filetypes():
+        raise Mistake(f"--out {out}: a figure is written as {', '.join(FORMATS)}, not as {kind}")
+    return {out / f"{name}.{args.format}": quantities for name, quantities in FIGURES.items()}
+
+
+@command
+def main(argv=None):
+    args = parse_args(argv)
+    logs = [read_log(run) for run in args.runs]
+    logs += [mean_log([read_log(run) for run in group]) for group in args.mean]
+    scales = {"loss": args.loss_scale, "error": args.error_scale}
+    for path, quantities in figures(args).items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(make_figure(logs, quantities, scales, args.smooth, args.title), path)
+        print(path)
 
 
 if __name__ == "__main__":

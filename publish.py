@@ -8,18 +8,17 @@ of the last epoch, also of a run with --valid-size. Of a run that has no latest.
 """
 
 import datetime
-import json
 import os
+import statistics
 import sys
 from pathlib import Path
 
 import torch
 
-import data
-import plot
-from cli import Parser
-from evaluate import choose_device, choose_precision, load_test_images, predictions, set_up_device, wilson
-from workdir import RunError, read_checkpoint, write_checkpoint
+from cli import Mistake, Parser, command
+from device import choose_device, choose_precision, set_up_device
+from inference import load_test_images, predictions, wilson
+from workdir import read_checkpoint, read_config, read_rows, write_checkpoint
 
 COLUMNS = (
     "run", "command", "hardware", "wall time", "images/s",
@@ -30,33 +29,33 @@ SAMPLE = 500  # test images whose mistakes weights.pth counts apart, so that a q
 
 
 def finished(directory):
-    """The checkpoint of a finished run, latest.pth, or else weights.pth. Raises RunError where it is not finished."""
+    """The checkpoint of a finished run, latest.pth, or else weights.pth. Raises Mistake where it is not finished."""
     if not directory.is_dir():
-        raise RunError(f"{directory} is not a run directory")
+        raise Mistake(f"{directory} is not a run directory")
     name = "latest.pth" if (directory / "latest.pth").exists() else "weights.pth"
     checkpoint = read_checkpoint(directory / name)
     missing = {*KEPT, "metrics" if name == "latest.pth" else "test"} - checkpoint.keys()
     if missing:
-        raise RunError(f"{directory / name} has no {min(missing)}: another program or version wrote it")
+        raise Mistake(f"{directory / name} has no {min(missing)}: another program or version wrote it")
     if checkpoint["epoch"] < checkpoint["config"]["arguments"]["epochs"]:
-        raise RunError(f"{directory} has finished {checkpoint['epoch']} epochs, not all: go on with --resume first")
+        raise Mistake(f"{directory} has finished {checkpoint['epoch']} epochs, not all: go on with --resume first")
     return checkpoint
 
 
 def publish(directory, checkpoint, device, folder=None):
-    """Write weights.pth of a finished run. Raises RunError where the weights have another error than was logged.
+    """Write weights.pth of a finished run. Raises Mistake where the weights have another error than was logged.
 
     ``folder`` says where the data set lives, if not where it was in training.
     """
     wrong = mistakes(checkpoint, load_test_images(checkpoint, folder), device)
-    images, error = len(wrong), checkpoint["metrics"]["test"][-1]["error"]
-    if abs(int(wrong.sum()) - error * images / 100) > 1 + images / 5000:  # close cases depend on the hardware
-        raise RunError(
-            f"{directory}: latest.pth mistakes {int(wrong.sum())} of {images} test images, but its log says {error} %: "
+    count, error = len(wrong), checkpoint["metrics"]["test"][-1]["error"]
+    if abs(int(wrong.sum()) - error * count / 100) > 1 + count / 5000:  # close cases depend on the hardware
+        raise Mistake(
+            f"{directory}: latest.pth mistakes {int(wrong.sum())} of {count} test images, but its log says {error} %: "
             "name the data set of its training with --data"
         )
     sample = wrong[:SAMPLE]
-    test = {"images": images, "error": error, "sample": len(sample), "wrong_in_sample": int(sample.sum())}
+    test = {"images": count, "error": error, "sample": len(sample), "wrong_in_sample": int(sample.sum())}
     write_checkpoint(directory / "weights.pth", {name: checkpoint[name] for name in KEPT} | {"test": test})
 
 
@@ -72,34 +71,34 @@ def stages(config):
     return [config, *config["resumed"]]
 
 
-def error_cell(error, images):
+def error_cell(error, count):
     """An error in percent with its 95 % interval (Wilson): the uncertainty from the number of test images alone."""
-    low, high = wilson(error, images)
+    low, high = wilson(error, count)
     return f"{error:.2f} ({low:.2f} … {high:.2f})"
 
 
 def table_row(directory):
     """The cells of COLUMNS of a published run, from its config.json, logs and weights.pth, as Markdown."""
     weights = read_checkpoint(directory / "weights.pth")
-    config, logs = json.loads((directory / "config.json").read_text()), plot.read_log(directory).tables
-    logged = {"train", "test"} <= logs.keys() and tuple(logs["test"][["epoch", "error"]].iloc[-1])
-    if logged != (weights["epoch"], weights["test"]["error"]):
-        raise RunError(f"{directory}: the logs are not those of weights.pth: publish it where latest.pth is")
+    config = read_config(directory)
+    train, test = (read_rows(directory / f"{name}.csv") for name in ("train", "test"))
+    if not train or not test or (test[-1]["epoch"], test[-1]["error"]) != (weights["epoch"], weights["test"]["error"]):
+        raise Mistake(f"{directory}: the logs are not those of weights.pth: publish it where latest.pth is")
 
     def each(name):
         return dict.fromkeys(stage[name] or "unknown" for stage in stages(config))
 
     name = Path(os.path.relpath(directory, Path(__file__).with_name("work"))).as_posix()  # as seen from work/README.md
-    test = logs["test"]
-    best = test.loc[test.error.idxmin()]
+    best = min(test, key=lambda row: row["error"])
+    speeds = [row["images_per_second"] for row in train if row["epoch"].is_integer()]
     return (
         f"[{name}]({name})",
         ", then ".join(f"`{command}`" for command in each("command")),
         ", then ".join(each("device")) + f", {stages(config)[-1]['precision']}",
         str(datetime.timedelta(seconds=round(weights["seconds"]))),
-        f"{logs['train'].images_per_second.median():.0f}",
+        f"{statistics.median(speeds):.0f}",
         error_cell(weights["test"]["error"], weights["test"]["images"]),
-        f"{best.error:.2f} (epoch {best.epoch:.0f})",
+        f"{best['error']:.2f} (epoch {best['epoch']:.0f})",
         ", then ".join(f"`{commit[:7]}{commit[40:]}`" for commit in each("commit")),  # 40: where -dirty begins
     )
 
@@ -109,26 +108,19 @@ def markdown(rows):
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (COLUMNS, ["---"] * len(COLUMNS), *rows))
 
 
+@command
 def main(argv=None):
     parser = Parser(prog="publish.py", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="directories of finished runs")
     parser.add_argument("--data", metavar="DIR", help="where the data set lives (default: as in training)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
     args = parser.parse_args(argv)
-    try:
-        device = choose_device(args.device)
-        set_up_device(device)
-        for directory, checkpoint in [(directory, finished(directory)) for directory in args.runs]:
-            if "optimizer" in checkpoint:
-                publish(directory, checkpoint, device, args.data)
-        print(markdown([table_row(directory) for directory in args.runs]))
-    except (RunError, data.DataError, plot.LogError, ValueError) as error:
-        print(f"publish.py: error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"publish.py: error: {error.filename or 'weights.pth'}: {error.strerror}", file=sys.stderr)
-        return 1
-    return 0
+    device = choose_device(args.device)
+    set_up_device(device)
+    for directory, checkpoint in [(directory, finished(directory)) for directory in args.runs]:
+        if "optimizer" in checkpoint:
+            publish(directory, checkpoint, device, args.data)
+    print(markdown([table_row(directory) for directory in args.runs]))
 
 
 if __name__ == "__main__":

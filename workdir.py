@@ -10,16 +10,17 @@ import io
 import json
 import os
 import platform
-import re
 import shlex
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import psutil
 import torch
 from filelock import FileLock, Timeout
+
+from cli import Mistake, written_whole
+from device import device_name
 
 COLUMNS = {
     "train": ("epoch", "loss", "error", "lr", "images_per_second", "peak_memory_mib"),
@@ -28,10 +29,6 @@ COLUMNS = {
 }
 FIGURES = ("loss.png", "error.png", "loss-error.png")
 FILES = ("latest.pth", "best.pth", "weights.pth", "config.json", *(f"{name}.csv" for name in COLUMNS), *FIGURES)
-
-
-class RunError(Exception):
-    """A run directory that cannot be used. The message is one line: what, where, what to do."""
 
 
 class Run:
@@ -47,26 +44,26 @@ class Run:
         self._lock = FileLock(self.path / ".lock")  # flock: the kernel lets go of it when the process dies
 
     def check(self, resume, overwrite):
-        """Raise RunError unless training may start, or go on, here. Writes nothing."""
+        """Raise Mistake unless training may start, or go on, here. Writes nothing."""
         if self.path.exists() and not self.path.is_dir():
-            raise RunError(f"{self.path} is a file: choose another directory with --save")
+            raise Mistake(f"{self.path} is a file: choose another directory with --save")
         if resume and not (self.path / "latest.pth").exists():
-            raise RunError(f"{self.path} has no latest.pth to resume: leave out --resume, or name the run with --save")
+            raise Mistake(f"{self.path} has no latest.pth to resume: leave out --resume, or name the run with --save")
         existing = [name for name in FILES if (self.path / name).exists()]
         if existing and not self._is_ours():
-            raise RunError(f"{self.path} holds files of another program ({existing[0]}): choose another --save")
+            raise Mistake(f"{self.path} holds files of another program ({existing[0]}): choose another --save")
         if existing and not (resume or overwrite):
-            raise RunError(
+            raise Mistake(
                 f"{self.path} holds a run ({existing[0]}): --resume continues it, --overwrite replaces it, "
                 "--save DIR starts another"
             )
 
     def _is_ours(self):
         """Whether train.py wrote what is in the directory: other programs have a config.json or latest.pth, too."""
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            if "arguments" in json.loads((self.path / "config.json").read_text()):
+        with contextlib.suppress(Mistake, TypeError):  # TypeError: JSON, but not a dict
+            if "arguments" in read_config(self.path):
                 return True
-        with contextlib.suppress(RunError):
+        with contextlib.suppress(Mistake):
             return bool(read_checkpoint(self.path / "latest.pth"))
         return False
 
@@ -76,9 +73,9 @@ class Run:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
         except Timeout as error:
-            raise RunError(f"{self.path} is in use by another process: wait, or choose another --save") from error
+            raise Mistake(f"{self.path} is in use by another process: wait, or choose another --save") from error
         except OSError as error:
-            raise RunError(f"{self.path} cannot be written ({error.strerror}): choose another --save") from error
+            raise Mistake(f"{self.path} cannot be written ({error.strerror}): choose another --save") from error
 
     def __enter__(self):
         return self
@@ -95,10 +92,9 @@ class Run:
             (self.path / name).unlink(missing_ok=True)
         self.rows = checkpoint["metrics"]
         self._write_checkpoints(checkpoint)
-        write_atomically(self.path / "config.json", (json.dumps(checkpoint["config"], indent=2) + "\n").encode())
+        write(self.path / "config.json", json.dumps(checkpoint["config"], indent=2) + "\n")
         for name, rows in self.rows.items():
-            header = ",".join(COLUMNS[name]) + "\n"
-            write_atomically(self.path / f"{name}.csv", (header + csv_lines(name, rows)).encode())
+            write(self.path / f"{name}.csv", ",".join(COLUMNS[name]) + "\n" + csv_lines(name, rows))
 
     def finish_epoch(self, checkpoint, new_rows):
         """Save the state after an epoch, then append its rows to the logs."""
@@ -129,39 +125,50 @@ def csv_lines(name, rows):
     return buffer.getvalue()
 
 
+def write(path, text):
+    with written_whole(path) as file:
+        file.write(text.encode())
+
+
 def write_checkpoint(path, checkpoint):
-    buffer = io.BytesIO()
+    buffer = io.BytesIO()  # in memory first: a full disk is to be an OSError, which torch.save does not raise
     torch.save(checkpoint, buffer)
-    write_atomically(path, buffer.getbuffer())
+    with written_whole(path) as file:
+        file.write(buffer.getbuffer())
+
+
+def read_rows(path):
+    """The rows of a log that a run has written: a list of dicts of floats. Raises Mistake where it is no such log."""
+    try:
+        with open(path, newline="") as file:
+            return [{name: float(value or "nan") for name, value in row.items()} for row in csv.DictReader(file)]
+    except FileNotFoundError as error:
+        raise Mistake(f"{path} is missing: name the directory of a run") from error
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        raise Mistake(f"{path} is not a log of train.py ({error})") from error
+
+
+def read_config(directory):
+    """The config.json of a run as a dict. Raises Mistake where there is none."""
+    try:
+        return json.loads((directory / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise Mistake(f"{directory / 'config.json'} is missing or damaged ({type(error).__name__})") from error
 
 
 def read_checkpoint(path, device="cpu"):
-    """A checkpoint's dict, tensors on ``device``. Raises RunError where the file is missing, damaged or of no run."""
+    """A checkpoint's dict, tensors on ``device``. Raises Mistake where the file is missing, damaged or of no run."""
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except (FileNotFoundError, IsADirectoryError) as error:
-        raise RunError(f"{path} is not a checkpoint file, such as latest.pth in a run: {error.strerror}") from None
+        raise Mistake(f"{path} is not a checkpoint file, such as latest.pth in a run: {error.strerror}") from None
     except PermissionError as error:
-        raise RunError(f"{path} cannot be read: {error.strerror}") from error
+        raise Mistake(f"{path} cannot be read: {error.strerror}") from error
     except Exception as error:  # a damaged file makes torch.load raise nearly anything
-        raise RunError(f"{path} is damaged or no checkpoint ({type(error).__name__}): restore a copy") from error
+        raise Mistake(f"{path} is damaged or no checkpoint ({type(error).__name__}): restore a copy") from error
     if not isinstance(checkpoint, dict) or not {"model", "config", "normalize", "classes"} <= checkpoint.keys():
-        raise RunError(f"{path} is not a checkpoint of train.py")
+        raise Mistake(f"{path} is not a checkpoint of train.py")
     return checkpoint
-
-
-def write_atomically(path, content):
-    """Write bytes so that ``path`` holds either its old content or all of the new, whatever happens meanwhile."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 class Figures:
@@ -219,31 +226,6 @@ class Figures:
         self.redraw()
         self._wait()
         self._check()
-
-
-def peak_memory_mib(device):
-    """Most memory in use so far: of the CUDA allocator (since its last reset), elsewhere of the whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    with contextlib.suppress(OSError):  # Linux; its ru_maxrss begins with what the parent process had
-        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10
-    if sys.platform == "win32":
-        return psutil.Process().memory_info().peak_wset / 2**20
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def device_name(device):
-    """The processor's or GPU's name."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):  # Linux alone has this file, and there platform.processor() is often empty
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    threads = torch.get_num_threads()
-    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def provenance(device, launcher="python"):

@@ -28,14 +28,11 @@ def add_device_flag(parser):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
 
 
-def device_of(parser, args):
-    """The torch.device of the arguments. Ends the program with status 2 where this machine lacks it."""
-    from evaluate import choose_device, set_up_device
+def device_of(args):
+    """The torch.device of the arguments, set up. Raises Mistake where this machine lacks it."""
+    from device import choose_device, set_up_device
 
-    try:
-        device = choose_device(args.device)
-    except ValueError as error:
-        parser.error(str(error))
+    device = choose_device(args.device)
     set_up_device(device)
     return device
 
@@ -52,16 +49,14 @@ def add_data_flags(parser):
     add("--depth", type=int, default=22, metavar="L", help="of the DenseNet-BC: 6n + 4 (default: %(default)s)")
 
 
-def load(parser, args, device):
-    """The data set and its training batches, not augmented. Ends the program with status 2 where there is none."""
+def load(args, device):
+    """The data set and its training batches, not augmented. Raises Mistake where there is none."""
     import data
+    from cli import Mistake
 
     if args.batch_size < 2:
-        parser.error(f"--batch-size {args.batch_size}: batch norm needs at least 2 images")
-    try:
-        dataset = data.load(args.dataset, args.data, args.image_size, progress=sys.stderr.isatty()).to(device)
-    except data.DataError as error:
-        parser.error(str(error))
+        raise Mistake(f"--batch-size {args.batch_size}: batch norm needs at least 2 images")
+    dataset = data.load(args.dataset, args.data, args.image_size, progress=sys.stderr.isatty()).to(device)
     return dataset, dataset.train.batches(args.batch_size, dataset.normalize)
 
 
@@ -121,14 +116,15 @@ def vgg(classes):
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
 
 
-def densenet(parser, args, classes, block):
-    """The DenseNet-BC (k = 12) of the arguments. Ends the program with status 2 where the depth is impossible."""
+def densenet(args, classes, block):
+    """The DenseNet-BC (k = 12) of the arguments. Raises Mistake where the depth is impossible."""
+    from cli import Mistake
     from densenet import DenseNet
 
     try:
         return DenseNet(depth=args.depth, num_classes=classes, block=block)
     except ValueError as error:
-        parser.error(f"--{error}")
+        raise Mistake(f"--{error}") from error
 
 
 def relative(value, reference):

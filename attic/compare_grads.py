@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
+from cli import command
 from densenet import BLOCKS, TO_TORCHVISION, DenseNet, rename
 
 KINDS = ("hidden state", "gradient", "statistics")
@@ -115,12 +116,13 @@ def parse_args(argv=None):
     parser.add_argument("--modules", action="store_true", help="a row for each batch norm and convolution")
     parser.add_argument("--block", choices=BLOCKS, default="naive", help="of our network (default: %(default)s)")
     checks.add_device_flag(parser)
-    return parser, parser.parse_args(argv)
+    return parser.parse_args(argv)
 
 
+@command
 def main(argv=None):
-    parser, args = parse_args(argv)
-    device = checks.device_of(parser, args)
+    args = parse_args(argv)
+    device = checks.device_of(args)
     ours, theirs = (model.to(device) for model in make_pair(args))
     images = torch.randn(4, 3, 64, 64, dtype=torch.float64).to(device)
     labels = torch.tensor([3, 5, 0, 3]).to(device)

@@ -18,6 +18,8 @@ import checks
 import torch
 import torch.nn.functional as F
 
+from cli import command
+
 CHANNELS, GROWTH = 6, 4
 QUANTITIES = ("output", "gradient of x", "gradient of w1", "gradient of w2")
 
@@ -101,6 +103,7 @@ def parse_args(argv=None):
     return checks.make_parser("cudnn_cat.py", __doc__).parse_args(argv)
 
 
+@command
 def main(argv=None):
     args = parse_args(argv)
     failures = check_cpu(args)

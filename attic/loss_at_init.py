@@ -1,4 +1,4 @@
-"""Before any training: is the loss that of guessing, are the images normalised, does a gradient reach every layer?
+"""Before any training: is the loss what guessing gives, are the images normalised, does a gradient reach every layer?
 
 Example: python attic/loss_at_init.py
          python attic/loss_at_init.py --dataset cifar10 --image-size 32 --depth 40
@@ -17,6 +17,8 @@ import checks
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+from cli import command
 
 LOSS = 0.5  # above or below ln(classes): about what logits of unit variance add
 SPREAD = 1e3  # between the largest and the smallest number of a column
@@ -63,7 +65,7 @@ def check_network(name, model, images, labels, classes):
     print(f"{name}: loss {loss:.3f}, ln({classes}) = {math.log(classes):.3f}\n")
     header = ["layer", "deviation of output", "gradient by output", "by weight, relative"]
     checks.table(header, rows)
-    failures = [] if abs(loss - math.log(classes)) <= LOSS else [f"{name}: loss {loss:.3f} is not that of guessing"]
+    failures = [] if abs(loss - math.log(classes)) <= LOSS else [f"{name}: loss {loss:.3f} is not what guessing gives"]
     for column, values in zip(header[1:], list(zip(*rows, strict=True))[1:], strict=True):
         if not all(0 < value < math.inf for value in values):
             failures.append(f"{name}, {column}: not a positive number in every layer")
@@ -75,18 +77,19 @@ def check_network(name, model, images, labels, classes):
 def parse_args(argv=None):
     parser = checks.make_parser("loss_at_init.py", __doc__)
     checks.add_data_flags(parser)
-    return parser, parser.parse_args(argv)
+    return parser.parse_args(argv)
 
 
+@command
 def main(argv=None):
-    parser, args = parse_args(argv)
-    device = checks.device_of(parser, args)
-    dataset, batches = checks.load(parser, args, device)
+    args = parse_args(argv)
+    device = checks.device_of(args)
+    dataset, batches = checks.load(args, device)
     torch.manual_seed(args.seed)
     classes = len(dataset.classes)
     networks = {
         "VGG-style network": checks.vgg(classes),
-        f"DenseNet-BC-{args.depth}": checks.densenet(parser, args, classes, "naive"),
+        f"DenseNet-BC-{args.depth}": checks.densenet(args, classes, "naive"),
     }
     failures = check_images(dataset, batches)
     images, labels, *_ = next(batches.shuffled(args.seed))

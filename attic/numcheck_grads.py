@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
+from cli import command
 from densenet import BLOCKS, DenseNet
 
 STEP = 1e-6  # h
@@ -117,6 +118,7 @@ def parse_args(argv=None):
     return checks.make_parser("numcheck_grads.py", __doc__).parse_args(argv)
 
 
+@command
 def main(argv=None):
     args = parse_args(argv)
     torch.set_num_threads(1)  # for tensors this small, threads take longer to meet than to compute

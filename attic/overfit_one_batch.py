@@ -16,9 +16,11 @@ import checks
 import torch
 from tqdm import tqdm
 
-import evaluate
 import train
+from cli import Mistake, command
 from densenet import BLOCKS
+from device import choose_precision
+from inference import evaluate
 
 EPOCHS = 3  # of the VGG-style network on all training images
 ERROR = 10.0  # percent on the test images that it must get below; the author's VGG had about that on CIFAR-10
@@ -49,7 +51,7 @@ def learn_all(model, dataset, batches, amp, args):
         last = epoch == EPOCHS - 1
         fit(model, batches.shuffled(args.seed + epoch), args.lr / 10 if last else args.lr, amp)
     test = dataset.test.batches(args.batch_size, dataset.normalize)
-    _, error = evaluate.evaluate(model, test, amp)
+    _, error = evaluate(model, test, amp)
     images = f"all {len(dataset.train):,} training images"
     print(f"VGG-style network, {EPOCHS} epochs on {images}: test error {error:.1f} %, at most {ERROR:.0f}\n")
     return [] if error <= ERROR else [f"the training code does not train: test error {error:.1f} %"]
@@ -63,15 +65,16 @@ def parse_args(argv=None):
     parser.add_argument("--lr", type=float, default=0.1, metavar="X", help="learning rate (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.steps < 1:
-        parser.error(f"--steps {args.steps}: needs at least 1")
-    return parser, args
+        raise Mistake(f"--steps {args.steps}: needs at least 1")
+    return args
 
 
+@command
 def main(argv=None):
-    parser, args = parse_args(argv)
-    device = checks.device_of(parser, args)
-    amp, _ = evaluate.choose_precision(args.precision, device)
-    dataset, batches = checks.load(parser, args, device)
+    args = parse_args(argv)
+    device = checks.device_of(args)
+    amp, _ = choose_precision(args.precision, device)
+    dataset, batches = checks.load(args, device)
     classes = len(dataset.classes)
     images, *rest = next(batches.shuffled(args.seed))
     layout = torch.contiguous_format if args.with_bug else torch.channels_last  # as in 2017; as in train.py
@@ -84,7 +87,7 @@ def main(argv=None):
         networks = {"VGG-style network": functools.partial(checks.vgg, classes)}
         for block in BLOCKS:
             networks[f"DenseNet-BC-{args.depth}, {block}"] = functools.partial(
-                checks.densenet, parser, args, classes, block
+                checks.densenet, args, classes, block
             )
         for name, make in networks.items():
             torch.manual_seed(args.seed)

@@ -1,5 +1,7 @@
 import os
+from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -9,24 +11,50 @@ if not torch.cuda.is_available():
 
 import train
 
+ROOT = Path(__file__).parent.parent
 TINY = "--device cpu --dataset digits --image-size 8 --depth 10 --growth-rate 4 --limit-train 200 --limit-test 100 --epochs 4".split()
 
 
-@pytest.fixture
-def tiny(tmp_path, monkeypatch):
-    """Run train.py in this process on a tiny network, in a folder of its own: tiny("--epochs", "2") → exit status."""
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Every test runs in a folder of its own."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*flags, args=TINY):
-        try:
-            return train.main([*args, "--no-plot", "--no-progress", *flags])
-        except SystemExit as error:  # how argparse ends
-            return error.code
-
-    return run
 
 
 @pytest.fixture(autouse=True)
 def deterministic_off():
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def status_of(main, flags):
+    """The exit status of a command that runs in this process."""
+    try:
+        return main([*flags])
+    except SystemExit as error:  # how argparse ends
+        return error.code
+
+
+@pytest.fixture
+def tiny():
+    """Run train.py in this process on a tiny network: tiny("--epochs", "2") → exit status."""
+    return lambda *flags, args=TINY: status_of(train.main, [*args, "--no-plot", "--no-progress", *flags])
+
+
+def rows(path, drop=("images_per_second", "peak_memory_mib")):
+    """The rows of a log but for what was measured in seconds and bytes."""
+    table = pd.read_csv(path)
+    return table.drop(columns=[name for name in drop if name in table])
+
+
+def assert_same_run(a, b, logs=("train.csv", "test.csv")):
+    """Weights, optimiser and logs are equal bit for bit; what was measured in seconds and bytes aside."""
+    one, two = (torch.load(Path(run, "latest.pth"), weights_only=True) for run in (a, b))
+    assert one["epoch"] == two["epoch"]
+    assert one["model"].keys() == two["model"].keys()
+    assert all(torch.equal(one["model"][key], two["model"][key]) for key in one["model"])
+    momenta = [[state["momentum_buffer"] for state in run["optimizer"]["state"].values()] for run in (one, two)]
+    assert len(momenta[0]) > 0
+    assert all(torch.equal(x, y) for x, y in zip(*momenta, strict=True))
+    for name in logs:
+        pd.testing.assert_frame_equal(rows(Path(a, name)), rows(Path(b, name)), check_exact=True)

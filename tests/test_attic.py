@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn as nn
+from conftest import status_of
 
 import data
 import densenet
@@ -38,10 +39,7 @@ def run(monkeypatch, capsys):
     monkeypatch.syspath_prepend(ATTIC)
 
     def run(name, *flags):
-        try:
-            status = importlib.import_module(name).main([*FLAGS.get(name, []), *flags])
-        except SystemExit as error:  # how argparse ends
-            status = error.code
+        status = status_of(importlib.import_module(name).main, [*FLAGS.get(name, []), *flags])
         captured = capsys.readouterr()
         return status, captured.out + captured.err
 
@@ -113,8 +111,8 @@ def test_would_have_found_the_bug_of_2017(run, name):
 
 
 def test_compare_notices_wrong_hidden_states_and_statistics(run, monkeypatch):
-    right = densenet.BottleneckLayer.after_first_conv
-    monkeypatch.setattr(densenet.BottleneckLayer, "after_first_conv", lambda self, x: 1.001 * right(self, x))
+    right = densenet.BottleneckLayer.after_conv1
+    monkeypatch.setattr(densenet.BottleneckLayer, "after_conv1", lambda self, x: 1.001 * right(self, x))
     status, output = run("compare_grads")
     assert status == 1
     assert "FAILED: hidden state of denseblock1.denselayer1" in output

@@ -1,9 +1,9 @@
 """The benchmark measures the right networks, refuses wrong ones, and knows the hardware's floor."""
 
-import pytest
-
-import bench
 import candidates
+import pytest
+import speed
+from conftest import status_of
 
 NAMES = [*candidates.BLOCKS, *candidates.available()]
 
@@ -23,24 +23,24 @@ def test_every_candidate_computes_the_same_function(name):
 @pytest.mark.parametrize("place", ["float64", "draws"])
 def test_a_wrong_candidate_is_not_timed(monkeypatch, wrong, place):
     naive = {"float64": [0.0, 0.0], "draws": [[1e-6, 1e-5]] * 5}
-    monkeypatch.setattr(bench, "answer", lambda job, task: naive)
-    assert bench.assert_right(job("fused"), naive) == {"output_error": "1.0e-06", "gradient_error": "1.0e-05"}
+    monkeypatch.setattr(speed, "answer", lambda job, task: naive)
+    assert speed.assert_right(job("fused"), naive) == {"output_error": "1.0e-06", "gradient_error": "1.0e-05"}
     bad = naive | ({"float64": [0.0, wrong]} if place == "float64" else {"draws": [[1e-6, wrong]] * 5})
-    monkeypatch.setattr(bench, "answer", lambda job, task: bad)
-    with pytest.raises(bench.CandidateError, match="fused computes something else"):
-        bench.assert_right(job("fused"), naive)
+    monkeypatch.setattr(speed, "answer", lambda job, task: bad)
+    with pytest.raises(speed.CandidateError, match="fused computes something else"):
+        speed.assert_right(job("fused"), naive)
 
 
 def test_floor_of_the_default_network():
-    assert bench.flops(100) == pytest.approx(1.726e9, rel=0.01)
-    assert bench.moved_elements(100) == pytest.approx(18.3e6, rel=0.01)
+    assert speed.flops(100) == pytest.approx(1.726e9, rel=0.01)
+    assert speed.moved_elements(100) == pytest.approx(18.3e6, rel=0.01)
 
 
 def test_candidates_take_turns_with_the_reference(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "TURNS", 1)
-    monkeypatch.setattr(bench, "hardware", lambda device, precision: (2e10, 2e11))
+    monkeypatch.setattr(speed, "TURNS", 1)
+    monkeypatch.setattr(speed, "hardware", lambda device, precision: (2e10, 2e11))
     flags = ["--device", "cpu", "--depths", "10", "--batch-size", "2", "--candidates", "fused", "--precisions", "fp32"]
-    assert bench.main([*flags, "--csv", str(tmp_path / "b.csv"), "--plot", str(tmp_path / "b.png")]) == 0
+    assert speed.main([*flags, "--csv", str(tmp_path / "b.csv"), "--plot", str(tmp_path / "b.png")]) == 0
     header, row = (tmp_path / "b.csv").read_text().splitlines()
     assert header.startswith("candidate,depth,batch_size,precision,compiled,output_error") and row.startswith("fused,10,2")
     assert (tmp_path / "b.png").stat().st_size > 1000
@@ -51,11 +51,9 @@ def test_candidates_take_turns_with_the_reference(tmp_path, monkeypatch, capsys)
     [("--depths 11", "depth 11"), ("--batch-size 0", "0 is not a positive"), ("--candidates bamos --precisions bf16", "fp32")],
 )
 def test_mistakes_end_with_one_line_and_status_2(capsys, flags, words):
-    with pytest.raises(SystemExit) as exit:
-        bench.main(flags.split())
-    assert exit.value.code == 2
+    assert status_of(speed.main, flags.split()) == 2
     err = capsys.readouterr().err
-    assert err.startswith("bench.py: error: ") and words in err and err.count("\n") == 1
+    assert err.startswith("speed.py: error: ") and words in err and err.count("\n") == 1
 
 
 def test_rows_are_written_as_they_come(tmp_path, capsys):
@@ -69,22 +67,22 @@ def test_rows_are_written_as_they_come(tmp_path, capsys):
         assert len(path.read_text().splitlines()) == 2
         yield row
 
-    assert bench.finish(rows(), path, {"commit": "c"}) == [row, row]
+    assert speed.finish(rows(), path, {"commit": "c"}) == [row, row]
     assert path.read_text().splitlines()[1:] == ["fused,fp32,False,10,1.5,1.4,2.0,9.0,1.0,9.0,1.0,7,c"] * 2
 
 
 def test_a_candidate_that_fails_does_not_end_the_others(monkeypatch, capsys):
-    monkeypatch.setattr(bench, "answer", lambda job, task: {"float64": [0.0, 0.0], "draws": [[1e-6, 1e-5]] * 5})
-    monkeypatch.setattr(bench, "row_of", lambda process, reference: {"candidate": process, "ms": 2.0})
+    monkeypatch.setattr(speed, "answer", lambda job, task: {"float64": [0.0, 0.0], "draws": [[1e-6, 1e-5]] * 5})
+    monkeypatch.setattr(speed, "row_of", lambda process, reference: {"candidate": process, "ms": 2.0})
 
     def take_turns(job, reference):
         if job["candidate"] == "naive":
-            raise bench.CandidateError("naive ended early")
+            raise speed.CandidateError("naive ended early")
         return job["candidate"], reference
 
-    monkeypatch.setattr(bench, "take_turns", take_turns)
-    args, device = bench.parse_args(["--device", "cpu", "--candidates", "naive", "fused", "--precisions", "fp32"])
-    monkeypatch.setattr(bench, "make_floor", lambda device, precisions: lambda job: 1.0)
-    rows = list(bench.measure(args, device))
+    monkeypatch.setattr(speed, "take_turns", take_turns)
+    args, device = speed.parse_args(["--device", "cpu", "--candidates", "naive", "fused", "--precisions", "fp32"])
+    monkeypatch.setattr(speed, "make_floor", lambda device, precisions: lambda job: 1.0)
+    rows = list(speed.measure(args, device))
     assert rows == [{"candidate": "fused", "ms": 2.0, "floor_share": 0.5}]
-    assert capsys.readouterr().err == "bench.py: error: naive ended early\n"
+    assert capsys.readouterr().err == "speed.py: error: naive ended early\n"

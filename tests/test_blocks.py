@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from candidates import saved_bytes
 
 import densenet
 import fused
-from candidates import saved_bytes
 from densenet import BLOCKS, DenseNet
 
 OTHERS = [name for name in BLOCKS if name != "naive"]

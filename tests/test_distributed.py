@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 import data
 import distributed
+from cli import Mistake
 from densenet import BLOCKS, DenseNet
-from evaluate import evaluate
+from inference import evaluate
 from train import train_epoch
 
 ROOT = Path(__file__).parent.parent
@@ -42,11 +43,6 @@ def lines_of_ours(output):
     return [line for line in output.splitlines() if line.startswith("train.py: ")]
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
 # One epoch of each block in float64, by several ranks or by one process that splits its batches as they do.
 
 
@@ -67,13 +63,13 @@ def as_double(batches):
 def train_and_evaluate():
     """What each rank does: trains every block, evaluates, and on rank 0 writes what came out."""
     results, digits = {}, dataset()
-    share = distributed.rank(), distributed.size()
+    share = distributed.share()
     no_amp, bar = contextlib.nullcontext, tqdm(disable=True)
-    with distributed.joined():
+    with distributed.process_group():
         for block in BLOCKS:
             model, optimizer = make(block)
             batches = digits.train.batches(BATCH_SIZE, digits.normalize, "mean", share)
-            parallel = distributed.parallel(model)
+            parallel = distributed.data_parallel(model)
             steps = train_epoch(parallel, as_double(batches.shuffled(1)), optimizer, lambda step: 0.1, no_amp, bar)
             test = digits.test.batches(BATCH_SIZE, digits.normalize, None, share)
             torch.manual_seed(1)  # a model that all ranks have, whatever the statistics of their batches
@@ -84,7 +80,7 @@ def train_and_evaluate():
                 "parameters": dict(model.named_parameters()),
                 "steps": steps,
                 "test": evaluate(fresh, test, no_amp),
-                "statistics": distributed.gather((statistics, model.norm.running_mean)),
+                "statistics": distributed.all_gather((statistics, model.norm.running_mean)),
             }
     if distributed.rank() == 0:
         torch.save(results, sys.argv[1])
@@ -203,12 +199,12 @@ def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=r"2 processes, but 1 GPUs on .*: use --nproc_per_node=1, or --device cpu"):
-        distributed.own_device(torch.device("cuda"))
-    with pytest.raises(ValueError, match="so use --device cuda"):
-        distributed.own_device(torch.device("cuda", 1))
+    with pytest.raises(Mistake, match=r"2 processes, but 1 GPUs on .*: use --nproc_per_node=1, or --device cpu"):
+        distributed.device_of_rank(torch.device("cuda"))
+    with pytest.raises(Mistake, match="so use --device cuda"):
+        distributed.device_of_rank(torch.device("cuda", 1))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert distributed.own_device(torch.device("cuda")) == torch.device("cuda", 1)
+    assert distributed.device_of_rank(torch.device("cuda")) == torch.device("cuda", 1)
 
 
 if __name__ == "__main__":

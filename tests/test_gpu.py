@@ -2,13 +2,12 @@
 
 import pandas as pd
 import pytest
+import speed
 import torch
 import torch.nn.functional as F
-from conftest import TINY
+from conftest import TINY, assert_same_run
 from test_blocks import OTHERS, assert_as_exact_as_naive, make, step, with_block
-from test_train import assert_same_run
 
-import bench
 import train
 from densenet import BLOCKS
 
@@ -51,7 +50,7 @@ def stop_after_epoch_2(args, rows, seconds):
 @pytest.mark.parametrize("name", [*BLOCKS, "bamos"])
 def test_benchmark(name):
     job = {"candidate": name, "depth": 10, "batch_size": 4, "precision": "fp32", "compiled": False, "device": "cuda"}
-    process, _ = bench.take_turns(job | {"task": "steps"}, job | {"task": "steps"}, times=2)
+    process, _ = speed.take_turns(job | {"task": "steps"}, job | {"task": "steps"}, times=2)
     assert len(process.seconds["train"]) == 2 and min(process.peaks) > 0
 
 

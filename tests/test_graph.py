@@ -53,7 +53,7 @@ def measured(model, kinds, image_size=32):
 
 @pytest.mark.parametrize("flags", ["--depth 16 --growth-rate 4", "--depth 16 --growth-rate 5 --no-bottleneck --reduction 1"])
 def test_layers_and_transitions_have_the_sizes_of_the_model(text, flags):
-    args = make_graph.parse_args(flags.split())
+    args = make_graph.make_parser().parse_args(flags.split())
     given = {"depth": args.depth, "growth_rate": args.growth_rate}
     model = DenseNet(**given, **({"bottleneck": False, "reduction": 1.0} if args.bottleneck is False else {}))
     drawn = {name: lines(label) for name, label in boxes(text(*flags.split())).items()}
@@ -156,7 +156,7 @@ def test_dot_draws_every_kind_of_graph_without_a_warning(text):
 
 def test_without_dot_the_text_is_written_beside(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert make_graph.main(["--depth", "10", "--out", str(tmp_path / "model.svg")]) == 0
+    assert make_graph.main(["--depth", "10", "--out", str(tmp_path / "model.svg")]) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["model.dot"]
     assert "dense block 1" in (tmp_path / "model.dot").read_text()
     out, err = capsys.readouterr()

@@ -4,17 +4,16 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
 pytest.importorskip("triton")  # torch comes without it on some systems
 from test_blocks import assert_as_exact_as_naive, make, step, with_block
 
 import fused
-import kernels
-from fused import Norm
+from fused import Norm, kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # With a GPU these tests are among those of pytest -m gpu.
@@ -184,7 +183,7 @@ def test_whole_block(monkeypatch, bottleneck, training, count):
 def test_kernels_compile_for_gpus_without_spills():
     """For every launch of DenseNet-BC-100-12, -250-24 and -190-40 in bf16, on sm_80 and sm_90. Needs no GPU."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, Path(fused.__file__).with_name("compile_kernels.py")]
+    command = [sys.executable, ROOT / "bench/compile_kernels.py"]
     out = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
     rows = re.findall(r"^\| densenet_\w+ \| sm_(80|90) \| \w+_kernel \| \d+ \| (\d+) \| (\d+) \| (\d+) \|$", out, re.MULTILINE)
     assert len(rows) == 3 * 2 * 5

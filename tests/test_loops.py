@@ -10,7 +10,7 @@ import torch
 import fused
 from fused import Norm
 
-loops = pytest.importorskip("loops")  # needs Numba
+loops = pytest.importorskip("fused.loops")  # needs Numba
 
 ROWS = [1, 255, 256, 257, 1000]  # about the length of a slice
 
@@ -95,7 +95,7 @@ def test_sums_do_not_depend_on_the_number_of_threads():
 
 def test_runs_with_the_threads_of_torch():
     """Numba and torch have one pool of threads, whose size Numba sets when it is imported."""
-    program = "import torch; torch.set_num_threads(1); import loops; loops.statistics(torch.randn(5, 3));"
+    program = "import torch; torch.set_num_threads(1); from fused import loops; loops.statistics(torch.randn(5, 3));"
     program += "print(torch.get_num_threads(), loops.numba.get_num_threads())"
     env = os.environ | {"NUMBA_NUM_THREADS": "2"}
     result = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)

@@ -10,12 +10,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from conftest import ROOT
 
 import evaluate
+import inference
 import publish
+from device import choose_precision
 from workdir import read_checkpoint
 
-ROOT = Path(__file__).parent.parent
 ROWS = re.findall(r"^\| \[[^\n]*\|$", (ROOT / "work/README.md").read_text(), re.MULTILINE)
 RUNS = [ROOT / "work" / re.match(r"\| \[.*?\]\((.*?)\)", row)[1] for row in ROWS]
 NAMES = [run.relative_to(ROOT / "work").as_posix() for run in RUNS]
@@ -38,10 +40,10 @@ def test_publish_keeps_the_network_and_its_numbers(tiny, capsys):
     assert tiny("--save", "run") == 0
     cells = published("run", capsys)
     test = pd.read_csv("run/test.csv").error
-    low, high = evaluate.wilson(test.iloc[-1], 100)
+    low, high = inference.wilson(test.iloc[-1], 100)
     assert cells["final test error (%), 95 % interval"] == f"{test.iloc[-1]:.2f} ({low:.2f} … {high:.2f})"
     assert cells["best on test (%), not a result"] == f"{test.min():.2f} (epoch {test.idxmin() + 1})"
-    assert cells["command"].startswith("`python ") and cells["hardware"].endswith(", fp32")
+    assert cells["command"].startswith("`python ") and cells["hardware"].endswith(f", {choose_precision('auto', CPU)[1]}")
     assert re.fullmatch(r"0:00:\d\d", cells["wall time"])
     weights, latest = (read_checkpoint(Path("run", name)) for name in ("weights.pth", "latest.pth"))
     assert set(weights) == {"model", "config", "normalize", "classes", "epoch", "seconds", "test"}
@@ -112,7 +114,7 @@ def test_what_is_committed_of_published_runs():
         pytest.skip("not a clone")
     files = [Path(name) for name in subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()]
     committed = {run: {file.name for file in files if ROOT / file.parent == run} for run in {ROOT / f.parent for f in files}}
-    del committed[ROOT / "work"], committed[ROOT / "work/bench"]
+    del committed[ROOT / "work"]
     assert committed.keys() == set(RUNS)
     for run, names in committed.items():
         assert names == {"config.json", "train.csv", "test.csv", "loss-error.png", "weights.pth"}, run
@@ -124,7 +126,7 @@ def load_test_images(dataset, folder):
     if dataset != "digits" and not (ROOT / folder).exists():
         pytest.skip(f"{folder} is not here")
     run = next(run for run in RUNS if data_of(run) == (dataset, folder))
-    return evaluate.load_test_images(read_checkpoint(run / "weights.pth"), ROOT / folder)
+    return inference.load_test_images(read_checkpoint(run / "weights.pth"), ROOT / folder)
 
 
 def data_of(run):

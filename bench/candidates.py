@@ -1,4 +1,4 @@
-"""What bench.py measures: our blocks, torchvision's, timm's and two known repositories' networks, each in a process.
+"""What speed.py measures: our blocks, torchvision's, timm's and two known repositories' networks, each in a process.
 
 A job is a dict: candidate, depth, batch_size, precision, compiled, device and task: "check", "profile", "steps" or
 "epochs" (of so many images). The process of a job prints its answer or, for the last two, one for each word it is told.
@@ -11,6 +11,7 @@ import itertools
 import json
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -18,10 +19,15 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts of this folder run from anywhere
+
+import arguments
 import data
+from batches import ImageTensors
+from cli import Parser, command
 from densenet import BLOCKS, FROM_TORCHVISION, DenseNet, rename
-from evaluate import choose_device, choose_precision, evaluate, set_up_device
-from workdir import peak_memory_mib
+from device import choose_block, choose_device, choose_precision, peak_memory_mib, set_up_device
+from inference import evaluate
 
 CHECKED_IMAGES = 4
 DRAWS = 5  # of images to check with
@@ -51,12 +57,12 @@ class ReentrantBlock(nn.Module):
         outputs = [x]
         for layer in self.layers:
 
-            def first_conv(*outputs, layer=layer):
-                return layer.conv1(F.relu(layer.norm1(torch.cat(outputs, 1))))
+            def recomputed(*outputs, layer=layer):
+                return layer.up_to_conv1(torch.cat(outputs, 1))
 
-            recomputed = torch.is_grad_enabled() and any(output.requires_grad for output in outputs)
-            x = checkpoint(first_conv, *outputs, use_reentrant=True) if recomputed else first_conv(*outputs)
-            outputs.append(layer.after_first_conv(x))
+            differentiated = torch.is_grad_enabled() and any(output.requires_grad for output in outputs)
+            x = checkpoint(recomputed, *outputs, use_reentrant=True) if differentiated else recomputed(*outputs)
+            outputs.append(layer.after_conv1(x))
         return torch.cat(outputs, 1)
 
 
@@ -239,11 +245,11 @@ def profile(job, device):
 # Whole epochs, on random pixels: what they show does not change the time.
 
 
-class Images(torch.utils.data.Dataset):
+class TransformedImages(torch.utils.data.Dataset):
     """What torchvision's CIFAR10 is to a DataLoader: PIL images, transformed one by one."""
 
-    def __init__(self, images, transform):
-        self.pixels, self.labels, self.transform = images.pixels.numpy(), images.labels.tolist(), transform
+    def __init__(self, tensors, transform):
+        self.pixels, self.labels, self.transform = tensors.pixels.numpy(), tensors.labels.tolist(), transform
 
     def __len__(self):
         return len(self.labels)
@@ -258,13 +264,13 @@ def epoch_functions(job, device):
     """Two functions, a training epoch and an evaluation of as many images each: bamos's way, or train.py's."""
     generator, count = torch.Generator().manual_seed(0), job["images"]
     pixels = torch.randint(256, (count, 32, 32, 3), generator=generator, dtype=torch.uint8)
-    images = data.Images(pixels, torch.randint(10, (count,), generator=generator))
+    tensors = ImageTensors(pixels, torch.randint(10, (count,), generator=generator))
     torch.manual_seed(0)
     make = bamos_epochs if job["candidate"] == "bamos" else our_epochs
-    return make(job, images, device)
+    return make(job, tensors, device)
 
 
-def bamos_epochs(job, images, device):
+def bamos_epochs(job, tensors, device):
     """As bamos and gpleiss train: PIL transforms in a DataLoader, contiguous fp32, one loop over parameters in the
     optimiser, loss and error read from the device in every step."""
     from torchvision import transforms
@@ -275,7 +281,7 @@ def bamos_epochs(job, images, device):
     pin = device.type == "cuda"
     loaders = {}
     for training in (True, False):
-        transformed = Images(images, transforms.Compose(augment + finish if training else finish))
+        transformed = TransformedImages(tensors, transforms.Compose(augment + finish if training else finish))
         options = {"shuffle": training, "num_workers": 1, "pin_memory": pin}
         loaders[training] = torch.utils.data.DataLoader(transformed, job["batch_size"], **options)
     model = DenseNet(depth=job["depth"]).to(device)
@@ -297,18 +303,18 @@ def bamos_epochs(job, images, device):
     return lambda: run(training=True), lambda: run(training=False)
 
 
-def our_epochs(job, images, device):
+def our_epochs(job, tensors, device):
     """As train.py trains by default on this device."""
     import train  # what is measured is that very script
 
     flags = {"--depth": job["depth"], "--batch-size": job["batch_size"], "--precision": job["precision"]}
-    args, _ = train.parse_args([*map(str, itertools.chain(*flags.items())), "--save", "never-written"])
-    train.set_up_device(device)
+    args, _ = arguments.parse_args([*map(str, itertools.chain(*flags.items())), "--save", "never-written"])
+    set_up_device(device)
     train.set_up_torch(args)
-    amp, precision = train.choose_precision(args.precision, device)
-    dataset = data.Dataset(images, images, [str(i) for i in range(10)], data.NORMALIZE["cifar10"]).to(device)
+    amp, precision = choose_precision(args.precision, device)
+    dataset = data.Dataset(tensors, tensors, [str(i) for i in range(10)], data.NORMALIZE["cifar10"]).to(device)
     batches = train.make_batches(args, dataset)
-    model, _ = train.make_model(args, dataset, device, train.choose_block(args, device, precision))
+    model, _ = train.make_model(args, dataset, device, choose_block(args.block, args.drop_rate, device, precision))
     optimizer = train.make_optimizer(args, model.parameters())
     epochs = itertools.count(1)
 
@@ -349,5 +355,12 @@ def serve(job):
         print(json.dumps([(time.perf_counter() - start) / times, peak_memory_mib(device)]), flush=True)
 
 
+@command
+def main(argv=None):
+    parser = Parser(prog="candidates.py", description=__doc__)
+    parser.add_argument("job", type=json.loads, help="as JSON; speed.py makes them")
+    serve(parser.parse_args(argv).job)
+
+
 if __name__ == "__main__":
-    serve(json.loads(sys.argv[1]))
+    sys.exit(main())

@@ -1,6 +1,6 @@
 """Compile the Triton kernels for GPUs, without one, and print the resources they take.
 
-Example: python compile_kernels.py
+Example: python bench/compile_kernels.py
 """
 
 import os
@@ -12,6 +12,9 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts of this folder run from anywhere
+
+from cli import Parser, command
 from densenet import ARCHITECTURES, DenseNet
 
 
@@ -38,7 +41,7 @@ class Recorder:
 def record_launches(architecture):
     """{variant: kernel} of all launches of a training step in bf16, every layer of every block. Runs no kernel."""
     import fused
-    import kernels
+    from fused import kernels
 
     launches, real = {}, {name: item for name, item in vars(kernels).items() if name.endswith("_kernel")}
     for name, kernel in real.items():
@@ -79,8 +82,10 @@ def compile_kernel(kernel, variant, capability):
     return registers, stack, compiled.metadata.shared
 
 
-def main():
+@command
+def main(argv=None):
     """Compile every variant that the paper's three BC networks launch; a row is the most that a kernel takes."""
+    Parser(prog="compile_kernels.py", description=__doc__).parse_args(argv)
     os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"
     os.environ.pop("TRITON_INTERPRET", None)  # the interpreter's kernels cannot be compiled
     import triton

@@ -1,8 +1,8 @@
 """Speed and memory of DenseNet-BC (k = 12) side by side with other implementations, each checked before it is timed.
 
-Example: python bench.py --csv work/bench/cpu.csv --plot images/speed.png
-         python bench.py --candidates naive checkpoint fused --depths 40 70 100 130 --plot images/memory.png
-         python bench.py --whole-epochs 512      (data loading and evaluation included)
+Example: python bench/speed.py --csv bench/cpu.csv --plot images/speed.png
+         python bench/speed.py --candidates naive checkpoint fused --depths 40 70 100 130 --plot images/memory.png
+         python bench/speed.py --whole-epochs 512      (data loading and evaluation included)
 """
 
 import contextlib
@@ -14,13 +14,13 @@ import sys
 import time
 from pathlib import Path
 
+import candidates  # puts the repository's modules on the path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import candidates
-from cli import Parser, positive
+from cli import Mistake, Parser, command, positive
 from densenet import BLOCKS, DenseNet, layers_per_block
-from evaluate import choose_device, choose_precision
+from device import choose_device, choose_precision
 from workdir import provenance
 
 TURNS = 5  # timed, after one that is not
@@ -46,7 +46,8 @@ class Process:
         return json.loads(line)
 
     def run(self, word):
-        print(word, file=self.process.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # read says that the process has ended
+            print(word, file=self.process.stdin, flush=True)
         seconds, peak = self.read()
         self.seconds[word].append(seconds)
         self.peaks.append(peak)
@@ -105,7 +106,7 @@ def measure(args, device):
             job |= assert_right(job, naive_errors[kind])
             row = row_of(*take_turns(job, reference))
         except CandidateError as error:
-            print(f"bench.py: error: {error}", file=sys.stderr, flush=True)
+            print(f"speed.py: error: {error}", file=sys.stderr, flush=True)
             continue
         yield row | {"floor_share": round(floor(job) / row["ms"], 3)}
 
@@ -267,7 +268,7 @@ def plot_speed(rows, figure):
 
 
 def parse_args(argv=None):
-    parser = Parser(prog="bench.py", description=__doc__)
+    parser = Parser(prog="speed.py", description=__doc__)
     names = [*BLOCKS, *candidates.available()]
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images (default: %(default)s)")
@@ -284,37 +285,39 @@ def parse_args(argv=None):
     parser.add_argument("--csv", metavar="FILE", help="write the rows there, too")
     parser.add_argument("--plot", metavar="FILE", help="draw speed there or, with several depths, memory")
     args = parser.parse_args(argv)
-    try:
-        for depth in args.depths:
+    device = choose_device(args.device)
+    for depth in args.depths:
+        try:
             layers_per_block(depth, bottleneck=True)
-        device = choose_device(args.device)
-    except ValueError as error:
-        parser.error(str(error))
+        except ValueError as error:
+            raise Mistake(f"--depths: {error}") from error
     args.precisions = args.precisions or list(dict.fromkeys(("fp32", choose_precision("auto", device)[1])))
     if not list(jobs_of(args)):
-        parser.error(f"{', '.join(candidates.FP32_ONLY)} run in fp32: choose other --candidates, or --precisions fp32")
+        raise Mistake(f"{', '.join(candidates.FP32_ONLY)} run in fp32: choose other --candidates, or --precisions fp32")
     return args, device
 
 
+@command
 def main(argv=None):
+    """Measure what the arguments say. Returns the exit status: 1 where a candidate's row is missing."""
     args, device = parse_args(argv)
     try:
         return run(args, device)
     except CandidateError as error:
-        print(f"bench.py: error: {error}", file=sys.stderr)
+        print(f"speed.py: error: {error}", file=sys.stderr)
         return 1
 
 
 def run(args, device):
-    """Measure what the arguments say. Returns the exit status: 1 where a candidate's row is missing."""
-    here = provenance(device)
-    print(f"torch {here['versions']['torch']}, {here['device']}, DenseNet-BC (k = 12), batch {args.batch_size}")
+    measured_on = provenance(device)
+    torch_version, hardware_name = measured_on["versions"]["torch"], measured_on["device"]
+    print(f"torch {torch_version}, {hardware_name}, DenseNet-BC (k = 12), batch {args.batch_size}")
     if args.profile:
         for job in jobs_of(args):
             print(answer(job, "profile"), flush=True)
         return 0
     expected = 2 if args.whole_epochs else len(list(jobs_of(args)))
-    origin = {"device": here["device"], "torch": here["versions"]["torch"], "commit": here["commit"]}
+    origin = {"device": hardware_name, "torch": torch_version, "commit": measured_on["commit"]}
     if args.csv:
         Path(args.csv).parent.mkdir(parents=True, exist_ok=True)
     rows = finish(measure_epochs(args) if args.whole_epochs else measure(args, device), args.csv, origin)

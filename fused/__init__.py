@@ -3,11 +3,11 @@
 A dense block writes all its features into one buffer, a matrix of M = N·H·W rows (pixels) and C0 + L·k columns
 (channels): an image tensor in channels-last memory. Layer l reads the first C = C0 + l·k columns and writes the next k.
 
-    forward   a = relu(x·s + t)      x = buf[:, :C]; batch norm as s = γ·r, t = β − μ·s      computed again when needed
+    forward   a = relu(x·s + t)      x = buf[:, :C]; batch norm as s = γ/σ, t = β − μ·s      computed again when needed
               h = a·W1ᵀ              (M, 4k), the bottleneck                                kept
               o = conv3×3(relu(h·s2 + t2), W2)                                              the next k columns of buf
 
-The mean μ and the variance of a column do not depend on the layer that reads it: they are computed once, when it is
+The mean μ and the variance σ² of a column do not depend on the layer that reads it: they are computed once, when it is
 written. Kept for the backward pass are buf, every h and the statistics.
 
     backward  D (M, C0 + L·k), the gradient of buf, is complete in a layer's k columns once all later layers have added
@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 
 try:
-    import loops
+    from fused import loops
 except (ImportError, RuntimeError):  # without Numba, or without a place where Numba may keep what it compiles
     loops = None
 
@@ -41,9 +41,9 @@ except (ImportError, RuntimeError):  # without Numba, or without a place where N
 def dense_block(layers, x):
     """Run a dense block's layers on x (N, C0, H, W) → (N, C0 + L·k, H, W), channels last.
 
-    ``layers`` are SingleLayer or BottleneckLayer modules, used as containers: their hooks are not called. Computes in
-    autocast's dtype where that is on; statistics are float32 or better. Raises ValueError for dropout, and RuntimeError
-    in a backward pass that is itself to be differentiated.
+    ``layers`` are SingleLayer or BottleneckLayer modules, used as containers: their hooks are not called. Under
+    autocast the result has autocast's dtype; statistics are float32 or better. Raises ValueError for dropout, and
+    RuntimeError in a backward pass that is itself to be differentiated.
     """
     if any(layer.drop_rate > 0 and layer.training for layer in layers):
         raise ValueError("block 'fused' has no dropout: train with block 'naive' or 'checkpoint', or with drop rate 0")
@@ -65,7 +65,7 @@ def steps_for(x):
     The kernels' tiles are made for tensor cores. In float32, exact products of that size do not fit into registers.
     """
     if x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16):
-        import kernels
+        from fused import kernels
 
         return kernels
     return sys.modules[__name__]
@@ -88,7 +88,7 @@ class SharedBuffer(torch.autograd.Function):
             buf = x.new_empty(x[:, 0].numel(), total, dtype=dtype)  # (M, C0 + L·k)
             mean, var = (x.new_empty(total, dtype=torch.promote_types(dtype, torch.float32)) for _ in range(2))
             steps = steps_for(buf)
-            buf[:, :start] = rows(x)
+            buf[:, :start] = to_rows(x)
             mean[:start], var[:start] = statistics(buf[:, :start].contiguous())
             for i, layer in enumerate(layers):
                 end = start + i * growth_rate
@@ -99,11 +99,11 @@ class SharedBuffer(torch.autograd.Function):
                     norm = take_norm(layer.norm2, *h_statistics, len(h))
                     kept += [norm.mean, norm.rstd, h]
                     flags, inputs, weight = [*flags, norm.batch], h, layer.conv2.weight
-                mine = slice(end, end + growth_rate)
-                mean[mine], var[mine] = steps.bn_relu_conv3x3(inputs, norm, weight.to(dtype), shape, buf[:, mine])
+                new = slice(end, end + growth_rate)
+                mean[new], var[new] = steps.bn_relu_conv3x3(inputs, norm, weight.to(dtype), shape, buf[:, new])
                 saved += kept if keep else []
                 ctx.batch_flags.append(flags)
-        out = images(buf, shape)
+        out = to_images(buf, shape)
         ctx.save_for_backward(out, mean, *saved, *parameters)
         ctx.start, ctx.x_dtype = start, x.dtype
         return out
@@ -118,7 +118,7 @@ class SharedBuffer(torch.autograd.Function):
         saved, parameters = in_groups(tensors[:split], layers), in_groups(tensors[split:], layers)
         layer_backward = bottleneck_backward if bottleneck else single_backward
         growth_rate = parameters[0][-1].shape[0]
-        gradient = BufferGradient(rows(grad).to(out.dtype, copy=True).contiguous(), rows(out), mean)
+        gradient = BufferGradient(to_rows(grad).to(out.dtype, copy=True).contiguous(), to_rows(out), mean)
         grads = []
         with torch.autocast(out.device.type, enabled=False):
             for i in reversed(range(layers)):
@@ -126,7 +126,7 @@ class SharedBuffer(torch.autograd.Function):
                 d_out = gradient.complete(slice(end, end + growth_rate))
                 layer = saved[i], parameters[i], ctx.batch_flags[i]
                 grads = [*layer_backward(d_out, gradient, end, *layer, out.shape), *grads]
-            dx = images(gradient.complete(slice(0, ctx.start)), out.shape).to(ctx.x_dtype)
+            dx = to_images(gradient.complete(slice(0, ctx.start)), out.shape).to(ctx.x_dtype)
         needed = ctx.needs_input_grad[3:]
         return dx, None, None, *(g if need else None for g, need in zip(grads, needed, strict=True))
 
@@ -185,11 +185,11 @@ class Norm(NamedTuple):
         return self.bias - self.mean * self.scale
 
     def input_gradient(self, d_weight, d_bias, count):
-        """α, β, δ (C,) such that the gradient of the input x is α·dR + β·x + δ, from dγ, dβ over ``count`` rows."""
+        """Three coefficients (C,), u, v and w: dx = u·dR + v·x + w, from dγ and dβ over ``count`` rows."""
         if not self.batch:
             return self.scale, torch.zeros_like(self.mean), torch.zeros_like(self.mean)
-        beta = -self.scale * self.rstd * d_weight / count
-        return self.scale, beta, -self.scale * d_bias / count - beta * self.mean
+        v = -self.scale * self.rstd * d_weight / count
+        return self.scale, v, -self.scale * d_bias / count - v * self.mean
 
 
 def take_norm(module, mean, var, count):
@@ -207,12 +207,12 @@ def take_norm(module, mean, var, count):
     return Norm(mean, (var + module.eps).rsqrt(), module.weight.detach(), module.bias.detach(), batch)
 
 
-def rows(x):
+def to_rows(x):
     """(N, C, H, W) → (M, C), a view where x is channels last."""
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
-def images(x, shape):
+def to_images(x, shape):
     """(M, C) → (N, C, H, W), channels last, with N, H, W of ``shape``."""
     return x.view(shape[0], shape[2], shape[3], x.shape[1]).permute(0, 3, 1, 2)
 
@@ -230,7 +230,7 @@ def bn_relu_conv1x1(x, norm, weight):
 def bn_relu_conv3x3(x, norm, weight, shape, out):
     """x (M, J), weight (k, J, 3, 3) → writes out (M, k); returns the mean and variance of its columns."""
     passes = passes_for(x)
-    result = rows(F.conv2d(images(passes.bn_relu(x, norm), shape), weight, padding=1))
+    result = to_rows(F.conv2d(to_images(passes.bn_relu(x, norm), shape), weight, padding=1))
     out.copy_(result)
     return passes.statistics(result)
 
@@ -239,10 +239,10 @@ def conv3x3_backward(d_out, x, norm, weight, shape):
     """d_out (M, k) → dR (M, J), and the gradients of γ, β (J,) and of W (k, J, 3, 3). Inverse of bn_relu_conv3x3."""
     passes = passes_for(x)
     da, d_conv, _ = torch.ops.aten.convolution_backward(
-        images(d_out, shape), images(passes.bn_relu(x, norm), shape), weight, None,
+        to_images(d_out, shape), to_images(passes.bn_relu(x, norm), shape), weight, None,
         [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False],
     )  # fmt: skip
-    return *passes.relu_backward(rows(da), x, norm), d_conv
+    return *passes.relu_backward(to_rows(da), x, norm), d_conv
 
 
 def conv1x1_backward(d_relu, h, coefficients, x, d, norm, weight):
@@ -291,9 +291,9 @@ def relu_backward_add(da, x, norm, d):
     return a, *norm_gradients(d_relu, x, norm, torch.empty_like(a))
 
 
-def combine(d, x, alpha, beta, delta):
-    """α·d + β·x + δ, contiguous, from d and x (M, C) and three coefficients (C,)."""
-    return torch.addcmul(torch.addcmul(delta, x, beta), d, alpha).to(x.dtype)
+def combine(d, x, u, v, w):
+    """u·d + v·x + w, contiguous, from d and x (M, C) and three coefficients (C,)."""
+    return torch.addcmul(torch.addcmul(w, x, v), d, u).to(x.dtype)
 
 
 def norm_gradients(d_relu, x, norm, scratch):

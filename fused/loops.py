@@ -1,7 +1,7 @@
 """The passes over memory of the fused dense block, on the CPU in float32 and float64: each one loop, compiled by Numba.
 
-The functions up to ``combine`` do what those of the same names in fused.py do with several operations of torch each. A
-matrix (M, C) has a row for each pixel and a column for each channel. Sums are taken over slices of ROWS rows first,
+The functions up to ``combine`` do what those of the same names in __init__.py do with several operations of torch each.
+A matrix (M, C) has a row for each pixel and a column for each channel. Sums are taken over slices of ROWS rows first,
 then over the slices: they depend on the shape of the matrix alone, not on the number of threads.
 """
 
@@ -49,9 +49,9 @@ def relu_backward_add(da, x, norm, d):
     return da, d_weight.sum(0) * norm.rstd, d_bias.sum(0)
 
 
-def combine(d, x, alpha, beta, delta):
+def combine(d, x, u, v, w):
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    run(combine_loop, d.contiguous(), x.contiguous(), alpha, beta, delta, out)
+    run(combine_loop, d.contiguous(), x.contiguous(), u, v, w, out)
     return out
 
 
@@ -134,8 +134,8 @@ def relu_backward_add_loop(da, x, scale, shift, mean, d_weight, d_bias, d):
 
 
 @compiled
-def combine_loop(d, x, alpha, beta, delta, out):
+def combine_loop(d, x, u, v, w, out):
     for part in numba.prange(-(-len(x) // ROWS)):
         for i in rows_of(part, x):
-            for j in range(len(alpha)):
-                out[i, j] = d[i, j] * alpha[j] + x[i, j] * beta[j] + delta[j]
+            for j in range(len(u)):
+                out[i, j] = d[i, j] * u[j] + x[i, j] * v[j] + w[j]

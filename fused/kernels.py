@@ -1,4 +1,4 @@
-"""Triton kernels of the shared-buffer dense block, and their launchers. fused.py has the same functions in plain torch.
+"""Triton kernels of the shared-buffer dense block, and their launchers: the steps that __init__.py has in plain torch.
 
 Every matrix has one row per pixel (M = N·H·W). x is a view of the block's buffer: C columns of a wider row. Products
 accumulate in float32, offsets along rows are int64. A kernel that sums over rows writes one partial sum per program,
@@ -232,12 +232,12 @@ def conv3x3_backward(d_out, x, norm, weight, shape):
     return d_relu, d_weight, d_bias, partial.sum(0).permute(2, 3, 0, 1)
 
 
-# One pass over x, C columns of the buffer, with dh = α·dR2 + β·h + δ (batch norm's backward, α, β, δ (J,) given):
+# One pass over x, C columns of the buffer, with dh = u·dR2 + v·h + w (batch norm's backward, u, v, w (J,) given):
 #   dA = dh·W, dR = dA·[x·s + t > 0], D += s·dR, partial sums of dR·x̂, dR, and of dW = dhᵀ·a.
 # Program (p, c): rows p, p + P, …, columns c. weight is (J, C).
 @triton.jit
 def conv1x1_backward_kernel(
-    d_relu, h, alpha, beta, delta, x, x_stride, scale, shift, mean, rstd, weight, d, d_stride, sums, partial, M, C, J,
+    d_relu, h, u, v, w, x, x_stride, scale, shift, mean, rstd, weight, d, d_stride, sums, partial, M, C, J,
     BM: tl.constexpr, BC: tl.constexpr, BJ: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     x_stride, d_stride, C = x_stride // V * V, d_stride // V * V, C // V * V
@@ -248,10 +248,11 @@ def conv1x1_backward_kernel(
     s = tl.load(scale + cols, mask=in_c, other=0.0)
     mu = tl.load(mean + cols, mask=in_c, other=0.0)
     r = tl.load(rstd + cols, mask=in_c, other=0.0)
-    al = tl.load(alpha + outs, mask=in_j, other=0.0)
-    be = tl.load(beta + outs, mask=in_j, other=0.0)
-    de = tl.load(delta + outs, mask=in_j, other=0.0)
-    w = tl.load(weight + outs[:, None] * C + cols[None, :], mask=in_j[:, None] & in_c[None, :], other=0.0)  # (BJ, BC)
+    u = tl.load(u + outs, mask=in_j, other=0.0)
+    v = tl.load(v + outs, mask=in_j, other=0.0)
+    w = tl.load(w + outs, mask=in_j, other=0.0)
+    in_weight = in_j[:, None] & in_c[None, :]
+    conv = tl.load(weight + outs[:, None] * C + cols[None, :], mask=in_weight, other=0.0)  # (BJ, BC)
     d_weight, d_bias = tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32)
     acc = tl.zeros((BJ, BC), tl.float32)
     for tile in range(program, tl.cdiv(M, BM), programs):
@@ -260,8 +261,8 @@ def conv1x1_backward_kernel(
         mask_j = inside[:, None] & in_j[None, :]
         dr2 = tl.load(d_relu + rows[:, None] * J + outs[None, :], mask=mask_j, other=0.0).to(tl.float32)
         hv = tl.load(h + rows[:, None] * J + outs[None, :], mask=mask_j, other=0.0).to(tl.float32)
-        dh = tl.where(mask_j, dr2 * al[None, :] + hv * be[None, :] + de[None, :], 0.0).to(w.dtype)  # (BM, BJ)
-        da = tl.dot(dh, w, input_precision="ieee")  # (BM, BC)
+        dh = tl.where(mask_j, dr2 * u[None, :] + hv * v[None, :] + w[None, :], 0.0).to(conv.dtype)  # (BM, BJ)
+        da = tl.dot(dh, conv, input_precision="ieee")  # (BM, BC)
         a = load_bn_relu(x, x_stride, scale, shift, rows, cols, inside, C)
         acc = tl.dot(tl.trans(dh), a, acc, input_precision="ieee")
         mask = inside[:, None] & in_c[None, :]
@@ -275,7 +276,7 @@ def conv1x1_backward_kernel(
     tl.store(sums + (2 * program) * C + cols, d_weight, mask=in_c)
     tl.store(sums + (2 * program + 1) * C + cols, d_bias, mask=in_c)
     place = partial + (program.to(tl.int64) * J + outs[:, None]) * C + cols[None, :]
-    tl.store(place, acc, mask=in_j[:, None] & in_c[None, :])
+    tl.store(place, acc, mask=in_weight)
 
 
 def conv1x1_backward(d_relu, h, coefficients, x, d, norm, weight):

@@ -1,0 +1,283 @@
+"""The flags of train.py: groups, defaults, old spellings, what contradicts what, what a resumed run may change."""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+import data
+import distributed
+from cli import Mistake, Parser, natural, positive
+from densenet import ARCHITECTURES, BLOCKS, DenseNet
+from device import choose_device
+from files import STREAM_FROM
+from workdir import Run, read_checkpoint
+
+# Defaults that depend on another argument; everything else is the parser's default.
+BY_DATASET = {
+    "digits": {"depth": 16, "epochs": 20, "augment": False},
+    "svhn": {"epochs": 40, "augment": False, "valid_size": 6000},
+}
+BY_OPTIMIZER = {
+    "sgd": {"lr": 0.1, "schedule": "step"},
+    "adam": {"lr": 1e-3, "schedule": "constant"},
+    "rmsprop": {"lr": 1e-2, "schedule": "constant"},
+}
+# What --resume may change: none of it changes what is computed, but for the schedule's length and rounding.
+RESUMABLE = {
+    *("data", "workers", "block", "epochs", "device", "precision", "compile", "deterministic"),
+    *("save", "resume", "overwrite", "log_every", "plot", "progress"),
+}
+# Flags of bamos/densenet.pytorch and gpleiss/efficient_densenet_pytorch, so that old command lines still run.
+OLD_FLAGS = {
+    "--batchSz": "--batch-size",
+    "--batch_size": "--batch-size",
+    "--nEpochs": "--epochs",
+    "--n_epochs": "--epochs",
+    "--growth_rate": "--growth-rate",
+    "--valid_size": "--valid-size",
+}
+NETWORK = ("depth", "growth_rate", "reduction", "bottleneck", "drop_rate", "init_channels")  # flags that DenseNet takes
+switch = argparse.BooleanOptionalAction
+
+
+def seed(text):
+    if not 0 <= int(text) < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is not in 0 … 2³² − 1")
+    return int(text)
+
+
+def make_parser(description=None):
+    parser = Parser(
+        prog="train.py",
+        description=description,
+        epilog="Old spellings work too: --batchSz, --nEpochs, --no-cuda (bamos/densenet.pytorch); --batch_size, "
+        "--n_epochs,\n--growth_rate, --valid_size, --efficient [True|False] (gpleiss/efficient_densenet_pytorch).",
+        usage="%(prog)s [--dataset NAME] [--depth L] [--block NAME] … (flags below)",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=118),
+        allow_abbrev=False,
+    )
+    add_data_flags(parser.add_argument_group("data").add_argument)
+    model = parser.add_argument_group("model").add_argument
+    add_network_flags(model, depth="100; digits 16")
+    model("--block", choices=("auto", *BLOCKS), default="auto",
+        help="how dense blocks run; auto is the fastest one verified on the device (default: %(default)s)")
+    add_optimisation_flags(parser.add_argument_group("optimisation").add_argument)
+    add_run_flags(parser.add_argument_group("run").add_argument)
+    return parser
+
+
+def add_data_flags(add):
+    add("--dataset", choices=data.DATASETS, default="cifar10",
+        help="digits needs no download (default: %(default)s)")
+    add("--data", metavar="DIR", default="data",
+        help="where data sets live; folder: has train/<class>/* and test/<class>/* (default: %(default)s)")
+    add("--image-size", type=positive, default=32, metavar="N",
+        help="folder and digits: resize images to N×N pixels (default: %(default)s); "
+        f"a folder is streamed from disk, not held in memory, from {STREAM_FROM} on")
+    add("--augment", action=switch, help="random crops and mirror images (default: on; digits and svhn off)")
+    add("--crop-fill", choices=("mean", "black"), default="mean",
+        help="beyond the border of a shifted image: mean colour (paper) or raw zeros (default: %(default)s)")
+    add("--valid-size", type=natural, metavar="N",
+        help="training images to hold out for validation (default: 0; svhn 6000)")
+    add("--limit-train", type=positive, metavar="N", help="train on the first N images (default: all)")
+    add("--limit-test", type=positive, metavar="N",
+        help="test and validate on the first N images (default: all)")
+    add("--workers", type=natural, default=0, metavar="N",
+        help="processes that decode streamed images (default: %(default)s)")
+
+
+def add_network_flags(add, depth):
+    """The flags that say which network; ``depth`` is what the help says of the default depth."""
+    add("--arch", choices=ARCHITECTURES, metavar="NAME",
+        help=f"a network of the paper by name: {', '.join(ARCHITECTURES)}")
+    add("--depth", type=int, metavar="L",
+        help=f"layers with weights: 6n + 4, or 3n + 4 without bottlenecks (default: {depth})")
+    add("--growth-rate", type=int, default=12, metavar="K",
+        help="channels that each layer adds (default: %(default)s)")
+    add("--reduction", type=float, default=0.5, metavar="R",
+        help="share of the channels that a transition keeps (default: %(default)s)")
+    add("--bottleneck", action=switch, default=True,
+        help="1×1 convolutions before the 3×3 ones (default: on)")
+    add("--drop-rate", type=float, default=0.0, metavar="P",
+        help="dropout after every convolution but the first (default: %(default)s)")
+    add("--init-channels", type=int, metavar="N",
+        help="channels of the first convolution (default: 2K, or 16 without bottlenecks)")
+
+
+def add_optimisation_flags(add):
+    add("--epochs", type=positive, metavar="N",
+        help="passes over the training set (default: 300; digits 20, svhn 40)")
+    add("--batch-size", type=positive, default=64, metavar="N", help="images (default: %(default)s)")
+    add("--opt", choices=BY_OPTIMIZER, default="sgd", help="optimiser (default: %(default)s)")
+    add("--lr", type=float, metavar="X",
+        help="initial learning rate (default: 0.1; adam 0.001, rmsprop 0.01)")
+    add("--momentum", type=float, default=0.9, metavar="X", help="sgd only (default: %(default)s)")
+    add("--nesterov", action=switch, default=True, help="sgd only (default: on)")
+    add("--weight-decay", type=float, default=1e-4, metavar="X",
+        help="on every parameter (default: %(default)s)")
+    add("--schedule", choices=("step", "cosine", "constant"),
+        help="step: ×0.1 in the epochs (from 1) at 50 %% and 75 %% (default: step; adam and rmsprop constant)")
+    add("--seed", type=seed, default=1, metavar="N",
+        help="of split, weights, order, augmentation, dropout (default: %(default)s)")
+
+
+def add_run_flags(add):
+    add("--save", metavar="DIR", help="the run directory (default: work/<dataset>.base)")
+    add("--resume", action="store_true",
+        help="continue the run in the run directory, with its arguments (default: off)")
+    add("--overwrite", action="store_true", help="replace the run in the run directory (default: off)")
+    add("--device", default="auto", metavar="NAME",
+        help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
+        help="auto is bf16 where the hardware has it, else fp32 (default: %(default)s)")
+    add("--compile", action=switch, default=False, help="use torch.compile (default: off)")
+    add("--deterministic", action=switch, default=False,
+        help="repeat bit for bit on a GPU, too (default: off)")
+    add("--log-every", type=natural, default=0, metavar="N",
+        help="more train.csv rows, one per N iterations (default: %(default)s: one per epoch)")
+    add("--plot", action=switch, default=True, help="redraw the figures after each epoch (default: on)")
+    add("--progress", action=switch, default=sys.stderr.isatty(),
+        help="progress bars (default: on in a terminal)")
+
+
+def modernize(argv):
+    """The command line with the old spellings replaced."""
+    result, argv = [], list(argv)
+    while argv:
+        flag, equals, value = argv.pop(0).partition("=")
+        if flag == "--no-cuda":
+            result += ["--device", "cpu"]
+        elif flag == "--efficient":
+            if not equals and argv and argv[0].lower() in ("true", "false"):
+                value = argv.pop(0)
+            result += ["--block", "naive" if value.lower() == "false" else "checkpoint"]
+        else:
+            result.append(OLD_FLAGS.get(flag, flag) + equals + value)
+    return result
+
+
+def given_flags(parser, argv):
+    """What a command line sets, without defaults: {name: value}. Ends the program where argparse does."""
+    unset = object()
+    blank = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([])), unset))
+    return {name: value for name, value in vars(parser.parse_args(argv, blank)).items() if value is not unset}
+
+
+def parse_args(argv=None, description=None):
+    """Arguments, resolved in this order: given on the command line, saved by the run that is resumed, defaults.
+
+    Returns the namespace and, with --resume, the checkpoint to go on from. Raises Mistake where arguments are wrong or
+    contradict each other, SystemExit where argparse finds that.
+    """
+    parser = make_parser(description)
+    defaults = vars(parser.parse_args([]))
+    given = given_flags(parser, modernize(sys.argv[1:] if argv is None else argv))
+    if started_by_this_launch(run_directory(given)):
+        given |= {"resume": True, "overwrite": False}
+    if given.get("resume") and given.get("overwrite"):
+        raise Mistake("--resume and --overwrite exclude each other: choose one")
+    checkpoint = None
+    if given.get("resume"):
+        checkpoint, saved = read_saved(given, defaults)
+        args = argparse.Namespace(**saved | given)
+    else:
+        args = argparse.Namespace(**resolve_defaults(defaults, given))
+        Run(args.save).check(resume=False, overwrite=args.overwrite)
+    check_args(args)
+    return args, checkpoint
+
+
+def resolve_defaults(defaults, given):
+    dataset, opt = given.get("dataset", defaults["dataset"]), given.get("opt", defaults["opt"])
+    general = {"depth": 100, "epochs": 300, "augment": True, "valid_size": 0, "save": f"work/{dataset}.base"}
+    args = defaults | general | BY_DATASET.get(dataset, {}) | BY_OPTIMIZER[opt] | given
+    if "arch" in given:
+        preset = architecture(given)
+        args |= {"depth": None} | {name: value for name, value in preset.items() if name in args}
+    return args
+
+
+def architecture(given):
+    """The arguments of DenseNet that --arch stands for. Raises Mistake where another flag sets one of them, too."""
+    preset = ARCHITECTURES[given["arch"]] if "arch" in given else {}
+    for name in ("depth", *preset) if preset else ():
+        if name in given:
+            raise Mistake(f"--arch {given['arch']} sets the {name.replace('_', ' ')}: leave out one of the two")
+    return preset
+
+
+def started_by_this_launch(path):
+    """Whether torchrun, after the death of a process, starts us anew to go on with the run in ``path``."""
+    launch, latest = distributed.launch_time(), path / "latest.pth"
+    return launch is not None and latest.exists() and latest.stat().st_mtime > launch
+
+
+def run_directory(given):
+    return Path(given.get("save") or f"work/{given.get('dataset', 'cifar10')}.base")
+
+
+def read_saved(given, defaults):
+    """The checkpoint to resume, and its run's arguments. Raises Mistake where ``given`` would make it another run.
+
+    A run that is older than a flag takes its default, which is off: it did without.
+    """
+    path = run_directory(given)
+    Run(path).check(resume=True, overwrite=False)
+    checkpoint = read_checkpoint(path / "latest.pth")
+    saved = defaults | checkpoint["config"]["arguments"] | {"save": str(path), "resume": True, "overwrite": False}
+    for name, value in given.items():
+        if name not in RESUMABLE and value != saved[name]:
+            flag = "--" + name.replace("_", "-")
+            raise Mistake(
+                f"the run in {path} was started with {flag} {saved[name]}, not {value}: "
+                f"leave out {flag}, or start another run with --save"
+            )
+    if given.get("epochs", saved["epochs"]) < checkpoint["epoch"]:
+        raise Mistake(f"--epochs {given['epochs']}: the run in {path} has finished {checkpoint['epoch']} already")
+    if not {"optimizer", "metrics", "seconds"} <= checkpoint.keys():
+        raise Mistake(f"training cannot go on from {path / 'latest.pth'}: it holds weights only, or is too old")
+    saved["progress"] = sys.stderr.isatty()
+    return checkpoint, saved
+
+
+def check_args(args):
+    """Raises Mistake where arguments are out of range, contradict each other, or ask for what this machine lacks."""
+    for name in ("lr", "momentum", "weight_decay"):
+        value = getattr(args, name)
+        if not (math.isfinite(value) and value >= 0):
+            raise Mistake(f"--{name.replace('_', '-')} {value}: needs a number of 0 or more")
+    if args.nesterov and args.opt == "sgd" and args.momentum == 0:
+        raise Mistake("--momentum 0 excludes Nesterov momentum: add --no-nesterov")
+    if args.block == "fused" and args.drop_rate > 0:
+        raise Mistake("--block fused has no dropout: choose naive or checkpoint, or leave out --drop-rate")
+    ranks, size = distributed.world_size(), args.image_size
+    if args.batch_size < ranks:
+        raise Mistake(f"--batch-size {args.batch_size}: each of {ranks} processes needs an image of it")
+    if choose_device(args.device).type == "mps" and args.block == "fused":
+        raise Mistake("--block fused runs on CPUs and CUDA GPUs: choose naive or checkpoint")
+    if size != 32 and args.dataset not in ("digits", "folder"):
+        raise Mistake(f"--image-size {size}: the images of {args.dataset} have 32×32 pixels")
+    streamed = args.dataset == "folder" and size >= STREAM_FROM
+    if args.crop_fill == "black" and (streamed or not args.augment):
+        raise Mistake("--crop-fill black: no image is shifted in this run, so that nothing shows beyond its border")
+    try:
+        try_out(args, batch_size=2)
+    except ValueError as error:
+        raise Mistake(str(error)) from error
+    except RuntimeError as error:
+        raise Mistake(f"images of {size}×{size} pixels are too small for this network: see --image-size") from error
+
+
+def try_out(args, batch_size):
+    """Let the network compute on a batch without data or weights; raises what it would raise in training."""
+    with torch.device("meta"):
+        DenseNet(**model_options(args, num_classes=2))(torch.empty(batch_size, 3, args.image_size, args.image_size))
+
+
+def model_options(args, num_classes):
+    """Arguments of DenseNet; kept in the checkpoint, so that the network can be built again from it."""
+    options = {name: getattr(args, name) for name in NETWORK} | {"num_classes": num_classes}
+    return options | ARCHITECTURES.get(args.arch, {})

@@ -1,0 +1,99 @@
+"""Which device, precision and dense block to compute with: chosen once, from what the hardware has."""
+
+import contextlib
+import ctypes
+import functools
+import os
+import platform
+import re
+import sys
+from pathlib import Path
+
+import psutil
+import torch
+
+import fused
+from cli import Mistake
+
+
+def choose_device(name):
+    """A torch.device for "auto", "cpu", "cuda", "cuda:N" or "mps". Raises Mistake where this machine lacks it."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise Mistake(f"device {name!r} is not available here ({str(error).splitlines()[0]}): try cpu") from error
+    return device
+
+
+def set_up_device(device):
+    """What a process does once for the device that it computes on."""
+    if device.type == "cpu":
+        keep_freed_memory()
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False  # fp32 shall mean fp32: who wants tensor cores has bf16
+        if device.index is not None:  # without one, it is the current device already
+            torch.cuda.set_device(device)  # Triton launches there
+
+
+def keep_freed_memory():
+    """Let glibc keep what is freed: by default every large CPU tensor comes from the kernel anew, page by page."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library, which manages memory its own way
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: give nothing back
+
+
+def has_bf16(device):
+    """Whether the hardware computes in bf16; where it does not, bf16 is emulated and slower than fp32.
+
+    The environment variable DENSENET_BF16, 0 or 1, answers in the hardware's place: tests have to pass either way.
+    """
+    if override := os.environ.get("DENSENET_BF16"):
+        return override == "1"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def choose_precision(name, device):
+    """A function that makes the autocast context for "fp32", "bf16" or "auto", and the name of what was chosen."""
+    if name == "auto":
+        name = "bf16" if has_bf16(device) else "fp32"
+    amp = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=name == "bf16")
+    return amp, name
+
+
+def choose_block(name, drop_rate, device, precision):
+    """How dense blocks run; "auto" is the fastest block that has been verified for this device and precision."""
+    if name != "auto":
+        return name
+    verified = device.type == "cpu" and precision == "fp32" and fused.loops is not None
+    return "fused" if verified and drop_rate == 0 else "naive"
+
+
+def device_name(device):
+    """The processor's or GPU's name; of a processor, also the number of threads that compute."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):  # Linux alone has this file, and there platform.processor() is often empty
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def peak_memory_mib(device):
+    """Most memory in use so far: of the CUDA allocator (since its last reset), elsewhere of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    with contextlib.suppress(OSError):  # Linux; its ru_maxrss begins with what the parent process had
+        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / 2**20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

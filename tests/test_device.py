@@ -1,0 +1,50 @@
+"""Which device, precision and block are chosen."""
+
+import pytest
+import torch
+
+import fused
+from cli import Mistake
+from device import choose_block, choose_device, choose_precision, has_bf16, set_up_device
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("answer", "precision"), [("0", "fp32"), ("1", "bf16")])
+def test_precision_auto_follows_the_hardware(monkeypatch, answer, precision):
+    monkeypatch.setenv("DENSENET_BF16", answer)
+    amp, name = choose_precision("auto", CPU)
+    assert name == precision
+    with amp():
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    assert [choose_precision(given, CPU)[1] for given in ("fp32", "bf16")] == ["fp32", "bf16"]
+
+
+def test_without_an_override_the_hardware_answers(monkeypatch):
+    monkeypatch.delenv("DENSENET_BF16", raising=False)
+    for answer in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda answer=answer: answer)
+        assert has_bf16(CPU) is answer
+    assert not has_bf16(torch.device("mps"))
+
+
+def test_a_device_that_is_not_here():
+    with pytest.raises(Mistake, match="device 'cuda:99' is not available here"):
+        choose_device("cuda:99")
+
+
+def test_block_auto_is_the_one_that_was_measured_to_be_fastest(monkeypatch):
+    monkeypatch.setattr(fused, "loops", "Numba is here")
+    assert choose_block("auto", 0.0, CPU, "fp32") == "fused"
+    assert choose_block("auto", 0.2, CPU, "fp32") == "naive"
+    assert choose_block("auto", 0.0, CPU, "bf16") == choose_block("auto", 0.0, torch.device("cuda"), "bf16") == "naive"
+    assert choose_block("checkpoint", 0.0, CPU, "fp32") == "checkpoint"
+    monkeypatch.setattr(fused, "loops", None)
+    assert choose_block("auto", 0.0, CPU, "fp32") == "naive"
+
+
+def test_a_gpu_without_a_number_is_set_up():
+    with torch.backends.cudnn.flags(allow_tf32=True):
+        set_up_device(torch.device("cuda"))  # what "cuda" and "auto" choose; torch.cuda.set_device refuses it
+        assert not torch.backends.cudnn.allow_tf32
