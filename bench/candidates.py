@@ -262,7 +262,7 @@ class TransformedImages(torch.utils.data.Dataset):
 
 def epoch_functions(job, device):
     """Two functions, a training epoch and an evaluation of as many images each: bamos's way, or train.py's."""
-    generator, count = torch.Generator().manual_seed(0), job["images"]
+    generator, count = torch.Generator().manual_seed(0), job["num_images"]
     pixels = torch.randint(256, (count, 32, 32, 3), generator=generator, dtype=torch.uint8)
     tensors = ImageTensors(pixels, torch.randint(10, (count,), generator=generator))
     torch.manual_seed(0)

@@ -125,7 +125,7 @@ def take_turns(job, reference, times=1 + TURNS):
 
 def row_of(process, reference):
     row = process.job | {key: value for key, value in process.ready.items() if key == "saved_mib"}
-    images = row.pop("images", row["batch_size"])
+    images = row.pop("num_images", row["batch_size"])
     low, median, high = process.quantiles("train")
     row |= {name: float(f"{1000 * value:.4g}") for name, value in (("ms", median), ("ms_20", low), ("ms_80", high))}
     _, inference, _ = process.quantiles("infer")
@@ -204,7 +204,7 @@ def flops(depth):
 def measure_epochs(args):
     """train.py's way of training against bamos/densenet.pytorch's, data loading and augmentation included."""
     job = {"depth": args.depths[0], "batch_size": args.batch_size, "compiled": False,
-           "device": args.device, "task": "epochs", "images": args.whole_epochs}  # fmt: skip
+           "device": args.device, "task": "epochs", "num_images": args.whole_epochs}  # fmt: skip
     ours = job | {"candidate": "train.py", "precision": args.precisions[-1]}
     process, reference = take_turns(ours, job | {"candidate": "bamos", "precision": "fp32"}, times=4)
     return [row_of(process, reference), row_of(reference, reference)]

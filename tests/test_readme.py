@@ -1,4 +1,4 @@
-"""What the README says about flags, networks and commands is what the code does."""
+"""What README.md and the other pages say about flags, networks, commands and results is what the code does."""
 
 import csv
 import itertools
@@ -18,23 +18,32 @@ import scipy.stats
 import torch
 from PIL import Image
 
+import arguments
 import densenet
-import train
 from publish import error_cell
 from workdir import read_checkpoint
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+PAGES = {  # whose commands are checked
+    path.relative_to(ROOT).as_posix(): path.read_text()
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "bench/README.md")
+}
+LINKING = PAGES | {name: (ROOT / name).read_text() for name in ("work/README.md", "attic/debugging-discussion.md")}
+README = PAGES["README.md"]
 
 
 def section(title):
     return re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", README, re.MULTILINE | re.DOTALL)[1]
 
 
+def blocks(text, language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
 def flag_table():
     """The table of flags as Markdown, from the parser's own help texts."""
     lines = ["| flag | default | meaning |", "|---|---|---|"]
-    for action in train.make_parser()._actions[1:]:
+    for action in arguments.make_parser()._actions[1:]:
         values = {"default": action.default, "prog": "train.py"}
         text = action.help.replace("%%", "%").replace("%(default)s", str(values["default"]))
         meaning, _, rest = text.partition(" (default: ")
@@ -49,43 +58,85 @@ def flag_table():
 
 
 def test_flag_table_is_the_parsers():
-    assert flag_table() in section("Flags"), f"put this table into the README:\n{flag_table()}"
+    assert flag_table() in PAGES["docs/flags.md"], f"put this table into docs/flags.md:\n{flag_table()}"
+    assert "](docs/flags.md)" in section("Flags")
 
 
 def commands():
-    return re.findall(r"(?:python|--\S+|\\\n) +(train\.py[^\n`|#&\\]*)", README)
+    """Training commands of all pages, also of inline code that a line break divides."""
+    for text in PAGES.values():
+        text = re.sub(r"(?<!`)`[^`]+`(?!`)", lambda code: " ".join(code[0].split()), text)
+        yield from re.findall(r"(?:python|--\S+|\\\n) +(train\.py[^\n`|#&\\]*)", text)
 
 
 @pytest.mark.parametrize("command", sorted(set(commands())))
 def test_every_training_command_is_valid(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = [flag for flag in shlex.split(command.replace("$seed", "1"))[1:] if flag not in ("--resume", "--help")]
-    train.parse_args(flags)
+    arguments.parse_args(flags)
 
 
 def test_table_of_networks_has_the_code_s_parameter_counts():
-    rows = re.findall(r"\| ([\d,]+) \|[^\n]*--arch (\w+)", section("Reproduce the paper"))
-    assert {name for _, name in rows} == set(densenet.ARCHITECTURES)
-    for count, name in rows:
+    rows = re.findall(r"^\| `--arch (\w+)`[^|\n]* \| ([\d,]+) \|", section("Reproduce the paper"), re.MULTILINE)
+    assert {name for name, _ in rows} == set(densenet.ARCHITECTURES)
+    for name, count in rows:
         classes = 1000 if "bc" not in name and "_" not in name else 10
         with torch.device("meta"):
             model = densenet.DenseNet(**densenet.ARCHITECTURES[name], num_classes=classes)
         assert f"{sum(p.numel() for p in model.parameters()):,}" == count, name
 
 
-def test_links_and_pictures_exist():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+def links(name):
+    """(path, anchor) of every link and picture of a page that is not on another site; paths relative to the page."""
+    page = ROOT / name
+    for target in re.findall(r'\]\(([^)\s]+)\)|<img src="([^"]+)"', LINKING[name]):
+        path, _, anchor = "".join(target).partition("#")
+        if not path.startswith("https://"):
+            yield Path(os.path.normpath(page.parent / path)) if path else page, anchor
+
+
+def anchors(path):
+    """What GitHub makes of a page's headings."""
+    text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", LINKING)
+def test_links_and_pictures_exist(name):
+    for path, anchor in links(name):
+        assert path.exists(), path
+        assert not anchor or anchor in anchors(path), f"{path}#{anchor}"
+
+
+@pytest.mark.parametrize("name", LINKING)
+def test_files_that_are_named_exist(name):
+    for path in re.findall(r"(?<![\w/])(?:attic|bench|fused|tests)/[\w-]+\.\w+", LINKING[name]):
+        assert (ROOT / path).exists(), path
+
+
+def test_every_page_is_linked_from_the_readme():
+    assert {ROOT / name for name in LINKING} <= {ROOT / "README.md", *(path for path, _ in links("README.md"))}
+
+
+def test_table_of_contents_is_complete():
+    headings = re.findall(r"^## (.*)$", README, re.MULTILINE)
+    linked = [anchor for path, anchor in links("README.md") if path == ROOT / "README.md"]
+    assert {heading.lower().replace(" ", "-") for heading in headings} <= set(linked)
+
+
+def test_layout_lists_every_module():
+    linked = re.findall(r"^\| \[(\S+)\]", section("Layout"), re.MULTILINE)
+    assert {path.name for path in ROOT.glob("*.py")} == {name for name in linked if not name.endswith("/")}
 
 
 def test_every_figure_is_shown_or_linked():
-    for path in (ROOT / "images").iterdir():
-        assert f"images/{path.name}" in README, path.name
+    assert set((ROOT / "images").iterdir()) <= {path for name in PAGES for path, _ in links(name)}
 
 
 def test_block_table_is_the_benchmark_s():
-    """What the README says of memory and time stands in work/bench/cpu.csv, at depth 100."""
-    with open(ROOT / "work/bench/cpu.csv", newline="") as file:
+    """What the README says of memory and time stands in bench/cpu.csv, at depth 100."""
+    with open(ROOT / "bench/cpu.csv", newline="") as file:
         rows = {row["candidate"]: row for row in csv.DictReader(file)}
     for name in densenet.BLOCKS:
         line = re.search(rf"^\| `{name}` \|.*$", README, re.MULTILINE)[0]
@@ -123,7 +174,7 @@ def optimizer_table():
         _, train_log, test = published(f"optimizers/{name}")
         rates = " → ".join(f"{rate:g}" for rate in train_log.lr.unique())
         lowest, training = f"{test.error.min():.2f}", f"{train_log.error.iloc[-1]:.2f}"
-        cells = (f"[{name}](work/optimizers/{name})", rates, final_error(f"optimizers/{name}"), lowest, training)
+        cells = (f"[{name}](../work/optimizers/{name})", rates, final_error(f"optimizers/{name}"), lowest, training)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -154,13 +205,22 @@ def effect(errors, one, other):
     return f"{difference:+.2f} points (95 % interval {low:+.2f} … {high:+.2f})".replace("-", "−")
 
 
-@pytest.mark.parametrize("table", [result_row, optimizer_table, ablation_table])
-def test_tables_of_results_are_the_published_runs(table):
-    assert table() in README, f"put this table into the README:\n{table()}"
+@pytest.mark.parametrize(
+    ("page", "table"),
+    [("README.md", result_row), ("docs/adam.md", optimizer_table), ("docs/implementations.md", ablation_table)],
+)
+def test_tables_of_results_are_the_published_runs(page, table):
+    assert table() in PAGES[page], f"put this table into {page}:\n{table()}"
+
+
+def test_headline_is_the_published_one():
+    error, _, interval = final_error("cifar10-jpeg.bc40").partition(" ")
+    text = " ".join(README[: README.index("\n## ")].split())
+    assert f"**{error} % test error** (95 % interval {interval.strip('()')})" in text
 
 
 def test_effects_are_those_of_the_published_runs():
-    errors, text = ablation_errors(), " ".join(README.split())
+    errors, text = ablation_errors(), " ".join(PAGES["docs/implementations.md"].split())
     for one, other in (("black", "mean"), ("plain", "nesterov")):
         assert effect(errors, one, other) in text, f"{one} against {other}: {effect(errors, one, other)}"
 
@@ -171,7 +231,7 @@ def test_first_run_s_error_is_the_published_one():
     assert f"a test error of {error:.2f} %" in text and f"epochs took {seconds:.0f} seconds" in text
 
 
-# What stands for python, torchrun, … while the README's commands run: the real one, on a small network and few images.
+# What stands for python, torchrun, … while the pages' commands run: the real one, on a small network and few images.
 SHORTENED = """#!{python}
 import os, sys
 tool, args = os.path.basename(sys.argv[0]), sys.argv[1:]
@@ -191,6 +251,8 @@ if "train.py" in args:
     args += "--depth 10 --valid-size 0 --no-plot".split()
 if args[0] == "data.py":
     args += ["--dataset", "digits"]
+if args[0] == "bench/speed.py":
+    args += "--device cpu --depths 10 --batch-size 2 --precisions fp32 --candidates fused".split()
 if tool == "torchrun":
     changed = {{"--nnodes": "1", "--nproc_per_node": "2", "--rdzv-endpoint": "localhost:29500"}}
     pairs = [arg.partition("=") for arg in args]
@@ -201,7 +263,7 @@ os.execv("{python}", ["{python}", *args])
 
 @pytest.mark.slow
 def test_every_block_of_commands_runs(tmp_path):
-    """The README's blocks of commands, verbatim and in their order, in a copy of the repository; then its Python."""
+    """The pages' blocks of commands, verbatim and in their order, in a copy of the repository; then the README's Python."""
     shutil.copytree(ROOT, tmp_path / "clone", ignore=shutil.ignore_patterns(".git", "data", "work", "__pycache__"))
     for run in ("digits.bc16", "cifar10-jpeg.bc40"):
         shutil.copytree(ROOT / "work" / run, tmp_path / "clone/work" / run)
@@ -214,13 +276,13 @@ def test_every_block_of_commands_runs(tmp_path):
         Image.fromarray(np.zeros((40, 30, 3), dtype=np.uint8)).save(tmp_path / "clone" / name)
     env = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     env |= {"SLURM_NNODES": "1", "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "localhost"}
-    blocks = re.findall(r"^```bash\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    assert len(blocks) >= 10
-    for block in blocks:
+    found = [(name, block) for name, text in PAGES.items() for block in blocks(text, "bash")]
+    assert len(found) >= 10
+    for name, block in found:
         command = ["bash", "-euo", "pipefail", "-c", block]
         result = subprocess.run(command, cwd=tmp_path / "clone", env=env, capture_output=True, text=True)
-        assert result.returncode == 0, f"{block}\n{result.stdout}\n{result.stderr}"
-    [program] = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+        assert result.returncode == 0, f"{name}:\n{block}\n{result.stdout}\n{result.stderr}"
+    [program] = blocks(README, "python")
     command = [sys.executable, "-c", program]
     result = subprocess.run(command, cwd=tmp_path / "clone", capture_output=True, text=True, check=True)
     assert result.stdout.strip() in "airplane automobile bird cat deer dog frog horse ship truck".split()
