@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from conftest import ROOT
 
 import fused
 from fused import Norm
@@ -98,5 +99,5 @@ def test_runs_with_the_threads_of_torch():
     program = "import torch; torch.set_num_threads(1); from fused import loops; loops.statistics(torch.randn(5, 3));"
     program += "print(torch.get_num_threads(), loops.numba.get_num_threads())"
     env = os.environ | {"NUMBA_NUM_THREADS": "2"}
-    result = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     assert result.stdout.split() == ["1", "1"]
