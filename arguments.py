@@ -9,10 +9,10 @@ import torch
 
 import data
 import distributed
-from cli import Mistake, Parser, natural, positive
+from cli import Mistake, Parser, natural, positive, positive_number
 from densenet import ARCHITECTURES, BLOCKS, DenseNet
 from device import choose_device
-from files import STREAM_FROM
+from reader import STREAM_FROM
 from workdir import Run, read_checkpoint
 
 # Defaults that depend on another argument; everything else is the parser's default.
@@ -74,19 +74,27 @@ def add_data_flags(add):
         help="digits needs no download (default: %(default)s)")
     add("--data", metavar="DIR", default="data",
         help="where data sets live; folder: has train/<class>/* and test/<class>/* (default: %(default)s)")
-    add("--image-size", type=positive, default=32, metavar="N",
-        help="folder and digits: resize images to N×N pixels (default: %(default)s); "
+    add("--image-size", type=positive, metavar="N",
+        help="folder and digits: resize images to N×N pixels (default: 32; folder with ImageNet's networks 224); "
         f"a folder is streamed from disk, not held in memory, from {STREAM_FROM} on")
+    add("--channels", type=int, choices=(1, 3), default=3,
+        help="of the images; 1: folder and digits in grey (default: %(default)s)")
+    add("--white", type=positive_number, metavar="X",
+        help="folder: the value that is white in images of more than 8 bits (default: 65535)")
     add("--augment", action=switch, help="random crops and mirror images (default: on; digits and svhn off)")
     add("--crop-fill", choices=("mean", "black"), default="mean",
         help="beyond the border of a shifted image: mean colour (paper) or raw zeros (default: %(default)s)")
     add("--valid-size", type=natural, metavar="N",
         help="training images to hold out for validation (default: 0; svhn 6000)")
+    add("--test-size", type=natural, default=0, metavar="N",
+        help="folder without test images: set N images apart, the same for every seed (default: %(default)s)")
+    add("--skip-unreadable", action="store_true",
+        help="folder: go on without images that cannot be read (default: off)")
     add("--limit-train", type=positive, metavar="N", help="train on the first N images (default: all)")
     add("--limit-test", type=positive, metavar="N",
         help="test and validate on the first N images (default: all)")
     add("--workers", type=natural, default=0, metavar="N",
-        help="processes that decode streamed images (default: %(default)s)")
+        help="processes that decode images of a folder (default: %(default)s)")
 
 
 def add_network_flags(add, depth):
@@ -193,6 +201,8 @@ def parse_args(argv=None, description=None):
 def resolve_defaults(defaults, given):
     dataset, opt = given.get("dataset", defaults["dataset"]), given.get("opt", defaults["opt"])
     general = {"depth": 100, "epochs": 300, "augment": True, "valid_size": 0, "save": f"work/{dataset}.base"}
+    photos = dataset == "folder" and ARCHITECTURES.get(given.get("arch"), {}).get("stem") == "imagenet"
+    general["image_size"] = 224 if photos else 32
     args = defaults | general | BY_DATASET.get(dataset, {}) | BY_OPTIMIZER[opt] | given
     if "arch" in given:
         preset = architecture(given)
@@ -260,6 +270,11 @@ def check_args(args):
         raise Mistake("--block fused runs on CPUs and CUDA GPUs: choose naive or checkpoint")
     if size != 32 and args.dataset not in ("digits", "folder"):
         raise Mistake(f"--image-size {size}: the images of {args.dataset} have 32×32 pixels")
+    if args.channels != 3 and args.dataset not in ("digits", "folder"):
+        raise Mistake(f"--channels {args.channels}: the images of {args.dataset} have 3 channels")
+    for name in ("white", "test_size", "skip_unreadable"):
+        if getattr(args, name) and args.dataset != "folder":
+            raise Mistake(f"--{name.replace('_', '-')} is for --dataset folder: leave it out")
     streamed = args.dataset == "folder" and size >= STREAM_FROM
     if args.crop_fill == "black" and (streamed or not args.augment):
         raise Mistake("--crop-fill black: no image is shifted in this run, so that nothing shows beyond its border")
@@ -274,10 +289,12 @@ def check_args(args):
 def try_out(args, batch_size):
     """Let the network compute on a batch without data or weights; raises what it would raise in training."""
     with torch.device("meta"):
-        DenseNet(**model_options(args, num_classes=2))(torch.empty(batch_size, 3, args.image_size, args.image_size))
+        images = torch.empty(batch_size, args.channels, args.image_size, args.image_size)
+        DenseNet(**model_options(args, num_classes=2))(images)
 
 
 def model_options(args, num_classes):
     """Arguments of DenseNet; kept in the checkpoint, so that the network can be built again from it."""
-    options = {name: getattr(args, name) for name in NETWORK} | {"num_classes": num_classes}
+    options = {name: getattr(args, name) for name in NETWORK}
+    options |= {"num_classes": num_classes, "in_channels": args.channels}
     return options | ARCHITECTURES.get(args.arch, {})

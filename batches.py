@@ -13,7 +13,7 @@ IGNORE_INDEX = -100  # the label that F.cross_entropy passes over
 
 @dataclass(frozen=True)
 class ImageTensors:
-    """Pixels (N, H, W, 3) uint8 and labels (N,) int64, on any device."""
+    """Pixels (N, H, W, C) uint8 and labels (N,) int64, on any device."""
 
     pixels: torch.Tensor
     labels: torch.Tensor
@@ -41,16 +41,15 @@ class Batches:
     """
 
     def __init__(self, tensors, batch_size, normalize, crop_fill=None, share=(0, 1)):
-        mean, std = torch.tensor(normalize, device=tensors.pixels.device)  # (3,) each
         self.tensors, self.batch_size, self.crop_fill, self.share = tensors, batch_size, crop_fill, share
-        self.scale, self.shift = 1 / std, -mean / std
+        self.normalized = normalizer(normalize, tensors.pixels.device)
         self.num_images = len(tensors)
 
     def __len__(self):
         return -(-self.num_images // self.batch_size)
 
     def in_order(self):
-        """Yield every image once, in order and unaugmented: ((B, 3, H, W) float32 channels last, (B,) int64)."""
+        """Yield every image once, in order and unaugmented: ((B, C, H, W) float32 channels last, (B,) int64)."""
         for part, _ in batch_positions(self.num_images, self.batch_size, self.share):
             if part:
                 batch = self.tensors.select(slice(part.start, part.stop, part.step))
@@ -77,10 +76,6 @@ class Batches:
             labels = self.tensors.labels[order[i]]
             yield batch, labels if part else torch.full_like(labels, IGNORE_INDEX), batch_length
 
-    def normalized(self, pixels):
-        """(B, H, W, 3) uint8 → (B, 3, H, W) float32, channels last."""
-        return torch.addcmul(self.shift, pixels, self.scale).permute(0, 3, 1, 2)
-
     def crop_and_flip(self, index, offsets, flips):
         """The images at ``index``, shifted by ``offsets`` (B, 2), then mirrored where ``flips`` (B,) says.
 
@@ -88,17 +83,24 @@ class Batches:
         (row + offset, ±column + offset), or the fill where that lies outside.
         """
         pixels = self.tensors.pixels
-        _, height, width, _ = pixels.shape
+        _, height, width, channels = pixels.shape
         columns = torch.arange(width, device=pixels.device)
         rows = torch.arange(height, device=pixels.device) + offsets[:, :1]  # (B, H)
         columns = torch.where(flips[:, None], columns.flip(0), columns) + offsets[:, 1:]  # (B, W)
         inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
         source = (index[:, None] * height + rows.clamp(0, height - 1))[:, :, None] * width
-        source = source + columns.clamp(0, width - 1)[:, None, :]  # (B, H, W), into pixels.view(-1, 3)
-        batch = pixels.view(-1, 3)[source]
+        source = source + columns.clamp(0, width - 1)[:, None, :]  # (B, H, W), into rows of pixels
+        batch = pixels.view(-1, channels)[source]
         if self.crop_fill == "black":
             return self.normalized(batch * inside[..., None])
         return self.normalized(batch) * inside[:, None]
+
+
+def normalizer(normalize, device):
+    """A function (B, H, W, C) uint8 → (B, C, H, W) float32, channels last, from per-channel (mean, std) of 255."""
+    mean, std = torch.tensor(normalize, device=device)  # (C,) each
+    scale, shift = 1 / std, -mean / std
+    return lambda pixels: torch.addcmul(shift, pixels, scale).permute(0, 3, 1, 2)
 
 
 def batch_positions(count, batch_size, share):

@@ -36,6 +36,12 @@ def natural(text):
     return int(text)
 
 
+def positive_number(text):
+    if not 0 < float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return float(text)
+
+
 def command(main):
     """Decorate the ``main(argv=None)`` of a script: what a user can cause is one line on stderr, not a traceback.
 

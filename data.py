@@ -1,17 +1,20 @@
 """Data sets by name, as uint8 tensors or files: their splits, their classes, their mean and standard deviation.
 
 Example: python data.py --dataset digits --stats     (per-channel mean and standard deviation)
+         python data.py --data DIR --check --workers 2   (read every image of a folder: what is there, what is damaged)
 """
 
 import sys
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from batches import ImageTensors
-from cli import Mistake, Parser, command, positive
-from files import STREAM_FROM, ImageFiles, check_memory, list_images, read_folder
+from cli import Mistake, Parser, command, natural, positive, positive_number
+from files import ImageFiles, check_memory, inspect, list_images, read_folder
+from reader import STREAM_FROM, Reader
 
 DATASETS = ("cifar10", "cifar100", "svhn", "digits", "folder")
 
@@ -29,7 +32,8 @@ SVHN_CLASSES = [str(digit) for digit in range(10)]
 class Dataset:
     """Training and test images, names of the classes, and per-channel (mean, std) of 255.
 
-    ``train`` and ``test`` are ImageTensors, or ImageFiles where images are streamed from disk.
+    ``train``, ``test`` and ``valid`` are ImageTensors, or ImageFiles where images are streamed from disk. ``notes`` are
+    lines that a user should read; ``test_files`` names the test images where they were set apart from the others.
     """
 
     train: ImageTensors | ImageFiles
@@ -37,6 +41,8 @@ class Dataset:
     classes: list
     normalize: tuple
     valid: ImageTensors | ImageFiles | None = None
+    notes: list = field(default_factory=list)
+    test_files: list = field(default_factory=list)
 
     @property
     def splits(self):
@@ -50,18 +56,10 @@ class Dataset:
 
     def hold_out(self, count, seed):
         """Move ``count`` training images, the same share of each class, to ``valid``. Drawn by ``seed`` alone."""
-        from sklearn.model_selection import train_test_split
-
-        labels = self.train.labels.cpu().numpy()
-        if count >= len(labels):
-            raise Mistake(f"--valid-size {count}: the training set has {len(labels)} images; hold out fewer")
-        if min(count, len(labels) - count) < len(self.classes):
-            raise Mistake(f"--valid-size {count}: each part needs at least one image of {len(self.classes)} classes")
-        try:
-            parts = train_test_split(range(len(labels)), test_size=count, stratify=labels, random_state=seed)
-        except ValueError as error:
-            raise Mistake(f"--valid-size {count}: cannot hold out the same share of each class ({error})") from error
-        train, valid = (self.train.select(torch.tensor(sorted(part))) for part in parts)
+        if self.valid is not None:
+            raise Mistake(f"--valid-size {count}: the data set has validation images: leave it out")
+        parts = stratified(self.train.labels, count, seed, flag="--valid-size")
+        train, valid = (self.train.select(torch.tensor(part)) for part in parts)
         return replace(self, train=train, valid=valid)
 
     def limit(self, train=None, test=None):
@@ -70,15 +68,36 @@ class Dataset:
         return replace(self, train=self.train.select(slice(train)), test=self.test.select(slice(test)), valid=valid)
 
 
-def load(name, root, image_size=32, workers=0, progress=True):
-    """Load a data set by name; ``root`` holds the archives, or the folders ``train`` and ``test``.
+def stratified(labels, count, seed, flag):
+    """Positions of all images but ``count``, and of those, the same share of each class. Raises Mistake."""
+    from sklearn.model_selection import train_test_split
 
-    ``image_size`` (pixels) counts for "digits" and "folder". Raises Mistake.
+    labels, classes = labels.cpu().numpy(), len(labels.unique())
+    if count >= len(labels):
+        raise Mistake(f"{flag} {count}: the training set has {len(labels)} images; hold out fewer")
+    if min(count, len(labels) - count) < classes:
+        raise Mistake(f"{flag} {count}: each part needs at least one image of {classes} classes")
+    try:
+        parts = train_test_split(range(len(labels)), test_size=count, stratify=labels, random_state=seed)
+    except ValueError as error:
+        raise Mistake(f"{flag} {count}: cannot hold out the same share of each class ({error})") from error
+    return [sorted(part) for part in parts]
+
+
+DEFAULT_READER = Reader()
+
+
+def load(name, root, reader=DEFAULT_READER, test_size=0, test_files=()):
+    """Load a data set by name; ``root`` holds the archives, or the folders of images.
+
+    ``reader`` says how image files are read; its image_size (pixels) and channels count for "digits", too. Where a
+    folder has no test images, ``test_size`` of its images are set apart, or those of ``test_files``, which an earlier
+    call has set apart. Raises Mistake.
     """
     if name == "digits":
-        dataset = load_digits(image_size)
+        dataset = load_digits(reader)
     elif name == "folder":
-        dataset = load_folder(Path(root), image_size, workers, progress)
+        dataset = load_folder(Path(root), reader, test_size, test_files)
     else:
         dataset = load_torchvision(name, root)
     count = len(dataset.classes)
@@ -88,28 +107,26 @@ def load(name, root, image_size=32, workers=0, progress=True):
     return dataset
 
 
-def load_test(name, root, image_size=32):
-    """The test images and the names of the classes, without the training images where those are apart. As ``load``."""
+def load_test(name, root, reader, classes, test_files=()):
+    """The test images alone, where they are apart from the training images, and lines to print. As ``load``."""
     if name == "folder":
-        classes = list_images(Path(root, "test"))
-        return read_folder(Path(root, "test"), classes, image_size), list(classes)
+        return load_test_folder(Path(root), reader, classes, test_files)
     if name == "svhn":
         [test] = load_svhn(root, "test")
-        return test, SVHN_CLASSES
-    dataset = load(name, root, image_size)
-    return dataset.test, dataset.classes
+        return test, []
+    return load(name, root, reader).test, []
 
 
-def load_digits(image_size):
+def load_digits(reader):
     """scikit-learn's 1,797 scanned digits, 8×8 grey, enlarged; always the same 1,437 for training, 360 for test."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
     grey = torch.tensor(digits.images, dtype=torch.float32)[:, None] * (255 / 16)  # (N, 1, 8, 8), was 0 … 16
-    size = (image_size, image_size)
+    size = (reader.image_size, reader.image_size)
     pixels = torch.nn.functional.interpolate(grey, size, mode="bilinear", antialias=True).round().byte()
-    images = ImageTensors(pixels.permute(0, 2, 3, 1).repeat(1, 1, 1, 3), torch.tensor(digits.target))
+    images = ImageTensors(pixels.permute(0, 2, 3, 1).repeat(1, 1, 1, reader.channels), torch.tensor(digits.target))
     train, test = train_test_split(range(len(images)), test_size=360, random_state=0)
     train, test = images.select(torch.tensor(train)), images.select(torch.tensor(test))
     return Dataset(train, test, [str(digit) for digit in digits.target_names], measure(train.pixels))
@@ -164,33 +181,139 @@ def download(name, root, archives, make):
         ) from error
 
 
-def load_folder(root, image_size, workers, progress):
-    """``root/train/<class>/*`` and ``root/test/<class>/*``: images of any size and mode, resized to a square."""
-    classes, splits = None, {}
-    for split in ("train", "test"):
-        splits[split] = list_images(root / split)
-        names = list(splits[split])
-        if classes is not None and names != classes:
-            odd = ", ".join(sorted(set(names) ^ set(classes))[:5])
-            raise Mistake(f"{root}: train and test need the same class folders; these are in one alone: {odd}")
-        classes = names
-    if len(classes) < 2:
-        raise Mistake(f"{root}/train: found one class, {classes[0]}; a classifier needs at least two class folders")
+def load_folder(root, reader, test_size=0, test_files=()):
+    """Class folders of images, in the splits that ``find_splits`` finds; images of any format, size and mode."""
+    splits, notes = find_splits(root, set_apart=bool(test_size or test_files))
+    passed, listed = Counter(), {}
+    for split, folder in splits.items():
+        listed[split] = list_images(folder, passed)
+        check_classes(folder, listed[split], splits["train"], list(listed["train"]))
+    if passed:
+        kinds = ", ".join(f"{suffix} {count}" for suffix, count in passed.most_common())
+        notes.append(f"passed over {sum(passed.values())} files: {kinds}")
+    classes = list(listed["train"])
+    if not reader.streams:
+        check_memory(sum(len(paths) for found in listed.values() for paths in found.values()), reader)
+    read = {}
+    for split, found in listed.items():
+        by_class = {name: found.get(name, []) for name in classes}
+        read[split], paths = read_folder(root, splits[split], by_class, reader, notes)
+        if split == "train" and (test_size or test_files):
+            test_files = test_files or draw_test(read["train"], paths, root, test_size)
+            read["train"], read["test"] = divide(read["train"], paths, root, test_files)
+    notes += [line for split, images in read.items() for line in absent_classes(split, images, classes)]
+    notes += check_range(read["train"])
+    normalize = imagenet_normalize(reader.channels) if reader.streams else measure(read["train"].pixels)
+    mean, std = normalize
+    return Dataset(
+        **read,
+        classes=classes,
+        normalize=(mean, tuple(value or 1.0 for value in std)),  # 0: the channel never varies
+        notes=notes,
+        test_files=list(test_files),
+    )
 
-    if image_size < STREAM_FROM:
-        check_memory(sum(len(paths) for split in splits.values() for paths in split.values()), image_size)
-    train, test = (read_folder(root / split, splits[split], image_size, workers, progress) for split in splits)
-    if image_size >= STREAM_FROM:
-        return Dataset(train, test, classes, NORMALIZE["imagenet"])
-    mean, std = measure(train.pixels)
-    return Dataset(train, test, classes, (mean, tuple(value or 1.0 for value in std)))  # 0: the channel never varies
+
+def load_test_folder(root, reader, classes, test_files=()):
+    """The test images of a folder, and lines to print; the training images need not be there."""
+    if test_files:
+        dataset = load_folder(root, reader, test_files=test_files)
+        return dataset.test, dataset.notes
+    folder = next((root / name for name in ("test", "val") if (root / name).is_dir()), root / "test")
+    passed, notes = Counter(), []
+    found = list_images(existing(folder), passed)
+    check_classes(folder, found, "the training", classes)
+    images, _ = read_folder(root, folder, {name: found.get(name, []) for name in classes}, reader, notes)
+    return images, notes + absent_classes("test", images, classes)
+
+
+def find_splits(root, set_apart):
+    """({split: folder}, lines to print): train, test, and val for validation or, without a test folder, for testing.
+
+    With ``set_apart``, test images are to be taken from the training images, which may lie in ``root`` itself.
+    """
+    train, val, test = (root / name for name in ("train", "val", "test"))
+    if set_apart and not train.is_dir():
+        return {"train": existing(root)}, []
+    splits, notes = {"train": existing(train)}, []
+    if set_apart and test.is_dir():
+        raise Mistake(f"--test-size: {test} has test images: leave out one of the two")
+    if set_apart or (test.is_dir() and val.is_dir()):
+        splits |= {"valid": val} if val.is_dir() else {}
+    elif val.is_dir() and not test.is_dir():
+        notes.append(f"{val} is the test split, since there is no {test}")
+        test = val
+    return splits if set_apart else splits | {"test": existing(test)}, notes
+
+
+def existing(folder):
+    if folder.is_dir():
+        return folder
+    raise Mistake(
+        f"{folder} is missing: --dataset folder needs DIR/train/<class>/* and DIR/test/<class>/*, "
+        "or class folders alone and --test-size N"
+    )
+
+
+def check_classes(folder, found, train, classes):
+    """Raises Mistake where the class folders found in a split's folder are not those of training, or too few."""
+    unknown = [name for name in found if name not in classes]
+    if unknown:
+        raise Mistake(f"{folder} has class folders that {train} images have not: {', '.join(unknown[:5])}")
+    if len(classes) < 2:
+        names = f"one class, {classes[0]}" if classes else "no class folder"
+        raise Mistake(f"{folder}: found {names}; a classifier needs at least two class folders")
+    empty = [name for name in classes if folder == train and not found[name]]
+    if empty:
+        raise Mistake(f"{folder / empty[0]} holds no image that can be read: fill it or delete it")
+
+
+def draw_test(images, paths, root, count):
+    """Names of ``count`` files to test on, the same share of each class; always the same ones, whatever the seed."""
+    chosen = stratified(images.labels, count, seed=0, flag="--test-size")[1]
+    return [Path(paths[i]).relative_to(root).as_posix() for i in chosen]
+
+
+def divide(images, paths, root, test_files):
+    """Training and test images, from all images and the names of the files to test on."""
+    position = {Path(path).relative_to(root).as_posix(): i for i, path in enumerate(paths)}
+    missing = [name for name in test_files if name not in position]
+    if missing:
+        count = f"{len(missing)} of the run's {len(test_files)}"
+        raise Mistake(f"{root}: {count} test images are missing, such as {missing[0]}")
+    test = sorted(position[name] for name in test_files)
+    train = sorted(set(range(len(paths))) - set(test))
+    return images.select(torch.tensor(train)), images.select(torch.tensor(test))
+
+
+def absent_classes(split, images, classes):
+    """A line to print where a split has no image of some classes."""
+    counts = images.labels.bincount(minlength=len(classes)).tolist()
+    absent = [name for name, count in zip(classes, counts, strict=True) if count == 0]
+    return [f"no {split} image of {len(absent)} of the classes: {', '.join(absent[:10])}"] if absent else []
+
+
+def check_range(images):
+    """A line to print where training images use less than an eighth of their range: their white may be elsewhere."""
+    if isinstance(images, ImageFiles):
+        images = images.sample(64)
+    if not len(images) or int(images.pixels.max()) - int(images.pixels.min()) >= 32:
+        return []
+    used = f"{int(images.pixels.min())} … {int(images.pixels.max())} of 0 … 255"
+    return [f"the training images use only {used}: if their files have over 8 bits, say with --white what is white"]
+
+
+def imagenet_normalize(channels):
+    """ImageNet's mean and standard deviation; of grey images, the averages over red, green and blue."""
+    values = NORMALIZE["imagenet"]
+    return values if channels == 3 else tuple((round(sum(value) / 3, 3),) for value in values)
 
 
 def measure(pixels):
-    """Per-channel (mean, std), of 255, of (N, H, W, 3) uint8: exact, from 256-bin histograms in float64."""
+    """Per-channel (mean, std), of 255, of (N, H, W, C) uint8: exact, from 256-bin histograms in float64."""
     values = torch.arange(256, dtype=torch.float64)
     means, stds = [], []
-    for channel in range(3):
+    for channel in range(pixels.shape[-1]):
         counts = torch.zeros(256, dtype=torch.float64)
         for part in pixels[..., channel].split(4096):  # bincount makes an int64 copy: keep it small
             counts += torch.bincount(part.flatten(), minlength=256)
@@ -201,20 +324,75 @@ def measure(pixels):
     return tuple(means), tuple(stds)
 
 
+def check_folder(root, reader):
+    """Read every image below ``root`` and print what was found. Returns 1 if some are unreadable or in two splits."""
+    splits = [root / name for name in ("train", "val", "test") if (root / name).is_dir()] or [existing(root)]
+    passed, found = Counter(), {}
+    for folder in splits:
+        classes = list_images(folder, passed)
+        paths = [path for paths in classes.values() for path in paths]
+        found[folder] = dict(zip(paths, inspect(paths, reader), strict=True))
+        counts = ", ".join(f"{name} {len(paths)}" for name, paths in classes.items())
+        print(f"{folder}: {len(paths):,} images in {len(classes)} classes: {counts}")
+    for suffix, count in passed.most_common():
+        print(f"passed over: {count} files, {suffix}")
+    everything = {path: inspection for part in found.values() for path, inspection in part.items()}
+    problems = [inspection.problem for inspection in everything.values() if inspection.problem]
+    for name in ("mode", "size"):
+        kinds = Counter(getattr(x, name) for x in everything.values() if not x.problem).most_common()
+        shown = ", ".join(f"{'×'.join(map(str, k)) if name == 'size' else k} {count:,}" for k, count in kinds[:10])
+        print(f"{name}s: {shown}" + f", {len(kinds) - 10} others" * (len(kinds) > 10))
+    for problem in problems:
+        print(f"unreadable: {problem}")
+    twice = duplicates(found)
+    for path, others in twice:
+        print(f"in two splits: {path} = {others[0]}")
+    print(f"{len(everything):,} images, {len(problems)} unreadable, {len(twice)} in more than one split")
+    return 1 if problems or twice else 0
+
+
+def duplicates(found):
+    """(path, paths of other splits whose images have the same pixels) of {split: {path: Inspection}}."""
+    splits = {}  # digest → {split: paths}
+    for split, inspections in found.items():
+        for path, inspection in inspections.items():
+            if inspection.digest:
+                splits.setdefault(inspection.digest, {}).setdefault(split, []).append(path)
+    parts = [list(by_split.values()) for by_split in splits.values() if len(by_split) > 1]
+    return [(path, rest[0]) for first, *rest in parts for path in first]
+
+
+def parse_args(argv=None):
+    parser = Parser(prog="data.py", description=__doc__)
+    add = parser.add_argument
+    add("--dataset", choices=DATASETS, help="data set (default: cifar10; with --check folder)")
+    add("--data", metavar="DIR", default="data", help="where data sets live (default: %(default)s)")
+    add("--image-size", type=positive, default=32, metavar="N",
+        help="folder and digits: resize images to N×N pixels (default: %(default)s)")
+    add("--channels", type=int, choices=(1, 3), default=3, help="1: folder and digits in grey (default: %(default)s)")
+    add("--white", type=positive_number, metavar="X",
+        help="the value that is white in images of more than 8 bits (default: 65535)")
+    add("--stats", action="store_true", help="measure mean and standard deviation, training images")
+    add("--check", action="store_true", help="read every image of a folder, and say what is there and what is damaged")
+    add("--workers", type=natural, default=0, metavar="N", help="processes that read images (default: %(default)s)")
+    args = parser.parse_args(argv)
+    args.dataset = args.dataset or ("folder" if args.check else "cifar10")
+    if args.check and args.dataset != "folder":
+        raise Mistake(f"--check reads folders of images, not {args.dataset}")
+    return args
+
+
 @command
 def main(argv=None):
-    parser = Parser(prog="data.py", description=__doc__)
-    parser.add_argument("--dataset", choices=DATASETS, default="cifar10", help="data set (default: %(default)s)")
-    parser.add_argument("--data", metavar="DIR", default="data", help="where data sets live (default: %(default)s)")
-    parser.add_argument("--image-size", type=positive, default=32, metavar="N",
-        help="folder and digits: resize images to N×N pixels (default: %(default)s)")
-    parser.add_argument("--stats", action="store_true", help="measure mean and standard deviation, training images")
-    args = parser.parse_args(argv)
-    dataset = load(args.dataset, args.data, args.image_size, progress=sys.stderr.isatty())
-    counts = f"{len(dataset.train):,} training and {len(dataset.test):,} test images"
-    print(f"{args.dataset}: {counts} in {len(dataset.classes)} classes")
-    if args.stats and isinstance(dataset.train, ImageFiles):
+    args = parse_args(argv)
+    reader = Reader.of_run(vars(args), progress=sys.stderr.isatty())
+    if args.check:
+        return check_folder(Path(args.data), reader)
+    if args.stats and args.dataset == "folder" and reader.streams:
         raise Mistake(f"--stats needs images in memory: --image-size below {STREAM_FROM}")
+    dataset = load(args.dataset, args.data, reader)
+    counts = f"{len(dataset.train):,} training and {len(dataset.test):,} test images"
+    print("\n".join([*dataset.notes, f"{args.dataset}: {counts} in {len(dataset.classes)} classes"]))
     if args.stats:
         for name, values in zip(("mean", "std"), measure(dataset.train.pixels), strict=True):
             print(f"{name:4}", *(f"{v:8.4f}" for v in values), " of 255   ", *(f"{v / 255:.8f}" for v in values))

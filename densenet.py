@@ -161,13 +161,13 @@ class Transition(nn.Module):
         return F.avg_pool2d(F.dropout(x, self.drop_rate, self.training), 2)
 
 
-def make_stem(kind, out_channels):
-    """The layers before the first dense block: (N, 3, H, W) → (N, out_channels, H, W), or H/4, W/4 for ImageNet."""
+def make_stem(kind, in_channels, out_channels):
+    """The layers before the first dense block: (N, C, H, W) → (N, out_channels, H, W), or H/4, W/4 for ImageNet."""
     if kind == "cifar":
-        return nn.Sequential(OrderedDict(conv=nn.Conv2d(3, out_channels, 3, padding=1, bias=False)))
+        return nn.Sequential(OrderedDict(conv=nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)))
     return nn.Sequential(
         OrderedDict(
-            conv=nn.Conv2d(3, out_channels, 7, stride=2, padding=3, bias=False),
+            conv=nn.Conv2d(in_channels, out_channels, 7, stride=2, padding=3, bias=False),
             norm=nn.BatchNorm2d(out_channels),
             relu=nn.ReLU(),
             pool=nn.MaxPool2d(3, stride=2, padding=1),
@@ -191,7 +191,7 @@ def layers_per_block(depth, bottleneck):
 
 
 class DenseNet(nn.Module):
-    """DenseNet and DenseNet-BC: float images (N, 3, H, W) → logits (N, num_classes), H and W at least 4.
+    """DenseNet and DenseNet-BC: float images (N, in_channels, H, W) → logits (N, num_classes), H and W at least 4.
 
     Args:
         depth: layers with weights, 6n + 4 with bottlenecks, 3n + 4 without.
@@ -203,6 +203,7 @@ class DenseNet(nn.Module):
         init_channels: channels of the stem; by default 2k with bottlenecks, else 16 (section 4.2).
         block: how dense blocks run, a key of ``BLOCKS``; it changes memory and time, not the function.
         block_config: layers of each block, in place of ``depth``: (6, 12, 24, 16) is DenseNet-121.
+        in_channels: channels of the images, such as 3, or 1 for grey.
         stem: "cifar", a 3×3 convolution, or "imagenet", 7×7 with stride 2 and max-pooling (H and W at least 32).
 
     Raises ValueError where an argument is out of range.
@@ -220,6 +221,7 @@ class DenseNet(nn.Module):
         block="naive",
         *,
         block_config=None,
+        in_channels=3,
         stem="cifar",
     ):
         super().__init__()
@@ -230,6 +232,7 @@ class DenseNet(nn.Module):
         check(growth_rate >= 1, f"growth rate {growth_rate}: needs at least 1")
         check(0 < reduction <= 1, f"reduction {reduction}: needs a number in (0, 1], such as 0.5")
         check(0 <= drop_rate < 1, f"drop rate {drop_rate}: needs a number in [0, 1), such as 0.2")
+        check(in_channels >= 1, f"{in_channels} input channels: needs at least 1")
         check(init_channels >= 1, f"initial channels {init_channels}: needs at least 1")
         check(num_classes >= 1, f"{num_classes} classes: needs at least 1")
         check(block in BLOCKS, f"block {block!r}: choose one of {', '.join(BLOCKS)}")
@@ -237,7 +240,7 @@ class DenseNet(nn.Module):
 
         make_layer = BottleneckLayer if bottleneck else SingleLayer
         channels = init_channels
-        self.stem = make_stem(stem, channels)
+        self.stem = make_stem(stem, in_channels, channels)
         self.blocks, self.transitions = nn.ModuleList(), nn.ModuleList()
         for i, num_layers in enumerate(block_config):
             if i > 0:
@@ -263,9 +266,13 @@ class DenseNet(nn.Module):
     def load_torchvision(self, state_dict):
         """Load weights in torchvision's names, those of its early releases ("norm.1") included.
 
-        Raises RuntimeError, as load_state_dict does, where names or shapes do not fit this architecture.
+        A network for grey images takes the sum of the weights for red, green and blue: it computes what the original
+        does for a grey image. Raises RuntimeError, as load_state_dict does, where names or shapes do not fit.
         """
-        self.load_state_dict({rename(key, FROM_TORCHVISION): value for key, value in state_dict.items()})
+        weights = {rename(key, FROM_TORCHVISION): value for key, value in state_dict.items()}
+        if self.stem.conv.in_channels == 1:
+            weights["stem.conv.weight"] = weights["stem.conv.weight"].sum(1, keepdim=True)
+        self.load_state_dict(weights)
 
     def torchvision_state_dict(self):
         """The weights in torchvision's names: what ``torchvision.models.densenet121().load_state_dict`` takes."""

@@ -55,7 +55,8 @@ def main(argv=None):
     if args.images:
         print_probabilities(args.images, classify(checkpoint, args.images, device, amp), classes)
     else:
-        images = load_test_images(checkpoint, args.data)
+        images, notes = load_test_images(checkpoint, args.data)
+        print("\n".join(notes), end="\n" * bool(notes))
         print_test_error(confusion_matrix(predictions(checkpoint, images, device, amp), len(classes)), classes)
 
 

@@ -1,31 +1,36 @@
-"""Image files: listed, decoded, cached as tensors or streamed from disk."""
+"""Folders of image files: listed, cached as tensors or streamed from disk, inspected."""
 
 import hashlib
 import os
 import signal
 import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
+import PIL
 import psutil
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tqdm import tqdm
 
-from batches import IGNORE_INDEX, ImageTensors, batch_positions
+from batches import IGNORE_INDEX, ImageTensors, batch_positions, normalizer
 from cli import Mistake, written_whole
+from reader import STREAM_FROM, Reader, Unreadable, centre, opened, random_box, white_of
 
-STREAM_FROM = 128  # pixels: folders of images this large or larger are decoded anew in every epoch
+# Formats that Pillow recognises but cannot decode, and EPS, whose files are programs.
+NO_IMAGES = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Image files and labels (N,) int64, decoded at ``image_size`` pixels when a batch asks for them."""
+    """Image files and labels (N,) int64, decoded when a batch asks for them."""
 
     paths: list
     labels: torch.Tensor
-    image_size: int
-    workers: int = 0
+    reader: Reader
     device: str | torch.device = "cpu"
 
     def __len__(self):
@@ -38,6 +43,13 @@ class ImageFiles:
     def to(self, device):
         return replace(self, device=device)
 
+    def sample(self, count):
+        """ImageTensors of about so many images, small, evenly spaced, without those that cannot be read."""
+        paths = self.paths[:: max(1, len(self) // count)]
+        pixels, problems = read_all(paths, replace(self.reader, image_size=32, progress=False))
+        kept = torch.tensor([i for i in range(len(paths)) if i not in problems])
+        return ImageTensors(pixels, torch.zeros(len(paths), dtype=torch.int64)).select(kept)
+
     def batches(self, batch_size, normalize, crop_fill=None, share=(0, 1)):
         return StreamedBatches(self, batch_size, normalize, bool(crop_fill), share)
 
@@ -49,64 +61,80 @@ class StreamedBatches:
     """
 
     def __init__(self, files, batch_size, normalize, augment, share=(0, 1)):
-        from torchvision.transforms import v2
-
-        size = files.image_size
-        mean, std = ([value / 255 for value in values] for values in normalize)
-        finish = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
-        whole = [v2.Resize(size * 8 // 7), v2.CenterCrop(size)]
-        random = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
-        self.files, self.batch_size, self.share = files, batch_size, share
+        self.files, self.batch_size, self.augment, self.share = files, batch_size, augment, share
+        self.normalized = normalizer(normalize, files.device)
         self.num_images = len(files)
-        self.plain = v2.Compose(whole + finish)
-        self.augmented = v2.Compose(random + finish) if augment else self.plain
 
     def __len__(self):
         return -(-self.num_images // self.batch_size)
 
     def in_order(self):
         parts = [list(part) for part, _ in batch_positions(self.num_images, self.batch_size, self.share) if part]
-        yield from self._load(DecodedFiles(self.files, self.plain, seed=0), parts)
+        yield from self._load(DecodedFiles(self.files), parts)
 
     def shuffled(self, seed):
         order = torch.randperm(self.num_images, generator=torch.Generator().manual_seed(seed)).tolist()
         parts = list(batch_positions(len(order), self.batch_size, self.share))
         positions = [[order[i] for i in part or [0]] for part, _ in parts]
-        batches = self._load(DecodedFiles(self.files, self.augmented, seed), positions)
+        batches = self._load(DecodedFiles(self.files, seed if self.augment else None), positions)
         for (part, batch_length), (batch, labels) in zip(parts, batches, strict=True):
             yield batch, labels if part else torch.full_like(labels, IGNORE_INDEX), batch_length
 
     def _load(self, files, positions):
-        device, workers = self.files.device, self.files.workers
+        device, reader = self.files.device, self.files.reader
         loader = torch.utils.data.DataLoader(
             files,
             batch_sampler=positions,
-            num_workers=workers,
+            num_workers=reader.workers,
             pin_memory="cuda" in str(device),
             worker_init_fn=leave_signals_to_parent,
+            collate_fn=collate,
         )
-        try:
-            for images, labels in loader:
-                images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
-                yield images, labels.to(device, non_blocking=True)
-        except Mistake as error:  # from a worker it comes with the worker's traceback before the message
-            raise Mistake(str(error).strip().splitlines()[-1].removeprefix("cli.Mistake: ")) from error
+        for pixels, labels in loader:
+            if isinstance(labels, Mistake):
+                raise self._all_unreadable(labels) if isinstance(labels, Unreadable) else labels
+            yield self.normalized(pixels.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
+
+
+    def _all_unreadable(self, first):
+        """The Mistake about all files that cannot be read, of which one has been met."""
+        problems = [x.problem for x in inspect(self.files.paths, self.files.reader) if x.problem]
+        return unreadable(problems or [str(first)])
 
 
 class DecodedFiles(torch.utils.data.Dataset):
-    """Decoded and transformed images. What is random for image i depends on (seed, i) alone, not on workers."""
+    """(S, S, C) uint8 and label of each file; a Mistake in place of the label where it cannot be read.
 
-    def __init__(self, files, transform, seed):
-        self.files, self.transform, self.seed = files, transform, seed
+    With a seed, images are augmented: what is random for image i depends on (seed, i) alone, not on workers.
+    """
+
+    def __init__(self, files, seed=None):
+        self.files, self.seed = files, seed
 
     def __len__(self):
         return len(self.files)
 
     def __getitem__(self, i):
-        with torch.random.fork_rng(devices=[]):
-            # torch.manual_seed would seed the GPU, too, where the masks of dropout are drawn.
-            torch.default_generator.manual_seed((self.seed * 1_000_003 + i) % 2**63)
-            return self.transform(decode(self.files.paths[i])), self.files.labels[i]
+        reader, path, label = self.files.reader, self.files.paths[i], self.files.labels[i]
+        try:
+            if self.seed is None:
+                return reader.read(path, centre(reader.image_size)), label
+            with torch.random.fork_rng(devices=[]):
+                # torch.manual_seed would seed the GPU, too, where the masks of dropout are drawn.
+                torch.default_generator.manual_seed((self.seed * 1_000_003 + i) % 2**63)
+                pixels = reader.read(path, random_box)
+                return (pixels[:, ::-1] if torch.rand(1) < 0.5 else pixels), label
+        except Mistake as error:  # raised here, it would reach the parent with this process's traceback in its message
+            return None, error
+
+
+def collate(items):
+    """Pixels and labels of a batch, or the first Mistake in place of its labels."""
+    mistakes = [label for _, label in items if isinstance(label, Mistake)]
+    if mistakes:
+        return None, mistakes[0]
+    pixels, labels = zip(*items, strict=True)
+    return torch.from_numpy(np.stack(pixels)), torch.stack(labels)
 
 
 def leave_signals_to_parent(worker):
@@ -115,30 +143,103 @@ def leave_signals_to_parent(worker):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def read_folder(folder, classes, image_size, workers=0, progress=False):
-    """The images that ``list_images`` found in a folder: ImageTensors, or ImageFiles if they are to be streamed."""
+# From folders to splits.
+
+
+def read_folder(root, folder, classes, reader, notes):
+    """The images of ``classes``, {class: paths}: ImageTensors, or ImageFiles if they are to be streamed; their paths.
+
+    ``folder`` is one of ``root``, where pixels are cached, or ``root`` itself. What is skipped because it is unreadable
+    is told in ``notes``, a list of lines. Raises Mistake.
+    """
     paths, labels = interleave(classes)
-    if image_size >= STREAM_FROM:
-        return ImageFiles(paths, labels, image_size, workers)
-    cache = folder.with_name(f".{folder.name}-{image_size}.cache")
-    return ImageTensors(decode_cached(cache, paths, image_size, progress), labels)
+    if reader.streams:
+        split, found = ImageFiles(paths, labels, reader), inspect(paths, reader) if reader.skip_unreadable else ()
+        problems = {i: inspection.problem for i, inspection in enumerate(found) if inspection.problem}
+    else:
+        name = "all" if folder == root else folder.name
+        cache = root / f".{name}-{reader.image_size}{'-grey' * (reader.channels == 1)}.cache"
+        pixels, problems = read_cached(cache, paths, reader)
+        split = ImageTensors(pixels, labels)
+    if not problems:
+        return split, paths
+    if not reader.skip_unreadable:
+        raise unreadable(problems.values())
+    names, skipped = list(classes), Counter(int(labels[i]) for i in problems)
+    by_class = ", ".join(f"{names[label]} {count}" for label, count in sorted(skipped.items()))
+    notes.append(f"{folder}: skipped {len(problems)} unreadable images: {by_class}")
+    kept = [i for i in range(len(paths)) if i not in problems]
+    return split.select(torch.tensor(kept, dtype=torch.int64)), [paths[i] for i in kept]
 
 
-def list_images(folder):
-    """{class: sorted image paths} of ``folder/<class>/*``; other files are passed over."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS
+def unreadable(problems):
+    """The Mistake about files that cannot be read: how many, the first ten, what to do."""
+    problems = list(problems)
+    shown = "; ".join(problems[:10]) + ("; …" if len(problems) > 10 else "")
+    count = f"{len(problems)} images cannot be read: " if len(problems) > 1 else ""
+    return Mistake(f"{count}{shown}: replace or delete what is damaged, or train with --skip-unreadable")
 
-    if not folder.is_dir():
-        raise Mistake(f"{folder} is missing: --dataset folder needs DIR/train/<class>/* and DIR/test/<class>/*")
-    classes = {}
-    for directory in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        names = sorted(name for name in os.listdir(directory) if name.lower().endswith(IMG_EXTENSIONS))
-        classes[directory.name] = [directory / name for name in names]
-        if not classes[directory.name]:
-            raise Mistake(f"{directory} holds no image ({' '.join(IMG_EXTENSIONS)}): fill it or delete it")
-    if not classes:
-        raise Mistake(f"{folder} holds no class folder: --dataset folder needs {folder}/<class>/*")
+
+def list_images(folder, passed):
+    """{class: sorted paths} of the images below ``folder/<class>``, at any depth. Raises Mistake.
+
+    Every format that Pillow decodes counts; names that begin with a dot do not. ``passed``, a Counter, is told the
+    suffixes of all other files.
+    """
+    Image.init()
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in set(Image.OPEN) - NO_IMAGES}
+    classes, above = {}, (identity(folder),)
+    for entry in scan(folder):
+        files = [entry.path]
+        if kind_of(entry) == "folder":
+            files = sorted(walk(entry.path, above))
+            classes[entry.name] = [path for path in files if suffix_of(path) in suffixes]
+        images = set(classes.get(entry.name, ()))
+        passed.update(suffix_of(path) or "no suffix" for path in files if path not in images)
     return classes
+
+
+def walk(folder, above):
+    """The paths of all files below a folder; ``above`` identifies the folders that it is in."""
+    if identity(folder) in above:
+        raise Mistake(f"{folder} is a link to a folder that it is in: delete it")
+    for entry in scan(folder):
+        kind = kind_of(entry)
+        if kind == "folder":
+            yield from walk(entry.path, (*above, identity(folder)))
+        elif kind == "file":
+            yield entry.path
+
+
+def scan(folder):
+    """The entries of a folder whose names do not begin with a dot, sorted by name."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    except OSError as error:
+        raise Mistake(f"{folder} cannot be read: {error.strerror}") from error
+
+
+def kind_of(entry):
+    """"folder", "file", or None for what is neither, such as a pipe. Raises Mistake for a link to nowhere."""
+    try:
+        if entry.is_dir():
+            return "folder"
+        if entry.is_file():
+            return "file"
+        entry.stat()  # a link to nowhere has none
+    except OSError as error:
+        raise Mistake(f"{entry.path} is a broken link ({error.strerror}): delete or mend it") from error
+    return None
+
+
+def identity(folder):
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def suffix_of(path):
+    return os.path.splitext(path)[1].lower()
 
 
 def interleave(classes):
@@ -148,69 +249,148 @@ def interleave(classes):
         for label, paths in enumerate(classes.values())
         for position, path in enumerate(paths)
     )
-    return [path for _, _, path in entries], torch.tensor([label for _, label, _ in entries])
+    return [path for _, _, path in entries], torch.tensor([label for _, label, _ in entries], dtype=torch.int64)
 
 
-def check_memory(count, image_size):
-    needed, available = count * image_size**2 * 3 / 1e9, psutil.virtual_memory().available / 1e9
+def check_memory(count, reader):
+    size, available = reader.image_size, psutil.virtual_memory().available / 1e9
+    needed = count * size**2 * reader.channels / 1e9
     if needed > available:
         raise Mistake(
-            f"{count:,} images of {image_size}×{image_size} pixels need {needed:.1f} GB of memory, of which "
+            f"{count:,} images of {size}×{size} pixels need {needed:.1f} GB of memory, of which "
             f"{available:.1f} GB are available: choose a smaller --image-size, or one of {STREAM_FROM} or more, "
             "which streams from disk"
         )
 
 
-def decode_cached(cache, paths, image_size, progress):
-    """``decode_all``, read from the file ``cache`` if that was made from the same files, and else written there."""
-    key = hashlib.sha256()
-    for path in paths:
-        stat = path.stat()
-        key.update(f"{path.relative_to(cache.parent)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    key = key.hexdigest()
+# From files to pixels.
+
+
+def read_cached(cache, paths, reader):
+    """``read_all``, from the file ``cache`` if it holds the same contents, read in the same way; else written there."""
+    key = cache_key(paths, cache.parent, reader)
     try:
         cached = torch.load(cache, weights_only=True)
-        if cached["key"] == key:
-            return cached["pixels"]
+        if cached["key"] == key and cached["digest"] == digest(cached["pixels"]):
+            return cached["pixels"], cached["problems"]
     except FileNotFoundError:
         pass
     except Exception as error:  # a damaged file makes torch.load raise nearly anything; the images are still there
         print(f"{cache} cannot be read ({type(error).__name__}): decoding the images again", file=sys.stderr)
-    pixels = decode_all(paths, image_size, progress)
+    pixels, problems = read_all(paths, reader)
+    content = {"key": key, "digest": digest(pixels), "pixels": pixels, "problems": problems}
     try:
         with written_whole(cache, suffix=f".{os.getpid()}") as file:  # another run may decode the same folder
-            torch.save({"key": key, "pixels": pixels}, file)
+            torch.save(content, file)
     except (OSError, RuntimeError) as error:  # RuntimeError: how torch.save reports a full disk
         print(f"{cache} cannot be written ({error}): the next run will decode the images again", file=sys.stderr)
-    return pixels
+    return pixels, problems
 
 
-def decode_all(paths, image_size, progress=False):
-    """(N, S, S, 3) uint8 of image files."""
-    pixels = torch.empty(len(paths), image_size, image_size, 3, dtype=torch.uint8)
-    for i, path in enumerate(tqdm(paths, desc="decoding images", unit="img", disable=not progress)):
-        image = decode(path).resize((image_size, image_size), Image.Resampling.BILINEAR)
-        pixels[i] = torch.from_numpy(np.array(image))
-    return pixels
+def cache_key(paths, root, reader):
+    """A hash of the files' names and contents, and of what decodes them: this module and Pillow."""
+    key = hashlib.sha256(Path(__file__).read_bytes())
+    key.update(f"{PIL.__version__} {reader.image_size} {reader.channels} {reader.white}".encode())
+
+    def file_digest(path):
+        try:
+            return hashlib.blake2b(Path(path).read_bytes()).digest()
+        except OSError:
+            return b"unreadable"
+
+    with ThreadPoolExecutor(8) as threads:
+        for path, content in zip(paths, threads.map(file_digest, paths), strict=True):
+            key.update(os.fsencode(os.path.relpath(path, root)) + b"\0" + content)
+    return key.hexdigest()
 
 
-def unlabelled(paths, image_size):
-    """Image files to classify, read the way ``load`` reads a folder's."""
-    labels = torch.zeros(len(paths), dtype=torch.int64)
-    if image_size >= STREAM_FROM:
-        return ImageFiles(paths, labels, image_size)
-    return ImageTensors(decode_all(paths, image_size), labels)
+def digest(pixels):
+    return hashlib.sha256(pixels.numpy()).hexdigest()
 
 
-def decode(path):
-    """A PIL image in RGB. Raises Mistake naming a file that is no readable image."""
+def read_all(paths, reader):
+    """(N, S, S, C) uint8 of image files, black where one is unreadable; {position: why} of those. Raises Mistake."""
+    pixels, problems = torch.zeros(len(paths), *(reader.image_size,) * 2, reader.channels, dtype=torch.uint8), {}
+    for i, found in enumerate(in_workers(read_or_problem, paths, reader, "decoding images")):
+        if isinstance(found, Unreadable):
+            problems[i] = str(found)
+        elif isinstance(found, Mistake):
+            raise found
+        else:
+            pixels[i] = torch.from_numpy(found)
+    return pixels, problems
+
+
+def read_or_problem(path, reader):
     try:
-        with Image.open(path) as image:
-            if image.mode.startswith("I"):  # 16 bits a pixel, which convert would cut off at 255
-                grey = np.asarray(image, dtype=np.float64) / 257
-                image = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
-            return image.convert("RGB")
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise Mistake(f"{path} is not an image file: {error.strerror}") from error
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
-        raise Mistake(f"{path} is not a readable image: replace or delete it ({type(error).__name__})") from error
+        return reader.read(path)
+    except Mistake as error:
+        return error
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a file holds: (width, height), mode, digest of its pixels; or why it is unreadable."""
+
+    size: tuple | None = None
+    mode: str | None = None
+    digest: bytes | None = None
+    problem: str | None = None
+
+
+def inspect(paths, reader):
+    """An Inspection of each file, which is decoded whole."""
+    return in_workers(inspect_file, paths, reader, "checking images")
+
+
+def inspect_file(path, reader):
+    try:
+        with opened(path) as image:
+            image.load()
+            white_of(image, reader.white, path)
+            content = hashlib.blake2b(f"{image.size} {image.mode}".encode() + image.tobytes())
+            return Inspection(image.size, image.mode, content.digest())
+    except Mistake as error:
+        return Inspection(problem=str(error))
+
+
+class Mapped(torch.utils.data.Dataset):
+    """function(path, reader) for each path, as a data set, so that a DataLoader's workers compute it."""
+
+    def __init__(self, function, paths, reader):
+        self.function, self.paths, self.reader = function, paths, reader
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        return self.function(self.paths[i], self.reader)
+
+
+def in_workers(function, paths, reader, label):
+    """Yield function(path, reader) for each path, in order, from the reader's workers, with a progress bar."""
+    mapped = Mapped(function, paths, reader)
+    loader = torch.utils.data.DataLoader(
+        mapped,
+        batch_size=None,
+        num_workers=reader.workers,
+        worker_init_fn=leave_signals_to_parent,
+        collate_fn=unchanged,
+        generator=torch.Generator(),  # not torch's own: weights must not depend on whether images are cached
+    )
+    return tqdm(loader, desc=label, unit="img", disable=not reader.progress, leave=False)
+
+
+def unchanged(item):
+    return item
+
+
+def unlabelled(paths, reader):
+    """Image files to classify, read the way a folder's are. Raises Mistake."""
+    labels = torch.zeros(len(paths), dtype=torch.int64)
+    if reader.streams:
+        return ImageFiles(paths, labels, reader)
+    pixels, problems = read_all(paths, reader)
+    if problems:
+        raise unreadable(problems.values())
+    return ImageTensors(pixels, labels)

@@ -41,7 +41,7 @@ class Op:
 def trace(model, image_size):
     """The operations of ``model`` by name, in the order of the forward pass; without dropout of 0."""
     traced = symbolic_trace(model)
-    ShapeProp(traced).propagate(example(image_size))
+    ShapeProp(traced).propagate(example(model, image_size))
     ops, names = {}, {}
     for node in traced.graph.nodes:
         reads = [names[source] for source in node.all_input_nodes]
@@ -67,9 +67,9 @@ def add_inputs(ops):
     return result
 
 
-def example(image_size):
-    """(2, 3, H, W) without data; two images, since batch norm refuses a single value per channel."""
-    return torch.empty(2, 3, image_size, image_size, device="meta")
+def example(model, image_size):
+    """(2, C, H, W) without data; two images, since batch norm refuses a single value per channel."""
+    return torch.empty(2, model.stem.conv.in_channels, image_size, image_size, device="meta")
 
 
 def describe(node, model):

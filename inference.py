@@ -16,6 +16,7 @@ import distributed
 from cli import Mistake
 from densenet import DenseNet
 from files import unlabelled
+from reader import Reader
 
 
 @torch.no_grad()
@@ -51,19 +52,20 @@ def load_model(checkpoint):
     return model.eval()
 
 
-def load_test_images(checkpoint, directory=None):
-    """The images that the checkpoint's run was tested on; ``directory``: where the data set lives, if not as then.
+def load_test_images(checkpoint, directory=None, workers=0):
+    """The images that the checkpoint's run was tested on, and lines to print about them.
 
-    Raises Mistake where they are missing or have other classes.
+    ``directory`` says where the data set lives, if not where it was. Raises Mistake where images are missing or have
+    other classes.
     """
     trained = checkpoint["config"]["arguments"]
+    root, reader = directory or trained["data"], Reader.of_run(trained, workers=workers, progress=False)
+    test_files = checkpoint.get("test_files", ())
     try:
-        images, classes = data.load_test(trained["dataset"], directory or trained["data"], trained["image_size"])
+        images, notes = data.load_test(trained["dataset"], root, reader, checkpoint["classes"], test_files)
     except Mistake as error:
         raise Mistake(f"{error}; --data says where the data set of the training is") from error
-    if list(classes) != checkpoint["classes"]:
-        raise Mistake(f"the data set in {directory or trained['data']} has other classes than in training")
-    return images.select(slice(trained["limit_test"]))
+    return images.select(slice(trained["limit_test"])), notes
 
 
 def predictions(checkpoint, images, device="cpu", amp=contextlib.nullcontext):
@@ -80,7 +82,7 @@ def classify(checkpoint, paths, device="cpu", amp=contextlib.nullcontext):
     """
     if isinstance(paths, str) or not paths:
         raise Mistake(f"{paths!r} is not a list of image files")
-    images = unlabelled(paths, checkpoint["config"]["arguments"]["image_size"])
+    images = unlabelled(paths, Reader.of_run(checkpoint["config"]["arguments"], workers=0, progress=False))
     return torch.cat([logits.softmax(1).cpu() for logits, _ in predictions(checkpoint, images, device, amp)])
 
 

@@ -125,7 +125,7 @@ def autograd_graph(model, image_size, direction):
     Arrows go the way of the forward pass, as in bamos/densenet.pytorch.
     """
     graph = new_graph("autograd", direction)
-    logits = model(example(image_size))
+    logits = model(example(model, image_size))
     parameters = {id(value): name for name, value in model.named_parameters()}
     names, waiting = {logits.grad_fn: "0"}, [logits.grad_fn]
     while waiting:  # no recursion: deep networks would pass Python's limit
@@ -173,6 +173,7 @@ def make_parser():
     add = parser.add_argument_group("model").add_argument
     add_network_flags(add, depth="100")
     add("--num-classes", type=int, metavar="N", help="length of the logits (default: 10; of ImageNet's networks 1000)")
+    add("--channels", type=int, default=3, metavar="N", help="of the images (default: %(default)s)")
     add("--image-size", type=int, metavar="N", help="of N×N pixels (default: 32; of ImageNet's networks 224)")
 
     add = parser.add_argument_group("graph").add_argument
@@ -206,11 +207,12 @@ def build(given):
     imagenet = options.get("stem") == "imagenet"
     options = {"num_classes": 1000 if imagenet else 10} | options
     options |= {name: given[name] for name in (*NETWORK, "num_classes") if name in given}
+    options["in_channels"] = given.get("channels", 3)
     image_size = given.get("image_size", 224 if imagenet else 32)
     try:
         with torch.device("meta"):
             model = DenseNet(**options)
-        model(example(image_size))
+        model(example(model, image_size))
     except ValueError as error:
         raise Mistake(str(error)) from error
     except RuntimeError as error:

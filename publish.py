@@ -47,7 +47,8 @@ def publish(directory, checkpoint, device, folder=None):
 
     ``folder`` says where the data set lives, if not where it was in training.
     """
-    wrong = mistakes(checkpoint, load_test_images(checkpoint, folder), device)
+    images, _ = load_test_images(checkpoint, folder)
+    wrong = mistakes(checkpoint, images, device)
     count, error = len(wrong), checkpoint["metrics"]["test"][-1]["error"]
     if abs(int(wrong.sum()) - error * count / 100) > 1 + count / 5000:  # close cases depend on the hardware
         raise Mistake(
@@ -56,7 +57,8 @@ def publish(directory, checkpoint, device, folder=None):
         )
     sample = wrong[:SAMPLE]
     test = {"images": count, "error": error, "sample": len(sample), "wrong_in_sample": int(sample.sum())}
-    write_checkpoint(directory / "weights.pth", {name: checkpoint[name] for name in KEPT} | {"test": test})
+    kept = {name: checkpoint[name] for name in (*KEPT, "test_files") if name in checkpoint}
+    write_checkpoint(directory / "weights.pth", kept | {"test": test})
 
 
 def mistakes(checkpoint, images, device):

@@ -24,6 +24,7 @@ from cli import Mistake, command
 from densenet import DenseNet
 from device import choose_block, choose_device, choose_precision, peak_memory_mib, set_up_device
 from inference import evaluate
+from reader import Reader
 from workdir import Figures, Run, provenance, read_checkpoint
 
 
@@ -119,9 +120,9 @@ def log_row(epoch, loss, error):
     return {"epoch": round(epoch, 6), "loss": round(loss, 6), "error": round(error, 4)}
 
 
-def load_data(args, device):
-    progress = args.progress and distributed.rank() == 0
-    dataset = data.load(args.dataset, args.data, args.image_size, args.workers, progress)
+def load_data(args, device, test_files):
+    reader = Reader.of_run(vars(args), progress=args.progress and distributed.rank() == 0)
+    dataset = data.load(args.dataset, args.data, reader, args.test_size, test_files)
     if args.valid_size:
         dataset = dataset.hold_out(args.valid_size, args.seed)
     dataset = dataset.limit(args.limit_train, args.limit_test)
@@ -162,12 +163,13 @@ def first_checkpoint(args, dataset, model, options, stage):
         "normalize": dataset.normalize,
         "classes": list(dataset.classes),
         "metrics": {name: [] for name in dataset.splits},
+        **({"test_files": dataset.test_files} if dataset.test_files else {}),
     }
 
 
 def add_stage(checkpoint, args, dataset, options, stage):
     """Note in the checkpoint's config where and how the run goes on. Raises Mistake where the data are not the same."""
-    before = checkpoint["config"]["model"], checkpoint["classes"], checkpoint["normalize"]
+    before = options | checkpoint["config"]["model"], checkpoint["classes"], checkpoint["normalize"]
     if before != (options, list(dataset.classes), dataset.normalize):
         raise Mistake(f"the run in {args.save} was trained on other images or classes than {args.data} holds now")
     checkpoint["config"]["arguments"] = vars(args)
@@ -217,6 +219,8 @@ def print_start(args, config, stage, dataset):
     counts = ", ".join(f"{len(split):,} {kinds[name]}" for name, split in dataset.splits.items())
     print(f"{name}, {config['parameters']:,} parameters, block {stage['block']}, {stage['precision']}")
     print(f"{args.dataset}: {counts} images in {len(dataset.classes)} classes")
+    for note in dataset.notes:
+        print(note)
     print(f"{stage['device']}; writing {args.save}", flush=True)
 
 
@@ -251,7 +255,8 @@ def train(args, checkpoint, run):
     amp, precision = choose_precision(args.precision, device)
     set_up_device(device)
     set_up_torch(args)
-    dataset = distributed.local_rank_0_first(load_data, args, device)
+    test_files = checkpoint.get("test_files", ()) if checkpoint else ()
+    dataset = distributed.local_rank_0_first(load_data, args, device, test_files)
     model, options = make_model(args, dataset, device, choose_block(args.block, args.drop_rate, device, precision))
     optimizer = make_optimizer(args, model.parameters())
     stage = provenance(device, distributed.launcher()) | {"precision": precision, "block": model.blocks[0].block}

@@ -53,10 +53,12 @@ def load(args, device):
     """The data set and its training batches, not augmented. Raises Mistake where there is none."""
     import data
     from cli import Mistake
+    from reader import Reader
 
     if args.batch_size < 2:
         raise Mistake(f"--batch-size {args.batch_size}: batch norm needs at least 2 images")
-    dataset = data.load(args.dataset, args.data, args.image_size, progress=sys.stderr.isatty()).to(device)
+    reader = Reader(args.image_size, progress=sys.stderr.isatty())
+    dataset = data.load(args.dataset, args.data, reader).to(device)
     return dataset, dataset.train.batches(args.batch_size, dataset.normalize)
 
 

@@ -98,6 +98,9 @@ def test_presets_set_the_architecture(capsys):
         ("--resume --overwrite", "--resume and --overwrite exclude each other"),
         ("--block fused --drop-rate 0.2", "--block fused has no dropout"),
         ("--dataset digits --image-size 3", "images of 3×3 pixels are too small for this network"),
+        ("--channels 1", "--channels 1: the images of cifar10 have 3 channels"),
+        ("--dataset digits --white 9", "--white is for --dataset folder: leave it out"),
+        ("--dataset folder --white 0", "argument --white: 0 is not a positive number"),
         ("--image-size 64", "--image-size 64: the images of cifar10 have 32×32 pixels"),
         ("--dataset digits --crop-fill black", "--crop-fill black: no image is shifted in this run"),
         ("--arch densenet_bc_100_12 --reduction 0.9", "--arch densenet_bc_100_12 sets the reduction"),
@@ -128,3 +131,9 @@ def test_resume_keeps_the_arguments_and_refuses_others(tiny, capsys):
     assert "--epochs 2: the run in run has finished 3 already" in refused(
         capsys, "--resume", "--save", "run", "--epochs", "2"
     )
+
+
+def test_networks_for_imagenet_see_larger_photos():
+    assert parsed("--dataset folder --arch densenet121").image_size == 224
+    assert parsed("--dataset folder --arch densenet121 --image-size 64").image_size == 64
+    assert parsed("--dataset folder").image_size == parsed("--arch densenet121").image_size == 32

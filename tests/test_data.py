@@ -1,6 +1,7 @@
 """Data sets by name, their splits and statistics."""
 
 import pickle
+import shutil
 import tarfile
 from hashlib import md5
 from pathlib import Path
@@ -9,12 +10,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 from test_batches import NORMALIZE, random_images
+from test_files import write_folder
 
 import data
 import train
 from cli import Mistake
 from data import Dataset
+from reader import Reader
 
 
 def test_measure_equals_numpy_in_float64():
@@ -69,7 +73,7 @@ def test_digits_need_no_download_and_are_always_split_alike():
     assert dataset.train.pixels.shape[1:] == (32, 32, 3)
     assert int(dataset.train.pixels.max()) == 255
     assert len(dataset.test.labels.unique()) == 10
-    assert dataset.train.labels[:8].tolist() == data.load("digits", "nowhere", 8).train.labels[:8].tolist()
+    assert dataset.train.labels[:8].tolist() == data.load("digits", "nowhere", Reader(8)).train.labels[:8].tolist()
 
 
 def md5sum(path):
@@ -171,7 +175,7 @@ def test_svhn_archives(tmp_path, monkeypatch):
     x, _ = next(dataset.test.batches(10, dataset.normalize).in_order())
     torch.testing.assert_close(x.permute(0, 2, 3, 1), dataset.test.pixels / 255)  # divided by 255 and no more
     (tmp_path / "extra_32x32.mat").unlink()
-    assert torch.equal(data.load_test("svhn", tmp_path)[0].pixels, dataset.test.pixels)
+    assert torch.equal(data.load_test("svhn", tmp_path, Reader(), dataset.classes)[0].pixels, dataset.test.pixels)
 
 
 @pytest.mark.parametrize(("name", "flags"), [("cifar10", ""), ("cifar100", ""), ("svhn", "--valid-size 20")])
@@ -215,3 +219,110 @@ def test_stats_command(capsys):
     assert "mean  77.9174" in out
     assert data.main(["--dataset", "folder", "--data", "nowhere"]) == 2
     assert capsys.readouterr().err.startswith("data.py: error: nowhere/train is missing")
+
+
+def test_digits_in_grey():
+    colour, grey = data.load("digits", None, Reader(8)), data.load("digits", None, Reader(8, channels=1))
+    assert grey.train.pixels.shape == (1437, 8, 8, 1) and torch.equal(grey.train.pixels[..., 0], colour.train.pixels[..., 0])
+    assert grey.normalize == (colour.normalize[0][:1], colour.normalize[1][:1])
+    x, _, _ = next(grey.train.batches(16, grey.normalize, "mean").shuffled(1))
+    assert x.shape == (16, 1, 8, 8)
+
+
+def test_val_is_for_validation_or_where_there_is_no_test_for_testing(tmp_path):
+    root = write_folder(tmp_path, test=2)
+    shutil.copytree(root / "test", root / "val")
+    (root / "val/cat/1.png").unlink()
+    dataset = data.load("folder", root)
+    assert (len(dataset.train), len(dataset.valid), len(dataset.test)) == (6, 3, 4) and dataset.notes == []
+    with pytest.raises(Mistake, match="--valid-size 2: the data set has validation images"):
+        dataset.hold_out(2, seed=1)
+    shutil.rmtree(root / "test")
+    dataset = data.load("folder", root)
+    assert dataset.valid is None and len(dataset.test) == 3
+    assert dataset.notes == [f"{root / 'val'} is the test split, since there is no {root / 'test'}"]
+    assert torch.equal(data.load_test("folder", root, Reader(), dataset.classes)[0].pixels, dataset.test.pixels)
+
+
+def test_a_class_without_test_images_is_named(tmp_path):
+    root = write_folder(tmp_path, classes=("cat", "dog", "eel"))
+    shutil.rmtree(root / "test/dog")
+    dataset = data.load("folder", root)
+    assert dataset.notes == ["no test image of 1 of the classes: dog"] and dataset.test.labels.tolist() == [0, 2, 0, 2]
+    assert data.load_test("folder", root, Reader(), dataset.classes)[1] == dataset.notes
+
+
+def flat_folder(root, images=10):
+    return write_folder(root / "x", train=images).joinpath("train").rename(root / "flat")
+
+
+@pytest.mark.parametrize("image_size", [16, 128])
+def test_class_folders_alone_are_divided_the_same_way_for_every_seed(tmp_path, image_size):
+    root = flat_folder(tmp_path)
+    with pytest.raises(Mistake, match=r"flat/train is missing: .* or class folders alone and --test-size N"):
+        data.load("folder", root)
+    dataset = data.load("folder", root, Reader(image_size), test_size=4)
+    assert (len(dataset.train), len(dataset.test)) == (16, 4)
+    assert dataset.test.labels.bincount().tolist() == [2, 2] and len(dataset.test_files) == 4
+    Image.new("RGB", (40, 20)).save(root / "cat/new.png")  # goes to the training images of a run that knows its test images
+    again = data.load("folder", root, Reader(image_size), test_files=dataset.test_files)
+    assert len(again.train) == 17 and again.test_files == dataset.test_files
+    test, _ = data.load_test("folder", root, Reader(image_size), dataset.classes, dataset.test_files)
+    for images in (again.test, test):
+        if image_size == 16:
+            assert torch.equal(images.pixels, dataset.test.pixels)
+        else:
+            assert images.paths == dataset.test.paths
+    (root / dataset.test_files[0]).unlink()
+    with pytest.raises(Mistake, match=f"1 of the run's 4 test images are missing, such as {dataset.test_files[0]}"):
+        data.load("folder", root, Reader(image_size), test_files=dataset.test_files)
+    with pytest.raises(Mistake, match="--test-size 1: each part needs at least one image of 2 classes"):
+        data.load("folder", root, Reader(image_size), test_size=1)
+
+
+def test_a_run_keeps_its_test_images(tmp_path, capsys):
+    import evaluate
+    import publish
+
+    root = flat_folder(tmp_path)
+    flags = f"--device cpu --dataset folder --data {root} --test-size 4 --image-size 8 --depth 10 --growth-rate 4"
+    assert train.main([*flags.split(), "--epochs", "1", "--seed", "3", "--no-plot", "--no-progress", "--save", "run"]) == 0
+    logged = Path("run/test.csv").read_text().split(",")[-1].strip()
+    kept = torch.load("run/latest.pth", weights_only=True)["test_files"]
+    assert len(kept) == 4
+    Image.new("RGB", (40, 20)).save(root / "cat/00.png")  # would change the draw
+    capsys.readouterr()
+    assert evaluate.main(["run/latest.pth"]) == 0 and publish.main(["run"]) == 0 and evaluate.main(["run/weights.pth"]) == 0
+    assert capsys.readouterr().out.count(f"test error {float(logged):.2f} %") == 2
+    (root / "cat/00.png").unlink()
+    assert train.main(["--resume", "--save", "run", "--epochs", "2", "--no-plot", "--no-progress"]) == 0
+    assert torch.load("run/latest.pth", weights_only=True)["test_files"] == kept
+
+
+@pytest.mark.parametrize("image_size", [16, 128])
+def test_training_images_that_are_nearly_black_are_noticed(tmp_path, image_size):
+    root = write_folder(tmp_path)
+    for path in root.rglob("*.png"):
+        Image.fromarray(np.full((40, 40), 4095, np.uint16)).save(path)
+        array = np.zeros((140, 140), np.uint16)
+        array[:, 70:] = 4095
+        Image.fromarray(array).save(path)
+    [note] = data.load("folder", root, Reader(image_size)).notes
+    assert note.startswith("the training images use only 0 … 16 of 0 … 255") and "--white" in note
+    assert data.load("folder", root, Reader(image_size, white=4095.0)).notes == []
+
+
+def test_white_and_channels_are_kept_by_a_run(tmp_path):
+    import evaluate
+
+    root = write_folder(tmp_path / "images")
+    for shade, name in enumerate(("cat", "dog")):
+        for path in root.rglob(f"{name}/*.png"):
+            Image.fromarray(np.full((40, 40), 1000 + 3000 * shade, np.uint16)).save(path)
+    flags = f"--device cpu --dataset folder --data {root} --image-size 8 --depth 10 --growth-rate 4 --white 4095 --channels 1"
+    assert train.main([*flags.split(), "--epochs", "1", "--no-plot", "--no-progress", "--save", "run"]) == 0
+    checkpoint = torch.load("run/latest.pth", weights_only=True)
+    assert checkpoint["config"]["arguments"]["white"] == 4095 and checkpoint["model"]["stem.conv.weight"].shape[1] == 1
+    assert checkpoint["normalize"][0] == pytest.approx((255 * 2500 / 4095,), abs=0.5)
+    assert evaluate.main(["run/latest.pth"]) == 0
+    assert evaluate.main(["run/latest.pth", str(root / "test/cat/0.png")]) == 0

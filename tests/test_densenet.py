@@ -150,3 +150,16 @@ def test_torchvision_names_go_both_ways():
     assert torch.equal(ours.blocks[2].layers[7].conv2.weight, theirs.features.denseblock3.denselayer8.conv2.weight)
     with pytest.raises(RuntimeError, match="size mismatch"):
         DenseNet(**ARCHITECTURES["densenet161"]).load_torchvision(early)
+
+
+def test_weights_for_grey_images_are_the_sums_over_the_colours():
+    import torchvision
+
+    theirs = torchvision.models.densenet121(num_classes=5).eval()
+    ours = densenet121(num_classes=5, in_channels=1).eval()
+    ours.load_torchvision(theirs.state_dict())
+    grey = torch.randn(2, 1, 64, 64)
+    torch.testing.assert_close(ours(grey), theirs(grey.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5)
+    assert DenseNet(depth=10, in_channels=4)(torch.randn(2, 4, 8, 8)).shape == (2, 10)
+    with pytest.raises(ValueError, match="0 input channels"):
+        DenseNet(in_channels=0)

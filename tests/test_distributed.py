@@ -21,6 +21,7 @@ import distributed
 from cli import Mistake
 from densenet import BLOCKS, DenseNet
 from inference import evaluate
+from reader import Reader
 from train import train_epoch
 
 ROOT = Path(__file__).parent.parent
@@ -53,7 +54,7 @@ def make(block):
 
 
 def dataset():
-    return data.load("digits", None, image_size=8).limit(IMAGES, 101)
+    return data.load("digits", None, Reader(8)).limit(IMAGES, 101)
 
 
 def as_double(batches):

@@ -1,22 +1,27 @@
 """Image files: listed, decoded, cached and streamed."""
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from test_batches import NORMALIZE, random_images
 
 import data
 import files
 from cli import Mistake
+from reader import Reader
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_the_ranks_evaluate_every_image_once(ranks, tmp_path):
-    streamed = data.load("folder", write_folder(tmp_path, size=(140, 130)), image_size=128).train
+    streamed = data.load("folder", write_folder(tmp_path, size=(140, 130)), Reader(128)).train
     for images in (random_images(17), streamed):
         shares = [images.batches(4, NORMALIZE, share=(rank, ranks)) for rank in range(ranks)]
         labels = torch.cat([y for batches in shares for _, y in batches.in_order()])
@@ -35,7 +40,7 @@ def write_folder(root, train=3, test=2, classes=("cat", "dog"), size=(40, 20), m
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1"])
 def test_folder_of_any_size_and_mode(tmp_path, mode):
-    dataset = data.load("folder", write_folder(tmp_path, mode=mode), image_size=16, progress=False)
+    dataset = data.load("folder", write_folder(tmp_path, mode=mode), Reader(16))
     assert dataset.classes == ["cat", "dog"]
     assert dataset.train.pixels.shape == (6, 16, 16, 3)
     assert dataset.train.labels.tolist() == [0, 1, 0, 1, 0, 1]  # classes alternate, so that --limit-train is fair
@@ -48,21 +53,21 @@ def test_folder_of_any_size_and_mode(tmp_path, mode):
 
 def test_sixteen_bits_a_pixel_are_scaled_not_cut_off(tmp_path):
     Image.fromarray(np.full((4, 4), 30000, dtype=np.uint16)).save(tmp_path / "grey.png")
-    assert files.decode_all([tmp_path / "grey.png"], 4).unique().tolist() == [round(30000 / 257)]
+    assert torch.from_numpy(Reader(4).read(tmp_path / "grey.png")).unique().tolist() == [round(30000 / 257)]
 
 
 def test_folder_cache_is_used_and_notices_changes(tmp_path, monkeypatch, capsys):
     write_folder(tmp_path)
-    first = data.load("folder", tmp_path, 16, progress=False).train.pixels
+    first = data.load("folder", tmp_path, Reader(16)).train.pixels
     with monkeypatch.context() as patch:
-        patch.setattr(files, "decode", lambda path: pytest.fail("decoded again"))
-        assert torch.equal(data.load("folder", tmp_path, 16, progress=False).train.pixels, first)
+        patch.setattr(Reader, "read", lambda *args: pytest.fail("decoded again"))
+        assert torch.equal(data.load("folder", tmp_path, Reader(16)).train.pixels, first)
     Image.new("RGB", (8, 8), (1, 2, 3)).save(tmp_path / "train" / "cat" / "0.png")
-    assert data.load("folder", tmp_path, 16, progress=False).train.pixels[0, 0, 0].tolist() == [1, 2, 3]
+    assert data.load("folder", tmp_path, Reader(16)).train.pixels[0, 0, 0].tolist() == [1, 2, 3]
 
     cache = tmp_path / ".train-16.cache"
     cache.write_bytes(cache.read_bytes()[:100])
-    assert len(data.load("folder", tmp_path, 16, progress=False).train) == 6
+    assert len(data.load("folder", tmp_path, Reader(16)).train) == 6
     assert "decoding the images again" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == [".test-16.cache", ".train-16.cache", "test", "train"]
 
@@ -72,7 +77,7 @@ def test_folder_mistakes_are_named(tmp_path):
         data.load("folder", tmp_path / "nowhere")
     root = write_folder(tmp_path / "a")
     (root / "test" / "dog").rename(root / "test" / "wolf")
-    with pytest.raises(Mistake, match="in one alone: dog, wolf"):
+    with pytest.raises(Mistake, match=r"a/test has class folders that .*a/train images have not: wolf"):
         data.load("folder", root)
     root = write_folder(tmp_path / "b")
     (root / "train" / "eel").mkdir()
@@ -83,13 +88,13 @@ def test_folder_mistakes_are_named(tmp_path):
     root = write_folder(tmp_path / "d")
     (root / "train" / "dog" / "1.png").write_bytes((root / "train" / "dog" / "0.png").read_bytes()[:60])
     with pytest.raises(Mistake, match=r"dog/1.png is not a readable image"):
-        data.load("folder", root, progress=False)
+        data.load("folder", root)
 
 
 def test_an_image_with_far_too_many_pixels_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     with pytest.raises(Mistake, match=r"cat/0.png is not a readable image.*DecompressionBombError"):
-        data.load("folder", write_folder(tmp_path), progress=False)
+        data.load("folder", write_folder(tmp_path))
 
 
 def test_a_read_only_folder_is_decoded_without_a_cache(tmp_path, monkeypatch, capsys):
@@ -100,16 +105,16 @@ def test_a_read_only_folder_is_decoded_without_a_cache(tmp_path, monkeypatch, ca
 
     monkeypatch.setattr(torch, "save", refuse)
     monkeypatch.setattr(Path, "unlink", refuse)
-    assert len(data.load("folder", root, progress=False).train) == 6
+    assert len(data.load("folder", root).train) == 6
     assert capsys.readouterr().err.count("cannot be written ([Errno 30] Read-only file system)") == 2
 
 
 @pytest.mark.parametrize("size", [32, 128])
 def test_test_images_load_without_the_training_images(tmp_path, size):
-    whole = data.load("folder", write_folder(tmp_path), image_size=size)
+    whole = data.load("folder", write_folder(tmp_path), Reader(size))
     shutil.rmtree(tmp_path / "train")
-    images, classes = data.load_test("folder", tmp_path, size)
-    assert classes == whole.classes and torch.equal(images.labels, whole.test.labels)
+    images, notes = data.load_test("folder", tmp_path, Reader(size), whole.classes)
+    assert notes == [] and torch.equal(images.labels, whole.test.labels)
     assert size == 128 or torch.equal(images.pixels, whole.test.pixels)
 
 
@@ -117,18 +122,18 @@ def test_folder_too_large_for_memory_says_how_much_it_needs(tmp_path, monkeypatc
     memory = type("Memory", (), {"available": 1000})
     monkeypatch.setattr(files.psutil, "virtual_memory", lambda: memory)
     with pytest.raises(Mistake, match=r"10 images of 100×100 pixels need 0.0 GB of memory, of which 0.0 GB"):
-        data.load("folder", write_folder(tmp_path), image_size=100)
+        data.load("folder", write_folder(tmp_path), Reader(100))
 
 
 def test_large_images_are_streamed_behind_the_same_interface(tmp_path):
     root = write_folder(tmp_path, size=(300, 200))
-    dataset = data.load("folder", root, image_size=128)
+    dataset = data.load("folder", root, Reader(128))
     batches = dataset.train.batches(4, dataset.normalize, "mean")
     assert len(batches) == 2
     first = list(batches.shuffled(1))
     assert [x.shape for x, *_ in first] == [(4, 3, 128, 128), (2, 3, 128, 128)]
     # The same images and augmentation whatever the batch size and the number of workers, others for another seed.
-    other = data.load("folder", root, image_size=128, workers=2).train.batches(6, dataset.normalize, "mean")
+    other = data.load("folder", root, Reader(128, workers=2)).train.batches(6, dataset.normalize, "mean")
     [(x, y, _)] = other.shuffled(1)
     assert torch.equal(x, torch.cat([x for x, *_ in first])) and torch.equal(y, torch.cat([y for _, y, _ in first]))
     assert not torch.equal(x, next(other.shuffled(2))[0])
@@ -145,6 +150,217 @@ def test_large_images_are_streamed_behind_the_same_interface(tmp_path):
 def test_an_unreadable_streamed_image_is_named_in_one_line(tmp_path, workers):
     root = write_folder(tmp_path, size=(130, 130))
     (root / "train" / "dog" / "1.png").write_bytes(b"no image")
-    dataset = data.load("folder", root, image_size=128, workers=workers)
+    dataset = data.load("folder", root, Reader(128, workers=workers))
     with pytest.raises(Mistake, match=r"^[^\n]*dog/1.png is not a readable image[^\n]*$"):
         list(dataset.train.batches(4, dataset.normalize).in_order())
+
+
+def listed(folder):
+    passed = files.Counter()
+    return files.list_images(folder, passed), passed
+
+
+def touch(*paths):
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(path, format="PNG")
+
+
+def test_class_folders_are_searched_to_any_depth_and_nothing_is_passed_over_in_silence(tmp_path):
+    wanted = [tmp_path / name for name in ("cat/2.PNG", "cat/a/3.webp", "cat/a/b/1.jfif", "dog/1.gif")]
+    touch(*wanted, tmp_path / "cat/.hidden.png", tmp_path / "cat/._2.png", tmp_path / ".trash/1.png")
+    for name in ("cat/photo.heic", "cat/notes.txt", "dog/more.heic", "dog/README", "dog/data.h5", "labels.csv"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "none").mkdir()
+    classes, passed = listed(tmp_path)
+    assert classes == {"cat": [str(path) for path in wanted[:3]], "dog": [str(wanted[3])], "none": []}
+    assert passed == {".heic": 2, ".txt": 1, "no suffix": 1, ".h5": 1, ".csv": 1}
+
+
+def test_what_is_passed_over_is_told_once(tmp_path):
+    root = write_folder(tmp_path)
+    for split in ("train", "test"):
+        (root / split / "cat/photo.heic").write_text("x")
+    (root / "train/cat/notes.txt").write_text("x")
+    assert data.load("folder", root).notes == ["passed over 3 files: .heic 2, .txt 1"]
+
+
+def commands_on(root):
+    """(name of a command, how to call it, on a folder) for each that reads folders."""
+    import evaluate
+    import train
+
+    network = "--device cpu --depth 10 --growth-rate 4 --epochs 1 --no-plot --no-progress --save run".split()
+    yield "train.py", train.main, ["--dataset", "folder", "--data", str(root), *network]
+    yield "data.py", data.main, ["--data", str(root), "--check"]
+    if Path("trained/latest.pth").exists():
+        yield "evaluate.py", evaluate.main, ["trained/latest.pth", "--data", str(root)]
+
+
+def broken_link(root):
+    (root / "test/cat/x.png").symlink_to("nowhere")
+    return "x.png is a broken link"
+
+
+def loop_of_links(root):
+    (root / "test/cat/again").symlink_to(root / "test/cat")
+    return "again is a link to a folder that it is in"
+
+
+def link_to_itself(root):
+    (root / "test/cat/self.png").symlink_to("self.png")
+    return "self.png is a broken link"
+
+
+def folder_without_permission(root):
+    (root / "test/cat/secret").mkdir()
+    return "secret cannot be read: Permission denied"
+
+
+@pytest.mark.parametrize("damage", [broken_link, loop_of_links, link_to_itself, folder_without_permission])
+def test_odd_entries_of_folders_are_one_line_for_every_command(tmp_path, capsys, monkeypatch, damage):
+    import train
+
+    root = write_folder(tmp_path / "images")
+    network = "--device cpu --depth 10 --growth-rate 4 --epochs 1 --no-plot --no-progress --save trained".split()
+    assert train.main(["--dataset", "folder", "--data", str(root), *network]) == 0
+    words, real = damage(root), files.os.scandir
+
+    def scandir(path):
+        if str(path).endswith("secret"):  # root may read everything
+            raise PermissionError(13, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(files.os, "scandir", scandir)
+    capsys.readouterr()
+    called = list(commands_on(root))
+    assert len(called) == 3
+    for name, main, flags in called:
+        assert main(flags) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"{name}: error: ") and words in err and err.count("\n") == 1
+
+
+def test_names_that_are_not_utf_8(tmp_path, capsys):
+    """A class and a file in Latin-1: they are trained on, evaluated and shown as well as a console can."""
+    import evaluate
+    import train
+
+    root, name = write_folder(tmp_path / "images", classes=("cat", "hund")), b"k\xf6ter"
+    for split in ("train", "test"):
+        folder = os.fsencode(root / split)
+        os.rename(folder + b"/hund", folder + b"/" + name)
+        os.rename(folder + b"/" + name + b"/0.png", folder + b"/" + name + b"/\xe4.png")
+    network = "--device cpu --depth 10 --growth-rate 4 --epochs 1 --no-plot --no-progress --save run".split()
+    assert train.main(["--dataset", "folder", "--data", str(root), *network]) == 0
+    assert evaluate.main(["run/latest.pth"]) == 0
+    assert evaluate.main(["run/latest.pth", os.fsdecode(os.fsencode(root / "test") + b"/" + name + b"/\xe4.png")]) == 0
+    assert data.main(["--data", str(root), "--check"]) == 1  # the test images are among the training images
+    assert "k?ter/?.png = " in capsys.readouterr().out
+
+
+def damage(root):
+    """Three unreadable training images."""
+    for name in ("cat/0.png", "cat/1.png", "dog/2.png"):
+        (root / "train" / name).write_bytes(b"no image")
+    return root
+
+
+@pytest.mark.parametrize("image_size", [32, 128])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_all_unreadable_images_are_reported_together(tmp_path, image_size, workers):
+    root = damage(write_folder(tmp_path, size=(140, 130)))
+    with pytest.raises(Mistake, match=r"^3 images cannot be read: [^\n]*cat/0.png[^\n]*dog/2.png[^\n]*--skip-unreadable$"):
+        dataset = data.load("folder", root, Reader(image_size, workers=workers))
+        list(dataset.train.batches(4, dataset.normalize, "mean").shuffled(1))
+    dataset = data.load("folder", root, Reader(image_size, workers=workers, skip_unreadable=True))
+    assert dataset.notes == [f"{root / 'train'}: skipped 3 unreadable images: cat 2, dog 1"]
+    assert dataset.train.labels.tolist() == [1, 1, 0]
+    assert len(list(dataset.train.batches(4, dataset.normalize, "mean").shuffled(1))) == 1
+    again = data.load("folder", root, Reader(image_size, skip_unreadable=True))  # from the cache
+    assert again.notes == dataset.notes and torch.equal(again.train.labels, dataset.train.labels)
+
+
+def test_only_the_first_ten_unreadable_images_are_named(tmp_path):
+    root = write_folder(tmp_path, train=8)
+    for path in (root / "train").rglob("*.png"):
+        path.write_bytes(b"no image")
+    with pytest.raises(Mistake, match=r"^16 images cannot be read: ([^;]*; ){10}…: "):
+        data.load("folder", root)
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_corrupt_streamed_file_ends_training_in_one_line(tmp_path, workers):
+    damage(write_folder(tmp_path / "images", size=(130, 130)))
+    flags = "--device cpu --dataset folder --data images --image-size 128 --depth 10 --growth-rate 4 --no-plot --save run"
+    command = [sys.executable, ROOT / "train.py", *flags.split(), "--workers", workers]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "train.py: error: 3 images cannot be read" in result.stderr and "epoch 0 is saved" in result.stderr
+    assert subprocess.run([*command, "--overwrite", "--epochs", "1", "--skip-unreadable"], capture_output=True).returncode == 0
+
+
+def test_the_cache_notices_every_change(tmp_path, monkeypatch, capsys):
+    root = write_folder(tmp_path)
+    first = data.load("folder", root, Reader(16)).train.pixels
+    path = root / "train/cat/0.png"
+    times, size = path.stat(), path.stat().st_size
+    old = path.read_bytes()
+    for colour in range(256):  # a file of the same size, with other pixels
+        Image.new("RGB", (40, 20), (colour, 9, 9)).save(path)
+        if path.stat().st_size == size and path.read_bytes() != old:
+            break
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert path.stat().st_size == size and path.stat().st_mtime_ns == times.st_mtime_ns
+    changed = data.load("folder", root, Reader(16)).train.pixels
+    assert not torch.equal(changed, first)
+
+    decoded, real = [], Reader.read
+    monkeypatch.setattr(Reader, "read", lambda *args: decoded.append(args) or real(*args))
+    for reader, count in ((Reader(16), 0), (Reader(16, white=9.0), 10), (Reader(16, channels=1), 10), (Reader(16), 6 + 4)):
+        decoded.clear()
+        data.load("folder", root, reader)
+        assert len(decoded) == count  # the caches of colour and grey images are two, those of two whites one
+    monkeypatch.setattr(files.PIL, "__version__", "0")  # a decoder that changed
+    decoded.clear()
+    data.load("folder", root, Reader(16))
+    assert len(decoded) == 10
+
+
+def test_a_cache_whose_pixels_have_changed_is_not_trusted(tmp_path):
+    root = write_folder(tmp_path)
+    pixels = data.load("folder", root, Reader(16)).train.pixels
+    cache = root / ".train-16.cache"
+    content = bytearray(cache.read_bytes())
+    place = bytes(content).index(pixels[0].numpy().tobytes()[:100])
+    content[place : place + 50] = bytes(50)
+    cache.write_bytes(content)
+    assert torch.equal(data.load("folder", root, Reader(16)).train.pixels, pixels)
+
+
+def test_a_cache_of_an_earlier_release_is_not_trusted(tmp_path):
+    root = write_folder(tmp_path)
+    pixels = data.load("folder", root, Reader(16)).train.pixels
+    torch.save({"key": "0" * 64, "pixels": torch.zeros_like(pixels)}, root / ".train-16.cache")
+    assert torch.equal(data.load("folder", root, Reader(16)).train.pixels, pixels)
+
+
+def test_check_reads_everything_and_says_what_is_there(tmp_path, capsys):
+    root = write_folder(tmp_path)
+    for path in (root / "test").rglob("*.png"):
+        Image.new("RGB", (40, 20), (9, 9, ord(path.stem) + ord(path.parent.name[0]))).save(path)
+    assert data.main(["--data", str(root), "--check"]) == 0
+    damage(root)
+    (root / "train/cat/notes.txt").write_text("x")
+    Image.new("L", (9, 7)).save(root / "train/dog/grey.png")
+    shutil.copy(root / "test/dog/1.png", root / "train/dog/copy.png")
+    capsys.readouterr()
+    for workers in ("0", "2"):
+        assert data.main(["--data", str(root), "--check", "--workers", workers]) == 1
+        out = capsys.readouterr().out.splitlines()
+        assert out[0] == f"{root / 'train'}: 8 images in 2 classes: cat 3, dog 5"
+        assert out[1] == f"{root / 'test'}: 4 images in 2 classes: cat 2, dog 2"
+        assert "passed over: 1 files, .txt" in out and "modes: RGB 8, L 1" in out and "sizes: 40×20 8, 9×7 1" in out
+        assert sum(line.startswith("unreadable: ") for line in out) == 3
+        assert f"in two splits: {root / 'train/dog/copy.png'} = {root / 'test/dog/1.png'}" in out
+        assert out[-1].startswith("12 images, 3 unreadable, ")

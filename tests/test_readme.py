@@ -50,7 +50,7 @@ def flag_table():
         default, _, more = rest.partition(")")
         name = " ".join(action.option_strings).replace(" --no-", "/--no-")
         if action.choices and not action.metavar:
-            meaning = f"{', '.join(action.choices)}: {meaning}"
+            meaning = f"{', '.join(map(str, action.choices))}: {meaning}"
         elif action.metavar:
             name += f" {action.metavar}"
         lines.append(f"| `{name}` | {default or '–'} | {meaning}{more} |")
