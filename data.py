@@ -13,7 +13,8 @@ import torch
 
 from batches import ImageTensors
 from cli import Mistake, Parser, command, natural, positive, positive_number
-from files import ImageFiles, check_memory, inspect, list_images, read_folder
+from files import ImageFiles, check_memory, inspect, read_folder
+from folders import check_classes, existing, find_splits, list_images
 from reader import STREAM_FROM, Reader
 
 DATASETS = ("cifar10", "cifar100", "svhn", "digits", "folder")
@@ -225,47 +226,6 @@ def load_test_folder(root, reader, classes, test_files=()):
     check_classes(folder, found, "the training", classes)
     images, _ = read_folder(root, folder, {name: found.get(name, []) for name in classes}, reader, notes)
     return images, notes + absent_classes("test", images, classes)
-
-
-def find_splits(root, set_apart):
-    """({split: folder}, lines to print): train, test, and val for validation or, without a test folder, for testing.
-
-    With ``set_apart``, test images are to be taken from the training images, which may lie in ``root`` itself.
-    """
-    train, val, test = (root / name for name in ("train", "val", "test"))
-    if set_apart and not train.is_dir():
-        return {"train": existing(root)}, []
-    splits, notes = {"train": existing(train)}, []
-    if set_apart and test.is_dir():
-        raise Mistake(f"--test-size: {test} has test images: leave out one of the two")
-    if set_apart or (test.is_dir() and val.is_dir()):
-        splits |= {"valid": val} if val.is_dir() else {}
-    elif val.is_dir() and not test.is_dir():
-        notes.append(f"{val} is the test split, since there is no {test}")
-        test = val
-    return splits if set_apart else splits | {"test": existing(test)}, notes
-
-
-def existing(folder):
-    if folder.is_dir():
-        return folder
-    raise Mistake(
-        f"{folder} is missing: --dataset folder needs DIR/train/<class>/* and DIR/test/<class>/*, "
-        "or class folders alone and --test-size N"
-    )
-
-
-def check_classes(folder, found, train, classes):
-    """Raises Mistake where the class folders found in a split's folder are not those of training, or too few."""
-    unknown = [name for name in found if name not in classes]
-    if unknown:
-        raise Mistake(f"{folder} has class folders that {train} images have not: {', '.join(unknown[:5])}")
-    if len(classes) < 2:
-        names = f"one class, {classes[0]}" if classes else "no class folder"
-        raise Mistake(f"{folder}: found {names}; a classifier needs at least two class folders")
-    empty = [name for name in classes if folder == train and not found[name]]
-    if empty:
-        raise Mistake(f"{folder / empty[0]} holds no image that can be read: fill it or delete it")
 
 
 def draw_test(images, paths, root, count):

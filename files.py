@@ -1,4 +1,4 @@
-"""Folders of image files: listed, cached as tensors or streamed from disk, inspected."""
+"""Image files by the thousand: read and cached as tensors, streamed from disk, or inspected."""
 
 import hashlib
 import os
@@ -13,15 +13,12 @@ import numpy as np
 import PIL
 import psutil
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from batches import IGNORE_INDEX, ImageTensors, batch_positions, normalizer
 from cli import Mistake, written_whole
+from folders import interleave
 from reader import STREAM_FROM, Reader, Unreadable, centre, opened, random_box, white_of
-
-# Formats that Pillow recognises but cannot decode, and EPS, whose files are programs.
-NO_IMAGES = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}
 
 
 @dataclass(frozen=True)
@@ -153,14 +150,15 @@ def read_folder(root, folder, classes, reader, notes):
     is told in ``notes``, a list of lines. Raises Mistake.
     """
     paths, labels = interleave(classes)
-    if reader.streams:
-        split, found = ImageFiles(paths, labels, reader), inspect(paths, reader) if reader.skip_unreadable else ()
-        problems = {i: inspection.problem for i, inspection in enumerate(found) if inspection.problem}
-    else:
-        name = "all" if folder == root else folder.name
+    name = "all" if folder == root else folder.name
+    if not reader.streams:
         cache = root / f".{name}-{reader.image_size}{'-grey' * (reader.channels == 1)}.cache"
         pixels, problems = read_cached(cache, paths, reader)
         split = ImageTensors(pixels, labels)
+    else:
+        split, problems = ImageFiles(paths, labels, reader), {}
+        if reader.skip_unreadable:
+            problems = find_unreadable(root / f".{name}-unreadable.cache", paths, reader)
     if not problems:
         return split, paths
     if not reader.skip_unreadable:
@@ -180,78 +178,6 @@ def unreadable(problems):
     return Mistake(f"{count}{shown}: replace or delete what is damaged, or train with --skip-unreadable")
 
 
-def list_images(folder, passed):
-    """{class: sorted paths} of the images below ``folder/<class>``, at any depth. Raises Mistake.
-
-    Every format that Pillow decodes counts; names that begin with a dot do not. ``passed``, a Counter, is told the
-    suffixes of all other files.
-    """
-    Image.init()
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in set(Image.OPEN) - NO_IMAGES}
-    classes, above = {}, (identity(folder),)
-    for entry in scan(folder):
-        files = [entry.path]
-        if kind_of(entry) == "folder":
-            files = sorted(walk(entry.path, above))
-            classes[entry.name] = [path for path in files if suffix_of(path) in suffixes]
-        images = set(classes.get(entry.name, ()))
-        passed.update(suffix_of(path) or "no suffix" for path in files if path not in images)
-    return classes
-
-
-def walk(folder, above):
-    """The paths of all files below a folder; ``above`` identifies the folders that it is in."""
-    if identity(folder) in above:
-        raise Mistake(f"{folder} is a link to a folder that it is in: delete it")
-    for entry in scan(folder):
-        kind = kind_of(entry)
-        if kind == "folder":
-            yield from walk(entry.path, (*above, identity(folder)))
-        elif kind == "file":
-            yield entry.path
-
-
-def scan(folder):
-    """The entries of a folder whose names do not begin with a dot, sorted by name."""
-    try:
-        with os.scandir(folder) as entries:
-            return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
-    except OSError as error:
-        raise Mistake(f"{folder} cannot be read: {error.strerror}") from error
-
-
-def kind_of(entry):
-    """"folder", "file", or None for what is neither, such as a pipe. Raises Mistake for a link to nowhere."""
-    try:
-        if entry.is_dir():
-            return "folder"
-        if entry.is_file():
-            return "file"
-        entry.stat()  # a link to nowhere has none
-    except OSError as error:
-        raise Mistake(f"{entry.path} is a broken link ({error.strerror}): delete or mend it") from error
-    return None
-
-
-def identity(folder):
-    status = os.stat(folder)
-    return status.st_dev, status.st_ino
-
-
-def suffix_of(path):
-    return os.path.splitext(path)[1].lower()
-
-
-def interleave(classes):
-    """First images of all classes, then second ones, …: the first N images are then a fair sample of the classes."""
-    entries = sorted(
-        (position, label, path)
-        for label, paths in enumerate(classes.values())
-        for position, path in enumerate(paths)
-    )
-    return [path for _, _, path in entries], torch.tensor([label for _, label, _ in entries], dtype=torch.int64)
-
-
 def check_memory(count, reader):
     size, available = reader.image_size, psutil.virtual_memory().available / 1e9
     needed = count * size**2 * reader.channels / 1e9
@@ -268,40 +194,68 @@ def check_memory(count, reader):
 
 def read_cached(cache, paths, reader):
     """``read_all``, from the file ``cache`` if it holds the same contents, read in the same way; else written there."""
-    key = cache_key(paths, cache.parent, reader)
+    key = cache_key(paths, cache.parent, reader, contents)
+    cached = load_cache(cache, key)
+    if cached and cached["digest"] == digest(cached["pixels"]):
+        return cached["pixels"], cached["problems"]
+    pixels, problems = read_all(paths, reader)
+    save_cache(cache, {"key": key, "digest": digest(pixels), "pixels": pixels, "problems": problems})
+    return pixels, problems
+
+
+def find_unreadable(cache, paths, reader):
+    """{position: why} of the files that cannot be read; from the file ``cache`` if none has been written to since."""
+    key = cache_key(paths, cache.parent, reader, times)
+    cached = load_cache(cache, key)
+    if cached:
+        return cached["problems"]
+    problems = {i: inspection.problem for i, inspection in enumerate(inspect(paths, reader)) if inspection.problem}
+    save_cache(cache, {"key": key, "problems": problems})
+    return problems
+
+
+def load_cache(cache, key):
+    """What ``save_cache`` wrote under this key, or None."""
     try:
         cached = torch.load(cache, weights_only=True)
-        if cached["key"] == key and cached["digest"] == digest(cached["pixels"]):
-            return cached["pixels"], cached["problems"]
+        return cached if cached["key"] == key else None
     except FileNotFoundError:
-        pass
+        return None
     except Exception as error:  # a damaged file makes torch.load raise nearly anything; the images are still there
         print(f"{cache} cannot be read ({type(error).__name__}): decoding the images again", file=sys.stderr)
-    pixels, problems = read_all(paths, reader)
-    content = {"key": key, "digest": digest(pixels), "pixels": pixels, "problems": problems}
+        return None
+
+
+def save_cache(cache, content):
     try:
         with written_whole(cache, suffix=f".{os.getpid()}") as file:  # another run may decode the same folder
             torch.save(content, file)
     except (OSError, RuntimeError) as error:  # RuntimeError: how torch.save reports a full disk
         print(f"{cache} cannot be written ({error}): the next run will decode the images again", file=sys.stderr)
-    return pixels, problems
 
 
-def cache_key(paths, root, reader):
-    """A hash of the files' names and contents, and of what decodes them: this module and Pillow."""
-    key = hashlib.sha256(Path(__file__).read_bytes())
+def cache_key(paths, root, reader, state):
+    """A hash of the files' names and states, and of what decodes them: our modules and Pillow."""
+    key = hashlib.sha256(Path(__file__).read_bytes() + Path(__file__).with_name("reader.py").read_bytes())
     key.update(f"{PIL.__version__} {reader.image_size} {reader.channels} {reader.white}".encode())
-
-    def file_digest(path):
-        try:
-            return hashlib.blake2b(Path(path).read_bytes()).digest()
-        except OSError:
-            return b"unreadable"
-
     with ThreadPoolExecutor(8) as threads:
-        for path, content in zip(paths, threads.map(file_digest, paths), strict=True):
-            key.update(os.fsencode(os.path.relpath(path, root)) + b"\0" + content)
+        for path, of_file in zip(paths, threads.map(state, paths), strict=True):
+            key.update(os.fsencode(os.path.relpath(path, root)) + b"\0" + of_file)
     return key.hexdigest()
+
+
+def contents(path):
+    """A digest of a file's bytes: its times and its size can be those of other bytes."""
+    try:
+        return hashlib.blake2b(Path(path).read_bytes()).digest()
+    except OSError:
+        return b"unreadable"
+
+
+def times(path):
+    """Size and times of a file: enough where its bytes would take minutes to read."""
+    status = os.stat(path)
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}".encode()
 
 
 def digest(pixels):

@@ -52,14 +52,14 @@ def load_model(checkpoint):
     return model.eval()
 
 
-def load_test_images(checkpoint, directory=None, workers=0):
+def load_test_images(checkpoint, directory=None):
     """The images that the checkpoint's run was tested on, and lines to print about them.
 
     ``directory`` says where the data set lives, if not where it was. Raises Mistake where images are missing or have
     other classes.
     """
     trained = checkpoint["config"]["arguments"]
-    root, reader = directory or trained["data"], Reader.of_run(trained, workers=workers, progress=False)
+    root, reader = directory or trained["data"], Reader.of_run(trained, workers=0, progress=False)
     test_files = checkpoint.get("test_files", ())
     try:
         images, notes = data.load_test(trained["dataset"], root, reader, checkpoint["classes"], test_files)

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from test_batches import NORMALIZE, random_images
 
 import data
 import files
+import folders
 from cli import Mistake
 from reader import Reader
 
@@ -156,8 +158,8 @@ def test_an_unreadable_streamed_image_is_named_in_one_line(tmp_path, workers):
 
 
 def listed(folder):
-    passed = files.Counter()
-    return files.list_images(folder, passed), passed
+    passed = Counter()
+    return folders.list_images(folder, passed), passed
 
 
 def touch(*paths):
@@ -224,14 +226,14 @@ def test_odd_entries_of_folders_are_one_line_for_every_command(tmp_path, capsys,
     root = write_folder(tmp_path / "images")
     network = "--device cpu --depth 10 --growth-rate 4 --epochs 1 --no-plot --no-progress --save trained".split()
     assert train.main(["--dataset", "folder", "--data", str(root), *network]) == 0
-    words, real = damage(root), files.os.scandir
+    words, real = damage(root), folders.os.scandir
 
     def scandir(path):
         if str(path).endswith("secret"):  # root may read everything
             raise PermissionError(13, "Permission denied", path)
         return real(path)
 
-    monkeypatch.setattr(files.os, "scandir", scandir)
+    monkeypatch.setattr(folders.os, "scandir", scandir)
     capsys.readouterr()
     called = list(commands_on(root))
     assert len(called) == 3

@@ -115,6 +115,7 @@ def test_what_is_committed_of_published_runs():
     files = [Path(name) for name in subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()]
     committed = {run: {file.name for file in files if ROOT / file.parent == run} for run in {ROOT / f.parent for f in files}}
     del committed[ROOT / "work"]
+    committed = {run: names for run, names in committed.items() if "latest.pth" not in names}  # one that is under way
     assert committed.keys() == set(RUNS)
     for run, names in committed.items():
         assert names == {"config.json", "train.csv", "test.csv", "loss-error.png", "weights.pth"}, run
