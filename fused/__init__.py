@@ -258,7 +258,7 @@ def conv1x1_backward(d_relu, h, coefficients, x, d, norm, weight):
 
 def passes_for(x):
     """Where the passes over tensors like x come from: the module loops, or this one."""
-    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and loops:
+    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64, torch.bfloat16) and loops:
         return loops
     return sys.modules[__name__]
 

@@ -273,6 +273,8 @@ def test_class_folders_alone_are_divided_the_same_way_for_every_seed(tmp_path, i
             assert torch.equal(images.pixels, dataset.test.pixels)
         else:
             assert images.paths == dataset.test.paths
+            assert {Path(path).relative_to(root).as_posix() for path in images.paths} == set(dataset.test_files)
+            assert not set(images.paths) & set(again.train.paths)
     (root / dataset.test_files[0]).unlink()
     with pytest.raises(Mistake, match=f"1 of the run's 4 test images are missing, such as {dataset.test_files[0]}"):
         data.load("folder", root, Reader(image_size), test_files=dataset.test_files)

@@ -366,3 +366,29 @@ def test_check_reads_everything_and_says_what_is_there(tmp_path, capsys):
         assert sum(line.startswith("unreadable: ") for line in out) == 3
         assert f"in two splits: {root / 'train/dog/copy.png'} = {root / 'test/dog/1.png'}" in out
         assert out[-1].startswith("12 images, 3 unreadable, ")
+
+
+def test_streamed_images_are_mirrored_half_of_the_time(tmp_path):
+    image = Image.new("L", (200, 200))
+    image.paste(255, (100, 0, 200, 200))
+    image.save(tmp_path / "right.png")
+    stream = files.ImageFiles([tmp_path / "right.png"] * 200, torch.zeros(200, dtype=torch.int64), Reader(128, channels=1))
+    batches = stream.batches(200, ((0.0,), (1.0,)), "mean")
+    [(x, _, _)] = batches.shuffled(1)
+    left, right = x[:, 0, 64, 8], x[:, 0, 64, -8]
+    told = left != right  # a crop of one half alone tells nothing
+    assert told.sum() > 100 and 0.35 < (left > right)[told].float().mean() < 0.65
+    [(x, _)] = batches.in_order()
+    assert (x[:, 0, 64, 8] < x[:, 0, 64, -8]).all()
+
+
+@pytest.mark.parametrize("image_size", [16, 128])
+def test_reading_images_draws_no_random_number(tmp_path, image_size):
+    """Weights are drawn after the images are read: they must not depend on whether these come from a cache."""
+    root, drawn = write_folder(tmp_path, size=(140, 130)), []
+    for _ in range(2):
+        torch.manual_seed(1)
+        data.load("folder", root, Reader(image_size, skip_unreadable=True))
+        drawn.append(torch.rand(3))
+    torch.manual_seed(1)
+    assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[0], torch.rand(3))

@@ -73,6 +73,42 @@ def test_equals_plain_torch_in_float64(name, rows, first):
         torch.testing.assert_close(ours, torch_s, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", PASSES)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("first", [0, 3])
+def test_bfloat16_is_rounded_once(name, rows, first):
+    """The error against float64 is that of rounding the result, and at most that of plain torch, which rounds more often."""
+
+    def converted(value, matrices, vectors):
+        """An argument with its matrices and vectors in other types; columns of a wider matrix stay that."""
+        if isinstance(value, Norm):
+            return Norm(*(tensor.to(vectors) for tensor in value[:4]), value.batch)
+        if value.dim() == 1 or value._base is None:
+            return value.to(matrices if value.dim() == 2 else vectors)
+        return value._base.to(matrices).as_strided(value.shape, value.stride(), value.storage_offset())
+
+    arguments = [converted(value, torch.bfloat16, torch.float32) for value in inputs(rows, first=first)[name]]
+    expected = results(fused, name, [converted(value, torch.float64, torch.float64) for value in arguments])
+    for ours, torch_s, reference in zip(results(loops, name, arguments), results(fused, name, arguments), expected, strict=True):
+        assert ours.dtype == torch_s.dtype
+        if ours.dtype == torch.bfloat16 and ours.shape == reference.shape:
+            size = reference.abs() + (1 if name == "combine" else 0)  # its terms may cancel
+            assert ((ours - reference).abs() <= 2**-8 * size + 1e-5).all()
+        elif ours.shape == reference.shape:
+            error, allowed = (ours - reference).abs().max(), (torch_s - reference).abs().max()
+            assert error <= 2 * allowed + 1e-5 * reference.abs().max()
+
+
+def test_bfloat16_rounds_to_the_nearest_and_ties_to_even():
+    x = torch.arange(1, 257, dtype=torch.bfloat16)[:, None].repeat(1, 64)
+    scale = torch.linspace(1, 2, 65)[1:]  # products of 16 bits, exact in float32; many lie midway between two of 8 bits
+    ours = loops.bn_relu(x, Norm(torch.zeros(64), torch.ones(64), scale, torch.zeros(64), True))
+    assert torch.equal(ours, (x.float() * scale).bfloat16())
+    far = torch.tensor([[float("inf"), float("nan"), 3.4e38, 1e-40, -1.0]], dtype=torch.bfloat16)
+    ours = loops.combine(far, torch.zeros_like(far), *(torch.full((5,), value) for value in (1.0, 0.0, 0.0)))
+    assert torch.equal(ours.nan_to_num(7), far.nan_to_num(7)) and ours.isnan().tolist() == [[False, True, False, False, False]]
+
+
 def test_not_a_number_passes_through():
     x, norm = inputs(3)["bn_relu"]
     x = x.clone()

@@ -178,3 +178,14 @@ def test_a_failing_plot_is_reported_once_and_hurts_nothing(tiny, capsys, monkeyp
     assert tiny("--save", "run") == 0
     assert capsys.readouterr().err.splitlines() == ["plot.py failed, training goes on: no ink"]
     assert len(pd.read_csv("run/test.csv")) == 4
+
+
+def test_best_pth_is_of_the_first_epoch_with_the_lowest_validation_error():
+    rows = {"train": [], "valid": [], "test": []}
+    with workdir.Run("run") as run:
+        run.lock()
+        run.start({"epoch": 0, "metrics": rows, "config": {}})
+        for epoch, error in enumerate((50.0, 40.0, 45.0, 40.0), 1):
+            run.finish_epoch({"epoch": epoch, "metrics": rows, "config": {}}, {"valid": [{"epoch": epoch, "loss": 1.0, "error": error}]})
+            assert torch.load("run/best.pth", weights_only=True)["epoch"] == min(epoch, 2)
+    assert torch.load("run/latest.pth", weights_only=True)["epoch"] == 4
