@@ -183,7 +183,8 @@ def train_and_test(args, epoch, model, wrapped, optimizer, batches, amp):
     """
     device = next(model.parameters()).device
     epoch_seed = args.seed * 1_000_003 + epoch
-    torch.manual_seed(epoch_seed + (distributed.rank() << 32))  # dropout's masks
+    # Dropout's masks. The generators of CPUs take the lower 32 bits of a seed alone: the ranks have to differ in those.
+    torch.manual_seed(epoch_seed + 2_654_435_761 * distributed.rank())
 
     def schedule(step):
         return learning_rate(args, epoch, step / len(batches["train"]))

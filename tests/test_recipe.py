@@ -88,7 +88,7 @@ def recipe(options, ranks=1):
     images, labels = digits(o.crop_fill)
     state, rows, t = {}, [], 0
     for epoch in range(1, o.epochs + 1):
-        masks = [torch.manual_seed(o.seed * 1_000_003 + epoch + (rank << 32)).get_state() for rank in range(ranks)]
+        masks = [torch.manual_seed(o.seed * 1_000_003 + epoch + 2_654_435_761 * rank).get_state() for rank in range(ranks)]
         batches = list(zip(*(part.split(o.batch_size) for part in one_epoch(images, labels, epoch, o)), strict=True))
         loss_sum = wrong = 0
         for i, (x, y) in enumerate(batches):
