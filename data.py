@@ -199,6 +199,7 @@ def load_folder(root, reader, test_size=0, test_files=()):
     for split, found in listed.items():
         by_class = {name: found.get(name, []) for name in classes}
         read[split], paths = read_folder(root, splits[split], by_class, reader, notes)
+        check_not_empty(splits[split], paths)
         if split == "train" and (test_size or test_files):
             test_files = test_files or draw_test(read["train"], paths, root, test_size)
             read["train"], read["test"] = divide(read["train"], paths, root, test_files)
@@ -224,8 +225,14 @@ def load_test_folder(root, reader, classes, test_files=()):
     passed, notes = Counter(), []
     found = list_images(existing(folder), passed)
     check_classes(folder, found, "the training", classes)
-    images, _ = read_folder(root, folder, {name: found.get(name, []) for name in classes}, reader, notes)
+    images, paths = read_folder(root, folder, {name: found.get(name, []) for name in classes}, reader, notes)
+    check_not_empty(folder, paths)
     return images, notes + absent_classes("test", images, classes)
+
+
+def check_not_empty(folder, paths):
+    if not paths:
+        raise Mistake(f"{folder} holds no image that can be read: fill it or delete it")
 
 
 def draw_test(images, paths, root, count):

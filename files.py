@@ -92,7 +92,6 @@ class StreamedBatches:
                 raise self._all_unreadable(labels) if isinstance(labels, Unreadable) else labels
             yield self.normalized(pixels.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
 
-
     def _all_unreadable(self, first):
         """The Mistake about all files that cannot be read, of which one has been met."""
         problems = [x.problem for x in inspect(self.files.paths, self.files.reader) if x.problem]
@@ -197,9 +196,9 @@ def read_cached(cache, paths, reader):
     key = cache_key(paths, cache.parent, reader, contents)
     cached = load_cache(cache, key)
     if cached and cached["digest"] == digest(cached["pixels"]):
-        return cached["pixels"], cached["problems"]
+        return cached["pixels"], problems_of(paths, cached["unreadable"], reader)
     pixels, problems = read_all(paths, reader)
-    save_cache(cache, {"key": key, "digest": digest(pixels), "pixels": pixels, "problems": problems})
+    save_cache(cache, {"key": key, "digest": digest(pixels), "pixels": pixels, "unreadable": list(problems)})
     return pixels, problems
 
 
@@ -208,10 +207,15 @@ def find_unreadable(cache, paths, reader):
     key = cache_key(paths, cache.parent, reader, times)
     cached = load_cache(cache, key)
     if cached:
-        return cached["problems"]
+        return problems_of(paths, cached["unreadable"], reader)
     problems = {i: inspection.problem for i, inspection in enumerate(inspect(paths, reader)) if inspection.problem}
-    save_cache(cache, {"key": key, "problems": problems})
+    save_cache(cache, {"key": key, "unreadable": list(problems)})
     return problems
+
+
+def problems_of(paths, positions, reader):
+    """{position: why} of files that are known to be unreadable; the folder may have moved since."""
+    return {i: str(read_or_problem(paths[i], reader)) for i in positions}
 
 
 def load_cache(cache, key):

@@ -328,3 +328,12 @@ def test_white_and_channels_are_kept_by_a_run(tmp_path):
     assert checkpoint["normalize"][0] == pytest.approx((255 * 2500 / 4095,), abs=0.5)
     assert evaluate.main(["run/latest.pth"]) == 0
     assert evaluate.main(["run/latest.pth", str(root / "test/cat/0.png")]) == 0
+
+
+def test_a_split_without_any_image_is_named(tmp_path):
+    root = write_folder(tmp_path)
+    for path in (root / "test").rglob("*.png"):
+        path.unlink()
+    for load in (lambda: data.load("folder", root), lambda: data.load_test("folder", root, Reader(), ["cat", "dog"])):
+        with pytest.raises(Mistake, match="test holds no image that can be read"):
+            load()
