@@ -270,6 +270,8 @@ def check_args(args):
         raise Mistake("--block fused runs on CPUs and CUDA GPUs: choose naive or checkpoint")
     if size != 32 and args.dataset not in ("digits", "folder"):
         raise Mistake(f"--image-size {size}: the images of {args.dataset} have 32×32 pixels")
+    if args.dataset not in ("digits", "folder") and Path(args.data, "train").is_dir():
+        raise Mistake(f"{Path(args.data, 'train')} is not of {args.dataset}: for image folders, add --dataset folder")
     if args.channels != 3 and args.dataset not in ("digits", "folder"):
         raise Mistake(f"--channels {args.channels}: the images of {args.dataset} have 3 channels")
     for name in ("white", "test_size", "skip_unreadable"):

@@ -60,21 +60,34 @@ def command(main):
             try:
                 return main(argv) or 0
             finally:
-                sys.stdout.flush()  # what is buffered meets a closed pipe here, not in the interpreter's finalisation
+                flush_output()  # what is buffered meets a closed pipe here, not in the interpreter's finalisation
         except BrokenPipeError:
             discard_output()
             return 141  # 128 + SIGPIPE
+        except KeyboardInterrupt:
+            return 130  # 128 + SIGINT
         except Mistake as error:
             status, message = 2, error
         except OSError as error:
-            if error.filename is None:
-                discard_output()
             status = 2 if isinstance(error, WRONG_PLACE) else 1
-            message = f"{error.filename or 'standard output'}: {error.strerror or error}"
+            message = ": ".join(str(part) for part in (error.filename, error.strerror or error) if part is not None)
         print(f"{script}: error: {message}", file=sys.stderr)
         return status
 
     return run
+
+
+def flush_output():
+    if sys.stdout is None:  # closed from the start, as daemons have it
+        return
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        discard_output()
+        error.filename = "standard output"
+        raise
 
 
 def discard_output():
@@ -97,7 +110,9 @@ def written_whole(path, suffix=".tmp"):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:  # a full disk does not say where
+            error.filename = str(path)
         with contextlib.suppress(OSError):  # a read-only file system refuses to delete even what is not there
             temporary.unlink(missing_ok=True)
         raise

@@ -9,12 +9,13 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import psutil
 import torch
 
 from batches import ImageTensors
 from cli import Mistake, Parser, command, natural, positive, positive_number
-from files import ImageFiles, check_memory, inspect, read_folder
-from folders import check_classes, existing, find_splits, list_images
+from files import ImageFiles, check_folder, read_split, unreadable, without
+from folders import check_classes, existing, find_splits, folders_of, interleave, list_images
 from reader import STREAM_FROM, Reader
 
 DATASETS = ("cifar10", "cifar100", "svhn", "digits", "folder")
@@ -26,6 +27,8 @@ NORMALIZE = {
     "svhn": ((0.0, 0.0, 0.0), (255.0, 255.0, 255.0)),  # the paper divides SVHN by 255 and does no more
     "imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
 }
+# Of runs that are older than the others: what else a folder holds was not looked at.
+FIRST_LAYOUT = {"folders": {"train": "train", "test": "test"}, "test_files": []}
 SVHN_CLASSES = [str(digit) for digit in range(10)]
 
 
@@ -34,7 +37,8 @@ class Dataset:
     """Training and test images, names of the classes, and per-channel (mean, std) of 255.
 
     ``train``, ``test`` and ``valid`` are ImageTensors, or ImageFiles where images are streamed from disk. ``notes`` are
-    lines that a user should read; ``test_files`` names the test images where they were set apart from the others.
+    lines that a user should read. With ``layout``, a later call finds the same splits: it says which folders they are
+    and which files were set apart for testing.
     """
 
     train: ImageTensors | ImageFiles
@@ -43,7 +47,7 @@ class Dataset:
     normalize: tuple
     valid: ImageTensors | ImageFiles | None = None
     notes: list = field(default_factory=list)
-    test_files: list = field(default_factory=list)
+    layout: dict | None = None
 
     @property
     def splits(self):
@@ -88,17 +92,17 @@ def stratified(labels, count, seed, flag):
 DEFAULT_READER = Reader()
 
 
-def load(name, root, reader=DEFAULT_READER, test_size=0, test_files=()):
+def load(name, root, reader=DEFAULT_READER, test_size=0, layout=None):
     """Load a data set by name; ``root`` holds the archives, or the folders of images.
 
     ``reader`` says how image files are read; its image_size (pixels) and channels count for "digits", too. Where a
-    folder has no test images, ``test_size`` of its images are set apart, or those of ``test_files``, which an earlier
-    call has set apart. Raises Mistake.
+    folder has no test images, ``test_size`` of its images are set apart. ``layout`` is that of an earlier call, whose
+    splits are to be found again. Raises Mistake.
     """
     if name == "digits":
         dataset = load_digits(reader)
     elif name == "folder":
-        dataset = load_folder(Path(root), reader, test_size, test_files)
+        dataset = load_folder(Path(root), reader, test_size, layout)
     else:
         dataset = load_torchvision(name, root)
     count = len(dataset.classes)
@@ -108,10 +112,13 @@ def load(name, root, reader=DEFAULT_READER, test_size=0, test_files=()):
     return dataset
 
 
-def load_test(name, root, reader, classes, test_files=()):
-    """The test images alone, where they are apart from the training images, and lines to print. As ``load``."""
+def load_test(name, root, reader, classes, layout=FIRST_LAYOUT):
+    """The test images alone, where they are apart from the training images, and lines to print. As ``load``.
+
+    ``classes`` are the names of the run's classes, which a folder's must be.
+    """
     if name == "folder":
-        return load_test_folder(Path(root), reader, classes, test_files)
+        return load_test_folder(Path(root), reader, classes, layout)
     if name == "svhn":
         [test] = load_svhn(root, "test")
         return test, []
@@ -182,57 +189,98 @@ def download(name, root, archives, make):
         ) from error
 
 
-def load_folder(root, reader, test_size=0, test_files=()):
+def load_folder(root, reader, test_size=0, layout=None):
     """Class folders of images, in the splits that ``find_splits`` finds; images of any format, size and mode."""
-    splits, notes = find_splits(root, set_apart=bool(test_size or test_files))
+    folders, notes = find_splits(root, bool(test_size)) if layout is None else (folders_of(root, layout), [])
     passed, listed = Counter(), {}
-    for split, folder in splits.items():
+    for split, folder in folders.items():
         listed[split] = list_images(folder, passed)
-        check_classes(folder, listed[split], splits["train"], list(listed["train"]))
-    if passed:
-        kinds = ", ".join(f"{suffix} {count}" for suffix, count in passed.most_common())
-        notes.append(f"passed over {sum(passed.values())} files: {kinds}")
+        check_classes(folder, listed[split], folders["train"], list(listed["train"]))
+    notes += passed_over(passed)
     classes = list(listed["train"])
     if not reader.streams:
         check_memory(sum(len(paths) for found in listed.values() for paths in found.values()), reader)
-    read = {}
-    for split, found in listed.items():
-        by_class = {name: found.get(name, []) for name in classes}
-        read[split], paths = read_folder(root, splits[split], by_class, reader, notes)
-        check_not_empty(splits[split], paths)
-        if split == "train" and (test_size or test_files):
-            test_files = test_files or draw_test(read["train"], paths, root, test_size)
-            read["train"], read["test"] = divide(read["train"], paths, root, test_files)
-    notes += [line for split, images in read.items() for line in absent_classes(split, images, classes)]
-    notes += check_range(read["train"])
-    normalize = imagenet_normalize(reader.channels) if reader.streams else measure(read["train"].pixels)
-    mean, std = normalize
-    return Dataset(
-        **read,
-        classes=classes,
-        normalize=(mean, tuple(value or 1.0 for value in std)),  # 0: the channel never varies
-        notes=notes,
-        test_files=list(test_files),
-    )
-
-
-def load_test_folder(root, reader, classes, test_files=()):
-    """The test images of a folder, and lines to print; the training images need not be there."""
+    images, paths = read_splits(root, folders, listed, reader, notes)
+    test_files = layout["test_files"] if layout else []
+    if test_size and not layout:
+        test_files = draw_test(images["train"], paths["train"], root, test_size)
     if test_files:
-        dataset = load_folder(root, reader, test_files=test_files)
-        return dataset.test, dataset.notes
-    folder = next((root / name for name in ("test", "val") if (root / name).is_dir()), root / "test")
-    passed, notes = Counter(), []
-    found = list_images(existing(folder), passed)
+        images["train"], images["test"] = divide(images["train"], paths["train"], root, test_files)
+    notes += [line for split in images for line in absent_classes(split, images[split], classes)]
+    notes += check_range(images["train"])
+    mean, std = imagenet_normalize(reader.channels) if reader.streams else measure(images["train"].pixels)
+    normalize = mean, tuple(value or 1.0 for value in std)  # 0: the channel never varies
+    names = {split: folder.relative_to(root).as_posix() for split, folder in folders.items()}
+    layout = {"folders": names, "test_files": list(test_files)}
+    return Dataset(**images, classes=classes, normalize=normalize, notes=notes, layout=layout)
+
+
+def check_memory(count, reader):
+    size, available = reader.image_size, psutil.virtual_memory().available / 1e9
+    needed = count * size**2 * reader.channels / 1e9
+    if needed > available:
+        raise Mistake(
+            f"{count:,} images of {size}×{size} pixels need {needed:.1f} GB of memory, of which "
+            f"{available:.1f} GB are available: choose a smaller --image-size, or one of {STREAM_FROM} or more, "
+            "which streams from disk"
+        )
+
+
+def read_splits(root, folders, listed, reader, notes):
+    """{split: images} and {split: paths} of the files listed by class, without those that are to be skipped."""
+    images, paths, problems, classes = {}, {}, {}, list(listed["train"])
+    for split, found in listed.items():
+        paths[split], labels = interleave([found.get(name, []) for name in classes])
+        images[split], problems[split] = read_split(root, folders[split], paths[split], labels, reader)
+    damaged = [problem for found in problems.values() for problem in found.values()]
+    if damaged and not reader.skip_unreadable:
+        raise unreadable(damaged)
+    for split, found in problems.items():
+        if found:
+            skipped = Counter(classes[images[split].labels[i]] for i in found)
+            by_class = ", ".join(f"{name} {skipped[name]}" for name in classes if skipped[name])
+            notes.append(f"{folders[split]}: skipped {len(found)} unreadable images: {by_class}")
+        images[split], paths[split] = without(images[split], paths[split], found)
+        if not paths[split]:
+            raise Mistake(f"{folders[split]} holds no image in a class folder that can be read: fill it or delete it")
+    return images, paths
+
+
+def load_test_folder(root, reader, classes, layout):
+    """The test images of a folder, in the order of training, and lines to print. Needs no training images."""
+    if layout["test_files"]:
+        return load_test_files(root, reader, classes, layout)
+    folder, passed = existing(root / layout["folders"]["test"]), Counter()
+    found = list_images(folder, passed)
     check_classes(folder, found, "the training", classes)
-    images, paths = read_folder(root, folder, {name: found.get(name, []) for name in classes}, reader, notes)
-    check_not_empty(folder, paths)
-    return images, notes + absent_classes("test", images, classes)
+    by_class, notes = {name: found.get(name, []) for name in classes}, passed_over(passed)
+    images, _ = read_splits(root, {"train": folder}, {"train": by_class}, reader, notes)
+    return images["train"], notes + absent_classes("test", images["train"], classes)
 
 
-def check_not_empty(folder, paths):
-    if not paths:
-        raise Mistake(f"{folder} holds no image that can be read: fill it or delete it")
+def load_test_files(root, reader, classes, layout):
+    """The images that were set apart for testing, by the names that the run has kept."""
+    train, names = layout["folders"]["train"], layout["test_files"]
+    paths = [str(root / name) for name in names]
+    check_found(root, names, {name for name in names if (root / name).exists()})
+    labels = torch.tensor([classes.index(Path(name).relative_to(train).parts[0]) for name in names])
+    images, problems = read_split(root, root / "set-apart", paths, labels, reader)
+    if problems and not reader.skip_unreadable:
+        raise unreadable(problems.values())
+    return without(images, paths, problems)[0], []
+
+
+def check_found(root, names, found):
+    missing = [name for name in names if name not in found]
+    if missing:
+        count = f"{len(missing)} of the run's {len(names)}"
+        raise Mistake(f"{root}: {count} test images are missing, such as {missing[0]}")
+
+
+def passed_over(passed):
+    """A line to print about files that are no images, from a Counter of their suffixes."""
+    kinds = ", ".join(f"{suffix} {count}" for suffix, count in passed.most_common())
+    return [f"passed over {sum(passed.values())} files: {kinds}"] if passed else []
 
 
 def draw_test(images, paths, root, count):
@@ -244,11 +292,8 @@ def draw_test(images, paths, root, count):
 def divide(images, paths, root, test_files):
     """Training and test images, from all images and the names of the files to test on."""
     position = {Path(path).relative_to(root).as_posix(): i for i, path in enumerate(paths)}
-    missing = [name for name in test_files if name not in position]
-    if missing:
-        count = f"{len(missing)} of the run's {len(test_files)}"
-        raise Mistake(f"{root}: {count} test images are missing, such as {missing[0]}")
-    test = sorted(position[name] for name in test_files)
+    check_found(root, test_files, position)
+    test = [position[name] for name in test_files]
     train = sorted(set(range(len(paths))) - set(test))
     return images.select(torch.tensor(train)), images.select(torch.tensor(test))
 
@@ -291,44 +336,6 @@ def measure(pixels):
     return tuple(means), tuple(stds)
 
 
-def check_folder(root, reader):
-    """Read every image below ``root`` and print what was found. Returns 1 if some are unreadable or in two splits."""
-    splits = [root / name for name in ("train", "val", "test") if (root / name).is_dir()] or [existing(root)]
-    passed, found = Counter(), {}
-    for folder in splits:
-        classes = list_images(folder, passed)
-        paths = [path for paths in classes.values() for path in paths]
-        found[folder] = dict(zip(paths, inspect(paths, reader), strict=True))
-        counts = ", ".join(f"{name} {len(paths)}" for name, paths in classes.items())
-        print(f"{folder}: {len(paths):,} images in {len(classes)} classes: {counts}")
-    for suffix, count in passed.most_common():
-        print(f"passed over: {count} files, {suffix}")
-    everything = {path: inspection for part in found.values() for path, inspection in part.items()}
-    problems = [inspection.problem for inspection in everything.values() if inspection.problem]
-    for name in ("mode", "size"):
-        kinds = Counter(getattr(x, name) for x in everything.values() if not x.problem).most_common()
-        shown = ", ".join(f"{'×'.join(map(str, k)) if name == 'size' else k} {count:,}" for k, count in kinds[:10])
-        print(f"{name}s: {shown}" + f", {len(kinds) - 10} others" * (len(kinds) > 10))
-    for problem in problems:
-        print(f"unreadable: {problem}")
-    twice = duplicates(found)
-    for path, others in twice:
-        print(f"in two splits: {path} = {others[0]}")
-    print(f"{len(everything):,} images, {len(problems)} unreadable, {len(twice)} in more than one split")
-    return 1 if problems or twice else 0
-
-
-def duplicates(found):
-    """(path, paths of other splits whose images have the same pixels) of {split: {path: Inspection}}."""
-    splits = {}  # digest → {split: paths}
-    for split, inspections in found.items():
-        for path, inspection in inspections.items():
-            if inspection.digest:
-                splits.setdefault(inspection.digest, {}).setdefault(split, []).append(path)
-    parts = [list(by_split.values()) for by_split in splits.values() if len(by_split) > 1]
-    return [(path, rest[0]) for first, *rest in parts for path in first]
-
-
 def parse_args(argv=None):
     parser = Parser(prog="data.py", description=__doc__)
     add = parser.add_argument
@@ -339,6 +346,9 @@ def parse_args(argv=None):
     add("--channels", type=int, choices=(1, 3), default=3, help="1: folder and digits in grey (default: %(default)s)")
     add("--white", type=positive_number, metavar="X",
         help="the value that is white in images of more than 8 bits (default: 65535)")
+    add("--test-size", type=natural, default=0, metavar="N",
+        help="class folders alone: set N images apart (default: %(default)s)")
+    add("--skip-unreadable", action="store_true", help="go on without images that cannot be read (default: off)")
     add("--stats", action="store_true", help="measure mean and standard deviation, training images")
     add("--check", action="store_true", help="read every image of a folder, and say what is there and what is damaged")
     add("--workers", type=natural, default=0, metavar="N", help="processes that read images (default: %(default)s)")
@@ -357,7 +367,7 @@ def main(argv=None):
         return check_folder(Path(args.data), reader)
     if args.stats and args.dataset == "folder" and reader.streams:
         raise Mistake(f"--stats needs images in memory: --image-size below {STREAM_FROM}")
-    dataset = load(args.dataset, args.data, reader)
+    dataset = load(args.dataset, args.data, reader, args.test_size)
     counts = f"{len(dataset.train):,} training and {len(dataset.test):,} test images"
     print("\n".join([*dataset.notes, f"{args.dataset}: {counts} in {len(dataset.classes)} classes"]))
     if args.stats:

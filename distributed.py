@@ -176,8 +176,8 @@ def exit_from(main):
         status = error.code
     if world_size() == 1:
         sys.exit(status)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.flush()
     os._exit(status or 0)
 
 

@@ -11,14 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import PIL
-import psutil
 import torch
 from tqdm import tqdm
 
 from batches import IGNORE_INDEX, ImageTensors, batch_positions, normalizer
 from cli import Mistake, written_whole
-from folders import interleave
-from reader import STREAM_FROM, Reader, Unreadable, centre, opened, random_box, white_of
+from folders import existing, list_images
+from reader import Reader, Unreadable, centre, in_8_bits, opened, orientation, random_box
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,7 @@ class ImageFiles:
         """ImageTensors of about so many images, small, evenly spaced, without those that cannot be read."""
         paths = self.paths[:: max(1, len(self) // count)]
         pixels, problems = read_all(paths, replace(self.reader, image_size=32, progress=False))
-        kept = torch.tensor([i for i in range(len(paths)) if i not in problems])
-        return ImageTensors(pixels, torch.zeros(len(paths), dtype=torch.int64)).select(kept)
+        return without(ImageTensors(pixels, torch.zeros(len(paths), dtype=torch.int64)), paths, problems)[0]
 
     def batches(self, batch_size, normalize, crop_fill=None, share=(0, 1)):
         return StreamedBatches(self, batch_size, normalize, bool(crop_fill), share)
@@ -61,6 +59,8 @@ class StreamedBatches:
         self.files, self.batch_size, self.augment, self.share = files, batch_size, augment, share
         self.normalized = normalizer(normalize, files.device)
         self.num_images = len(files)
+        if augment:  # before there are workers, which would each take seconds to import it in every epoch
+            import torchvision.transforms  # noqa: F401
 
     def __len__(self):
         return -(-self.num_images // self.batch_size)
@@ -94,8 +94,8 @@ class StreamedBatches:
 
     def _all_unreadable(self, first):
         """The Mistake about all files that cannot be read, of which one has been met."""
-        problems = [x.problem for x in inspect(self.files.paths, self.files.reader) if x.problem]
-        return unreadable(problems or [str(first)])
+        found = [inspection.problem for inspection in inspect(self.files.paths, self.files.reader)]
+        return unreadable([str(problem) for problem in found if isinstance(problem, Unreadable)] or [str(first)])
 
 
 class DecodedFiles(torch.utils.data.Dataset):
@@ -139,34 +139,30 @@ def leave_signals_to_parent(worker):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-# From folders to splits.
+# From files to pixels.
 
 
-def read_folder(root, folder, classes, reader, notes):
-    """The images of ``classes``, {class: paths}: ImageTensors, or ImageFiles if they are to be streamed; their paths.
+def read_split(root, folder, paths, labels, reader):
+    """The images of some files, ImageTensors or, to be streamed, ImageFiles; and {position: why} of unreadable ones.
 
-    ``folder`` is one of ``root``, where pixels are cached, or ``root`` itself. What is skipped because it is unreadable
-    is told in ``notes``, a list of lines. Raises Mistake.
+    ``folder`` is the one of ``root`` that they are in, or ``root`` itself, where pixels are cached. Of streamed images,
+    only --skip-unreadable finds out beforehand which are unreadable. Raises Mistake.
     """
-    paths, labels = interleave(classes)
     name = "all" if folder == root else folder.name
     if not reader.streams:
         cache = root / f".{name}-{reader.image_size}{'-grey' * (reader.channels == 1)}.cache"
         pixels, problems = read_cached(cache, paths, reader)
-        split = ImageTensors(pixels, labels)
-    else:
-        split, problems = ImageFiles(paths, labels, reader), {}
-        if reader.skip_unreadable:
-            problems = find_unreadable(root / f".{name}-unreadable.cache", paths, reader)
+        return ImageTensors(pixels, labels), problems
+    problems = find_unreadable(root / f".{name}-unreadable.cache", paths, reader) if reader.skip_unreadable else {}
+    return ImageFiles(paths, labels, reader), problems
+
+
+def without(images, paths, problems):
+    """Images and their paths without those at the positions of ``problems``."""
     if not problems:
-        return split, paths
-    if not reader.skip_unreadable:
-        raise unreadable(problems.values())
-    names, skipped = list(classes), Counter(int(labels[i]) for i in problems)
-    by_class = ", ".join(f"{names[label]} {count}" for label, count in sorted(skipped.items()))
-    notes.append(f"{folder}: skipped {len(problems)} unreadable images: {by_class}")
+        return images, paths
     kept = [i for i in range(len(paths)) if i not in problems]
-    return split.select(torch.tensor(kept, dtype=torch.int64)), [paths[i] for i in kept]
+    return images.select(torch.tensor(kept, dtype=torch.int64)), [paths[i] for i in kept]
 
 
 def unreadable(problems):
@@ -174,29 +170,15 @@ def unreadable(problems):
     problems = list(problems)
     shown = "; ".join(problems[:10]) + ("; …" if len(problems) > 10 else "")
     count = f"{len(problems)} images cannot be read: " if len(problems) > 1 else ""
-    return Mistake(f"{count}{shown}: replace or delete what is damaged, or train with --skip-unreadable")
-
-
-def check_memory(count, reader):
-    size, available = reader.image_size, psutil.virtual_memory().available / 1e9
-    needed = count * size**2 * reader.channels / 1e9
-    if needed > available:
-        raise Mistake(
-            f"{count:,} images of {size}×{size} pixels need {needed:.1f} GB of memory, of which "
-            f"{available:.1f} GB are available: choose a smaller --image-size, or one of {STREAM_FROM} or more, "
-            "which streams from disk"
-        )
-
-
-# From files to pixels.
+    return Mistake(f"{count}{shown}: replace or delete what is damaged, or start again with --skip-unreadable")
 
 
 def read_cached(cache, paths, reader):
     """``read_all``, from the file ``cache`` if it holds the same contents, read in the same way; else written there."""
     key = cache_key(paths, cache.parent, reader, contents)
-    cached = load_cache(cache, key)
+    cached = load_cache(cache, key, paths, reader)
     if cached and cached["digest"] == digest(cached["pixels"]):
-        return cached["pixels"], problems_of(paths, cached["unreadable"], reader)
+        return cached["pixels"], cached["problems"]
     pixels, problems = read_all(paths, reader)
     save_cache(cache, {"key": key, "digest": digest(pixels), "pixels": pixels, "unreadable": list(problems)})
     return pixels, problems
@@ -205,24 +187,32 @@ def read_cached(cache, paths, reader):
 def find_unreadable(cache, paths, reader):
     """{position: why} of the files that cannot be read; from the file ``cache`` if none has been written to since."""
     key = cache_key(paths, cache.parent, reader, times)
-    cached = load_cache(cache, key)
+    cached = load_cache(cache, key, paths, reader)
     if cached:
-        return problems_of(paths, cached["unreadable"], reader)
-    problems = {i: inspection.problem for i, inspection in enumerate(inspect(paths, reader)) if inspection.problem}
+        return cached["problems"]
+    problems = {}
+    for i, inspection in enumerate(inspect(paths, reader)):
+        if isinstance(inspection.problem, Unreadable):
+            problems[i] = str(inspection.problem)
+        elif inspection.problem:
+            raise inspection.problem
     save_cache(cache, {"key": key, "unreadable": list(problems)})
     return problems
 
 
-def problems_of(paths, positions, reader):
-    """{position: why} of files that are known to be unreadable; the folder may have moved since."""
-    return {i: str(read_or_problem(paths[i], reader)) for i in positions}
+def load_cache(cache, key, paths, reader):
+    """What ``save_cache`` wrote under this key, or None; with "problems", {position: why}, of the unreadable files.
 
-
-def load_cache(cache, key):
-    """What ``save_cache`` wrote under this key, or None."""
+    Those are read again: their folder may have moved, or the disk may have failed when they were read.
+    """
     try:
         cached = torch.load(cache, weights_only=True)
-        return cached if cached["key"] == key else None
+        if cached["key"] != key:
+            return None
+        found = {i: read_or_problem(paths[i], reader) for i in cached["unreadable"]}
+        if not all(isinstance(problem, Unreadable) for problem in found.values()):
+            return None
+        return cached | {"problems": {i: str(problem) for i, problem in found.items()}}
     except FileNotFoundError:
         return None
     except Exception as error:  # a damaged file makes torch.load raise nearly anything; the images are still there
@@ -235,7 +225,8 @@ def save_cache(cache, content):
         with written_whole(cache, suffix=f".{os.getpid()}") as file:  # another run may decode the same folder
             torch.save(content, file)
     except (OSError, RuntimeError) as error:  # RuntimeError: how torch.save reports a full disk
-        print(f"{cache} cannot be written ({error}): the next run will decode the images again", file=sys.stderr)
+        reason = f"[Errno {error.errno}] {error.strerror}" if isinstance(error, OSError) else error
+        print(f"{cache} cannot be written ({reason}): the next run will decode the images again", file=sys.stderr)
 
 
 def cache_key(paths, root, reader, state):
@@ -288,12 +279,12 @@ def read_or_problem(path, reader):
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a file holds: (width, height), mode, digest of its pixels; or why it is unreadable."""
+    """What a file holds: (width, height), mode, digest of the pixels that are seen; or why it cannot be read."""
 
     size: tuple | None = None
     mode: str | None = None
     digest: bytes | None = None
-    problem: str | None = None
+    problem: Mistake | None = None
 
 
 def inspect(paths, reader):
@@ -305,11 +296,51 @@ def inspect_file(path, reader):
     try:
         with opened(path) as image:
             image.load()
-            white_of(image, reader.white, path)
-            content = hashlib.blake2b(f"{image.size} {image.mode}".encode() + image.tobytes())
+            seen = in_8_bits(image, reader.channels, reader.white, path)
+            content = hashlib.blake2b(f"{seen.size} {orientation(image)}".encode() + seen.tobytes())
             return Inspection(image.size, image.mode, content.digest())
     except Mistake as error:
-        return Inspection(problem=str(error))
+        return Inspection(problem=error)
+
+
+def check_folder(root, reader):
+    """Read every image below ``root`` and print what was found. Returns 1 if some are unreadable or in two splits."""
+    splits = [root / name for name in ("train", "val", "test") if (root / name).is_dir()] or [existing(root)]
+    passed, found = Counter(), {}
+    for folder in splits:
+        classes = list_images(folder, passed)
+        paths = [path for paths in classes.values() for path in paths]
+        found[folder] = dict(zip(paths, inspect(paths, reader), strict=True))
+        counts = ", ".join(f"{name} {len(paths)}" for name, paths in classes.items())
+        print(f"{folder}: {len(paths):,} images in {len(classes)} classes: {counts}")
+    for suffix, count in passed.most_common():
+        print(f"passed over: {count} files, {suffix}")
+    everything = {path: inspection for part in found.values() for path, inspection in part.items()}
+    problems = [str(inspection.problem) for inspection in everything.values() if inspection.problem]
+    for name in ("mode", "size"):
+        kinds = Counter(getattr(x, name) for x in everything.values() if not x.problem).most_common()
+        shown = ", ".join(f"{'×'.join(map(str, k)) if name == 'size' else k} {count:,}" for k, count in kinds[:10])
+        print(f"{name}s: {shown}" + f", {len(kinds) - 10} others" * (len(kinds) > 10))
+    for problem in problems:
+        print(f"unreadable: {problem}")
+    twice = duplicates(found)
+    for path, others in twice:
+        print(f"in two splits: {path} = {others[0]}")
+    print(f"{len(everything):,} images, {len(problems)} unreadable, {len(twice)} in more than one split")
+    if problems:
+        print("replace or delete what is damaged, or train with --skip-unreadable")
+    return 1 if problems or twice or not everything else 0
+
+
+def duplicates(found):
+    """(path, paths of other splits whose images have the same pixels) of {split: {path: Inspection}}."""
+    splits = {}  # digest → {split: paths}
+    for split, inspections in found.items():
+        for path, inspection in inspections.items():
+            if inspection.digest:
+                splits.setdefault(inspection.digest, {}).setdefault(split, []).append(path)
+    parts = [list(by_split.values()) for by_split in splits.values() if len(by_split) > 1]
+    return [(path, rest[0]) for first, *rest in parts for path in first]
 
 
 class Mapped(torch.utils.data.Dataset):
@@ -350,5 +381,5 @@ def unlabelled(paths, reader):
         return ImageFiles(paths, labels, reader)
     pixels, problems = read_all(paths, reader)
     if problems:
-        raise unreadable(problems.values())
+        raise Mistake("; ".join(problems.values()))
     return ImageTensors(pixels, labels)

@@ -6,9 +6,7 @@ import torch
 from PIL import Image
 
 from cli import Mistake
-
-# Formats that Pillow recognises but cannot decode, and EPS, whose files are programs.
-NO_IMAGES = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}
+from reader import formats
 
 
 def find_splits(root, set_apart):
@@ -17,7 +15,7 @@ def find_splits(root, set_apart):
     With ``set_apart``, test images are to be taken from the training images, which may lie in ``root`` itself.
     """
     train, val, test = (root / name for name in ("train", "val", "test"))
-    if set_apart and not train.is_dir():
+    if set_apart and not (train.is_dir() and any(path.is_dir() for path in train.iterdir())):  # a class may be a train
         return {"train": existing(root)}, []
     splits, notes = {"train": existing(train)}, []
     if set_apart and test.is_dir():
@@ -28,6 +26,11 @@ def find_splits(root, set_apart):
         notes.append(f"{val} is the test split, since there is no {test}")
         test = val
     return splits if set_apart else splits | {"test": existing(test)}, notes
+
+
+def folders_of(root, layout):
+    """{split: folder} as a run has had them."""
+    return {split: existing(root / name) for split, name in layout["folders"].items()}
 
 
 def existing(folder):
@@ -58,8 +61,7 @@ def list_images(folder, passed):
     Every format that Pillow decodes counts; names that begin with a dot do not. ``passed``, a Counter, is told the
     suffixes of all other files.
     """
-    Image.init()
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in set(Image.OPEN) - NO_IMAGES}
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in formats()}
     classes, above = {}, (identity(folder),)
     for entry in scan(folder):
         files = [entry.path]
@@ -115,10 +117,9 @@ def suffix_of(path):
 
 
 def interleave(classes):
-    """First images of all classes, then second ones, …: the first N images are then a fair sample of the classes."""
-    entries = sorted(
-        (position, label, path)
-        for label, paths in enumerate(classes.values())
-        for position, path in enumerate(paths)
-    )
+    """Paths and labels from the lists of paths of all classes: the first of each class, then the second of each, …
+
+    The first N images are then a fair sample of the classes.
+    """
+    entries = sorted((i, label, path) for label, paths in enumerate(classes) for i, path in enumerate(paths))
     return [path for _, _, path in entries], torch.tensor([label for _, label, _ in entries], dtype=torch.int64)

@@ -60,9 +60,9 @@ def load_test_images(checkpoint, directory=None):
     """
     trained = checkpoint["config"]["arguments"]
     root, reader = directory or trained["data"], Reader.of_run(trained, workers=0, progress=False)
-    test_files = checkpoint.get("test_files", ())
+    layout = checkpoint.get("layout", data.FIRST_LAYOUT)
     try:
-        images, notes = data.load_test(trained["dataset"], root, reader, checkpoint["classes"], test_files)
+        images, notes = data.load_test(trained["dataset"], root, reader, checkpoint["classes"], layout)
     except Mistake as error:
         raise Mistake(f"{error}; --data says where the data set of the training is") from error
     return images.select(slice(trained["limit_test"])), notes

@@ -1,6 +1,7 @@
 """One image file → pixels as viewers show it: upright, on white where it is transparent, at its full range."""
 
 import contextlib
+import functools
 import warnings
 from dataclasses import dataclass, fields
 
@@ -10,6 +11,8 @@ from PIL import ExifTags, Image
 
 from cli import Mistake
 
+# Formats that Pillow recognises but cannot decode, and EPS, whose files are programs.
+NO_IMAGES = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}
 STREAM_FROM = 128  # pixels: folders of images this large or larger are decoded anew in every epoch
 BILINEAR = Image.Resampling.BILINEAR
 UPRIGHT = {  # EXIF orientation → what turns the image upright
@@ -63,8 +66,10 @@ class Reader:
         with opened(path) as image:
             box = decode_reduced(image, choose_box(image.size), self.image_size)
             turn = UPRIGHT.get(orientation(image))
-            mode = "RGB" if self.channels == 3 else "L"
-            image = in_8_bits(image, mode, self.white, path).resize((self.image_size,) * 2, BILINEAR, box)
+            image = in_8_bits(image, self.channels, self.white, path)
+            if all(isinstance(side, int) for side in box):  # then resizing blends nothing in from outside the box
+                image, box = image.crop(box), None
+            image = image.resize((self.image_size,) * 2, BILINEAR, box)
         pixels = np.array(image if turn is None else image.transpose(turn))
         return pixels.reshape(self.image_size, self.image_size, self.channels)
 
@@ -73,12 +78,22 @@ class Reader:
 def opened(path):
     """An image file, opened by Pillow and not yet decoded. Raises Unreadable where it turns out to be damaged."""
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:  # Pillow warns of odd metadata
+        quiet = warnings.catch_warnings(action="ignore")  # of odd metadata
+        with quiet, Image.open(path, formats=formats()) as image:
             yield image
+    except (Mistake, MemoryError):
+        raise
     except (FileNotFoundError, IsADirectoryError) as error:
         raise Unreadable(f"{path} is not an image file: {error.strerror}") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
         raise Unreadable(f"{path} is not a readable image ({type(error).__name__})") from error
+
+
+@functools.cache
+def formats():
+    """Names of the formats that the installed Pillow decodes."""
+    Image.init()
+    return sorted(set(Image.OPEN) - NO_IMAGES)
 
 
 def decode_reduced(image, box, image_size):
@@ -89,6 +104,8 @@ def decode_reduced(image, box, image_size):
     if factor >= 2:
         image.draft(None, (int(width / factor), int(height / factor)))  # nothing happens in other formats
     image.load()
+    if image.size == (width, height):
+        return box
     x, y = image.width / width, image.height / height
     return box[0] * x, box[1] * y, box[2] * x, box[3] * y
 
@@ -113,14 +130,17 @@ def white_of(image, white, path):
     return white or 65535
 
 
-def in_8_bits(image, mode, white, path):
-    """An image of any mode in "RGB" or "L". Raises Mistake where its values have no scale."""
+def in_8_bits(image, channels, white, path):
+    """An image of any mode in "RGB" or, with one channel, "L". Raises Mistake where its values have no scale."""
     if scale := white_of(image, white, path):
         values = np.nan_to_num(np.asarray(image, dtype=np.float64)) * (255 / scale)
         image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if image.mode == "LAB":  # which Pillow converts to RGB alone
+        image = image.convert("RGB")
+    mode = "RGB" if channels == 3 else "L"
     return image if image.mode == mode else image.convert(mode)
 
 

@@ -120,9 +120,9 @@ def log_row(epoch, loss, error):
     return {"epoch": round(epoch, 6), "loss": round(loss, 6), "error": round(error, 4)}
 
 
-def load_data(args, device, test_files):
+def load_data(args, device, layout):
     reader = Reader.of_run(vars(args), progress=args.progress and distributed.rank() == 0)
-    dataset = data.load(args.dataset, args.data, reader, args.test_size, test_files)
+    dataset = data.load(args.dataset, args.data, reader, args.test_size, layout)
     if args.valid_size:
         dataset = dataset.hold_out(args.valid_size, args.seed)
     dataset = dataset.limit(args.limit_train, args.limit_test)
@@ -163,7 +163,7 @@ def first_checkpoint(args, dataset, model, options, stage):
         "normalize": dataset.normalize,
         "classes": list(dataset.classes),
         "metrics": {name: [] for name in dataset.splits},
-        **({"test_files": dataset.test_files} if dataset.test_files else {}),
+        **({"layout": dataset.layout} if dataset.layout else {}),
     }
 
 
@@ -171,7 +171,16 @@ def add_stage(checkpoint, args, dataset, options, stage):
     """Note in the checkpoint's config where and how the run goes on. Raises Mistake where the data are not the same."""
     before = options | checkpoint["config"]["model"], checkpoint["classes"], checkpoint["normalize"]
     if before != (options, list(dataset.classes), dataset.normalize):
-        raise Mistake(f"the run in {args.save} was trained on other images or classes than {args.data} holds now")
+        reason = ", or by a release that read them differently" if dataset.layout and "layout" not in checkpoint else ""
+        raise Mistake(
+            f"the run in {args.save} was trained on other images or classes than {args.data} holds now{reason}"
+        )
+    if checkpoint["metrics"].keys() != dataset.splits.keys():
+        logged, found = ", ".join(checkpoint["metrics"]), ", ".join(dataset.splits)
+        raise Mistake(f"the run in {args.save} was trained with the splits {logged}, not {found}")
+    if dataset.layout and "layout" not in checkpoint:
+        dataset.notes.append("an earlier release began this run: it read turned, transparent, large images differently")
+        checkpoint["layout"] = dataset.layout
     checkpoint["config"]["arguments"] = vars(args)
     checkpoint["config"]["resumed"].append(stage | {"epoch": checkpoint["epoch"]})
 
@@ -256,8 +265,8 @@ def train(args, checkpoint, run):
     amp, precision = choose_precision(args.precision, device)
     set_up_device(device)
     set_up_torch(args)
-    test_files = checkpoint.get("test_files", ()) if checkpoint else ()
-    dataset = distributed.local_rank_0_first(load_data, args, device, test_files)
+    layout = checkpoint.get("layout", data.FIRST_LAYOUT) if checkpoint else None
+    dataset = distributed.local_rank_0_first(load_data, args, device, layout)
     model, options = make_model(args, dataset, device, choose_block(args.block, args.drop_rate, device, precision))
     optimizer = make_optimizer(args, model.parameters())
     stage = provenance(device, distributed.launcher()) | {"precision": precision, "block": model.blocks[0].block}
@@ -355,7 +364,7 @@ def ending(error, run):
     if isinstance(error, Interrupted):
         quiet = not distributed.reports_lost_rank() or (error.number == signal.SIGINT and rank > 0)
         return 128 + error.number, None if quiet else f"stopped; {saved(run)}"
-    if isinstance(error, OSError) and run is not None and not isinstance(error, BrokenPipeError):
+    if isinstance(error, OSError) and is_saved and not isinstance(error, BrokenPipeError):
         return 1, f"error: {error.filename or run.path}: {error.strerror or error}; {saved(run)}"
     if distributed.is_lost_rank(error):
         quiet = not distributed.reports_lost_rank()

@@ -47,6 +47,8 @@ class Run:
         """Raise Mistake unless training may start, or go on, here. Writes nothing."""
         if self.path.exists() and not self.path.is_dir():
             raise Mistake(f"{self.path} is a file: choose another directory with --save")
+        if resume and (self.path / "weights.pth").exists() and not (self.path / "latest.pth").exists():
+            raise Mistake(f"{self.path} has only weights.pth, which is for evaluate.py: start another run with --save")
         if resume and not (self.path / "latest.pth").exists():
             raise Mistake(f"{self.path} has no latest.pth to resume: leave out --resume, or name the run with --save")
         existing = [name for name in FILES if (self.path / name).exists()]
@@ -60,9 +62,8 @@ class Run:
 
     def _is_ours(self):
         """Whether train.py wrote what is in the directory: other programs have a config.json or latest.pth, too."""
-        with contextlib.suppress(Mistake, TypeError):  # TypeError: JSON, but not a dict
-            if "arguments" in read_config(self.path):
-                return True
+        with contextlib.suppress(Mistake):
+            return bool(read_config(self.path))
         with contextlib.suppress(Mistake):
             return bool(read_checkpoint(self.path / "latest.pth"))
         return False
@@ -141,7 +142,10 @@ def read_rows(path):
     """The rows of a log that a run has written: a list of dicts of floats. Raises Mistake where it is no such log."""
     try:
         with open(path, newline="") as file:
-            return [{name: float(value or "nan") for name, value in row.items()} for row in csv.DictReader(file)]
+            reader = csv.DictReader(file)
+            if not set(COLUMNS[path.stem]) <= set(reader.fieldnames or ()):
+                raise ValueError(f"its header is not {','.join(COLUMNS[path.stem])}")
+            return [{name: float(value or "nan") for name, value in row.items()} for row in reader]
     except FileNotFoundError as error:
         raise Mistake(f"{path} is missing: name the directory of a run") from error
     except (OSError, ValueError, TypeError, csv.Error) as error:
@@ -150,10 +154,14 @@ def read_rows(path):
 
 def read_config(directory):
     """The config.json of a run as a dict. Raises Mistake where there is none."""
+    path = directory / "config.json"
     try:
-        return json.loads((directory / "config.json").read_text())
+        config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise Mistake(f"{directory / 'config.json'} is missing or damaged ({type(error).__name__})") from error
+        raise Mistake(f"{path} is missing or damaged ({type(error).__name__})") from error
+    if not isinstance(config, dict) or not {"arguments", "resumed"} <= config.keys():
+        raise Mistake(f"{path} is not one of train.py")
+    return config
 
 
 def read_checkpoint(path, device="cpu"):

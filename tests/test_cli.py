@@ -14,6 +14,7 @@ from PIL import Image
 
 import cli
 import evaluate
+import plot
 import train
 
 SCRIPTS = [*(f"{name}.py" for name in ("train", "evaluate", "plot", "make_graph", "publish", "data"))]
@@ -90,6 +91,28 @@ def run(command, stdout, **env):
     script, *flags = command
     command = [sys.executable, ROOT / script, *flags]
     return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, env=os.environ | env)
+
+
+def test_without_standard_output():
+    """As daemons start their children: ``python plot.py DIR >&-``."""
+    command = f'exec "{sys.executable}" "{ROOT / "plot.py"}" "{ROOT / "work/digits.bc16"}" --out figures >&-'
+    result = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True)
+    assert (result.returncode, result.stderr) == (0, "") and Path("figures/loss.png").exists()
+
+
+def test_a_full_disk_is_named_by_its_file(tmp_path, monkeypatch, capsys):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert plot.main([str(ROOT / "work/digits.bc16"), "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"plot.py: error: {tmp_path / 'loss.png'}: No space left on device\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_is_no_traceback(capsys):
+    assert failing(KeyboardInterrupt())() == 130
+    assert capsys.readouterr() == ("", "")
 
 
 def test_class_names_that_a_console_cannot_show(console):

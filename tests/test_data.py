@@ -241,7 +241,7 @@ def test_val_is_for_validation_or_where_there_is_no_test_for_testing(tmp_path):
     dataset = data.load("folder", root)
     assert dataset.valid is None and len(dataset.test) == 3
     assert dataset.notes == [f"{root / 'val'} is the test split, since there is no {root / 'test'}"]
-    assert torch.equal(data.load_test("folder", root, Reader(), dataset.classes)[0].pixels, dataset.test.pixels)
+    assert torch.equal(data.load_test("folder", root, Reader(), dataset.classes, dataset.layout)[0].pixels, dataset.test.pixels)
 
 
 def test_a_class_without_test_images_is_named(tmp_path):
@@ -263,21 +263,21 @@ def test_class_folders_alone_are_divided_the_same_way_for_every_seed(tmp_path, i
         data.load("folder", root)
     dataset = data.load("folder", root, Reader(image_size), test_size=4)
     assert (len(dataset.train), len(dataset.test)) == (16, 4)
-    assert dataset.test.labels.bincount().tolist() == [2, 2] and len(dataset.test_files) == 4
+    assert dataset.test.labels.bincount().tolist() == [2, 2] and len(dataset.layout["test_files"]) == 4
     Image.new("RGB", (40, 20)).save(root / "cat/new.png")  # goes to the training images of a run that knows its test images
-    again = data.load("folder", root, Reader(image_size), test_files=dataset.test_files)
-    assert len(again.train) == 17 and again.test_files == dataset.test_files
-    test, _ = data.load_test("folder", root, Reader(image_size), dataset.classes, dataset.test_files)
+    again = data.load("folder", root, Reader(image_size), layout=dataset.layout)
+    assert len(again.train) == 17 and again.layout == dataset.layout
+    test, _ = data.load_test("folder", root, Reader(image_size), dataset.classes, dataset.layout)
     for images in (again.test, test):
         if image_size == 16:
             assert torch.equal(images.pixels, dataset.test.pixels)
         else:
             assert images.paths == dataset.test.paths
-            assert {Path(path).relative_to(root).as_posix() for path in images.paths} == set(dataset.test_files)
+            assert {Path(path).relative_to(root).as_posix() for path in images.paths} == set(dataset.layout["test_files"])
             assert not set(images.paths) & set(again.train.paths)
-    (root / dataset.test_files[0]).unlink()
-    with pytest.raises(Mistake, match=f"1 of the run's 4 test images are missing, such as {dataset.test_files[0]}"):
-        data.load("folder", root, Reader(image_size), test_files=dataset.test_files)
+    (root / dataset.layout["test_files"][0]).unlink()
+    with pytest.raises(Mistake, match=r"1 of the run's 4 test images are missing, such as \w+/\d.png"):
+        data.load("folder", root, Reader(image_size), layout=dataset.layout)
     with pytest.raises(Mistake, match="--test-size 1: each part needs at least one image of 2 classes"):
         data.load("folder", root, Reader(image_size), test_size=1)
 
@@ -290,7 +290,7 @@ def test_a_run_keeps_its_test_images(tmp_path, capsys):
     flags = f"--device cpu --dataset folder --data {root} --test-size 4 --image-size 8 --depth 10 --growth-rate 4"
     assert train.main([*flags.split(), "--epochs", "1", "--seed", "3", "--no-plot", "--no-progress", "--save", "run"]) == 0
     logged = Path("run/test.csv").read_text().split(",")[-1].strip()
-    kept = torch.load("run/latest.pth", weights_only=True)["test_files"]
+    kept = torch.load("run/latest.pth", weights_only=True)["layout"]["test_files"]
     assert len(kept) == 4
     Image.new("RGB", (40, 20)).save(root / "cat/00.png")  # would change the draw
     capsys.readouterr()
@@ -298,7 +298,7 @@ def test_a_run_keeps_its_test_images(tmp_path, capsys):
     assert capsys.readouterr().out.count(f"test error {float(logged):.2f} %") == 2
     (root / "cat/00.png").unlink()
     assert train.main(["--resume", "--save", "run", "--epochs", "2", "--no-plot", "--no-progress"]) == 0
-    assert torch.load("run/latest.pth", weights_only=True)["test_files"] == kept
+    assert torch.load("run/latest.pth", weights_only=True)["layout"]["test_files"] == kept
 
 
 @pytest.mark.parametrize("image_size", [16, 128])
@@ -335,5 +335,83 @@ def test_a_split_without_any_image_is_named(tmp_path):
     for path in (root / "test").rglob("*.png"):
         path.unlink()
     for load in (lambda: data.load("folder", root), lambda: data.load_test("folder", root, Reader(), ["cat", "dog"])):
-        with pytest.raises(Mistake, match="test holds no image that can be read"):
+        with pytest.raises(Mistake, match="test holds no image in a class folder that can be read"):
             load()
+
+
+NETWORK = "--device cpu --depth 10 --growth-rate 4 --image-size 8 --no-plot --no-progress --save run".split()
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_run_keeps_its_splits(tmp_path, capsys, older):
+    """A val folder that appears later is not looked at, nor by a run of a release that did not know of it."""
+    root = write_folder(tmp_path / "images")
+    assert train.main(["--dataset", "folder", "--data", str(root), *NETWORK, "--epochs", "1", "--valid-size", "2"]) == 0
+    if older:
+        checkpoint = torch.load("run/latest.pth", weights_only=True)
+        del checkpoint["layout"]
+        torch.save(checkpoint, "run/latest.pth")
+    shutil.copytree(root / "test", root / "val")
+    capsys.readouterr()
+    assert train.main(["--resume", "--save", "run", "--epochs", "2", "--no-plot", "--no-progress"]) == 0
+    out = capsys.readouterr().out
+    assert "4 training, 2 validation, 4 test images" in out and ("an earlier release" in out) is older
+    assert train.main(["--resume", "--save", "run", "--epochs", "3", "--no-plot", "--no-progress"]) == 0
+    assert "an earlier release" not in capsys.readouterr().out
+
+
+def test_a_run_that_was_tested_on_val_stays_so(tmp_path):
+    import evaluate
+
+    root = write_folder(tmp_path / "images")
+    (root / "test").rename(root / "val")
+    assert train.main(["--dataset", "folder", "--data", str(root), *NETWORK, "--epochs", "1"]) == 0
+    shutil.copytree(root / "train", root / "test")
+    assert train.main(["--resume", "--save", "run", "--epochs", "2", "--no-plot", "--no-progress"]) == 0
+    images, _ = evaluate.load_test_images(torch.load("run/latest.pth", weights_only=True))
+    assert len(images) == 4
+
+
+def test_labels_are_those_of_the_run_when_a_class_is_added(tmp_path):
+    import evaluate
+
+    root = flat_folder(tmp_path)
+    assert train.main(["--dataset", "folder", "--data", str(root), *NETWORK, "--epochs", "1", "--test-size", "4"]) == 0
+    checkpoint = torch.load("run/latest.pth", weights_only=True)
+    before, _ = evaluate.load_test_images(checkpoint)
+    shutil.copytree(root / "cat", root / "ant")
+    (root / "dog/new.png").write_bytes(b"damaged, but not among the test images")
+    images, notes = evaluate.load_test_images(checkpoint)
+    assert torch.equal(images.labels, before.labels) and torch.equal(images.pixels, before.pixels) and notes == []
+
+
+def test_damage_in_all_splits_is_reported_together(tmp_path):
+    root = write_folder(tmp_path)
+    for name in ("train/cat/1.png", "test/dog/0.png"):
+        (root / name).write_bytes(b"no image")
+    with pytest.raises(Mistake, match=r"^2 images cannot be read: .*train/cat/1.png.*test/dog/0.png"):
+        data.load("folder", root)
+
+
+@pytest.mark.parametrize("options", [{}, {"skip_unreadable": True}])
+@pytest.mark.parametrize("image_size", [32, 128])
+def test_a_folder_of_pointers_in_place_of_images(tmp_path, image_size, options):
+    root = write_folder(tmp_path)
+    for path in root.rglob("*.png"):
+        path.write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(Mistake, match=r"images cannot be read|holds no image in a class folder that can be read"):
+        dataset = data.load("folder", root, Reader(image_size, **options))
+        list(dataset.train.batches(4, dataset.normalize).in_order())
+
+
+def test_streamed_images_without_a_scale_are_not_skipped_as_unreadable(tmp_path):
+    root = write_folder(tmp_path)
+    Image.fromarray(np.ones((130, 130), np.float32)).save(root / "train/cat/field.tif")
+    with pytest.raises(Mistake, match=r"field.tif has floating-point values"):
+        data.load("folder", root, Reader(128, skip_unreadable=True))
+
+
+def test_images_are_not_taken_for_cifar(tmp_path, capsys):
+    root = write_folder(tmp_path)
+    assert train.main(["--data", str(root), "--save", "run"]) == 2
+    assert "for image folders, add --dataset folder" in capsys.readouterr().err

@@ -122,7 +122,7 @@ def test_test_images_load_without_the_training_images(tmp_path, size):
 
 def test_folder_too_large_for_memory_says_how_much_it_needs(tmp_path, monkeypatch):
     memory = type("Memory", (), {"available": 1000})
-    monkeypatch.setattr(files.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(data.psutil, "virtual_memory", lambda: memory)
     with pytest.raises(Mistake, match=r"10 images of 100×100 pixels need 0.0 GB of memory, of which 0.0 GB"):
         data.load("folder", write_folder(tmp_path), Reader(100))
 
@@ -365,7 +365,7 @@ def test_check_reads_everything_and_says_what_is_there(tmp_path, capsys):
         assert "passed over: 1 files, .txt" in out and "modes: RGB 8, L 1" in out and "sizes: 40×20 8, 9×7 1" in out
         assert sum(line.startswith("unreadable: ") for line in out) == 3
         assert f"in two splits: {root / 'train/dog/copy.png'} = {root / 'test/dog/1.png'}" in out
-        assert out[-1].startswith("12 images, 3 unreadable, ")
+        assert out[-2].startswith("12 images, 3 unreadable, ") and "--skip-unreadable" in out[-1]
 
 
 def test_streamed_images_are_mirrored_half_of_the_time(tmp_path):

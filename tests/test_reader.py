@@ -242,6 +242,25 @@ def test_a_damaged_file_is_named(tmp_path, content):
         Reader().read(tmp_path / "image.jpg")
 
 
+@pytest.mark.parametrize("error", [RuntimeError, NotImplementedError, AssertionError, KeyError])
+def test_whatever_a_decoder_raises_makes_a_file_unreadable(tmp_path, monkeypatch, error):
+    """As Pillow's do for damaged AVIF, DDS, ICNS and TIFF files."""
+    quadrants().save(tmp_path / "image.png")
+
+    def load(image):
+        raise error("broken")
+
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", load)
+    with pytest.raises(Unreadable, match=rf"image.png is not a readable image \({error.__name__}\)$"):
+        Reader().read(tmp_path / "image.png")
+
+
+def test_a_program_is_not_run(tmp_path):
+    (tmp_path / "image.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
+    with pytest.raises(Unreadable, match="UnidentifiedImageError"):
+        Reader().read(tmp_path / "image.png")
+
+
 def test_a_run_s_reader_knows_what_older_runs_did_not():
     assert Reader.of_run({"image_size": 64, "epochs": 3, "workers": 2}, workers=0) == Reader(64)
     assert Reader.of_run({"image_size": 64, "white": 4095.0, "channels": 1}) == Reader(64, 1, 4095.0)
