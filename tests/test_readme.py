@@ -249,7 +249,7 @@ if "train.py" in args:
         args[args.index("--save") + 1] = f"run-{{os.getpid()}}"
     args += "--dataset digits --image-size 8 --limit-train 64 --limit-test 50 --epochs 2 --device cpu".split()
     args += "--depth 10 --valid-size 0 --no-plot".split()
-if args[0] == "data.py":
+if args[0] == "data.py" and "--check" not in args:
     args += ["--dataset", "digits"]
 if args[0] == "bench/speed.py":
     args += "--device cpu --depths 10 --batch-size 2 --precisions fp32 --candidates fused".split()
@@ -272,8 +272,10 @@ def test_every_block_of_commands_runs(tmp_path):
     for name in ("python", "torchrun", "pip", "pytest", "git", "srun", "scontrol"):
         (tools / name).write_text(SHORTENED.format(python=sys.executable))
         (tools / name).chmod(0o755)
-    for name in ("cat.jpg", "dog.png"):
-        Image.fromarray(np.zeros((40, 30, 3), dtype=np.uint8)).save(tmp_path / "clone" / name)
+    for shade, name in enumerate(("cat.jpg", "dog.png", *(f"DIR/{split}/{kind}/1.png" for split in ("train", "test") for kind in "ab"))):
+        path = tmp_path / "clone" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((40, 30, 3), 40 * shade, dtype=np.uint8)).save(path)
     env = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     env |= {"SLURM_NNODES": "1", "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "localhost"}
     found = [(name, block) for name, text in PAGES.items() for block in blocks(text, "bash")]
