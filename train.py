@@ -373,14 +373,16 @@ def ending(error, run):
 
 
 def saved(run):
-    """What of a run that ended early is safe, and how to go on."""
-    rank_0 = distributed.rank() == 0  # the others do not know how far it got
-    if run is None or (run.epoch is None if rank_0 else not (run.path / "latest.pth").exists()):
+    """What of a run that ended early is safe on disk, and how to go on."""
+    if run is None:
         return "nothing was saved"
-    whole = f"epoch {run.epoch}" if rank_0 else "the last whole epoch"
-    script = shlex.quote(sys.argv[0])
-    resume = f"{distributed.launcher()} {script} --save {shlex.quote(str(run.path))} --resume"
-    return f"{whole} is saved in {run.path / 'latest.pth'}; to go on: {resume}"
+    latest = run.path / "latest.pth"
+    try:
+        epoch = read_checkpoint(latest)["epoch"]
+    except Mistake:
+        return "nothing was saved"
+    resume = f"{distributed.launcher()} {shlex.quote(sys.argv[0])} --save {shlex.quote(str(run.path))} --resume"
+    return f"epoch {epoch} is saved in {latest}; to go on: {resume}"
 
 
 if __name__ == "__main__":
