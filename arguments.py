@@ -268,11 +268,12 @@ def check_args(args):
         raise Mistake(f"--batch-size {args.batch_size}: each of {ranks} processes needs an image of it")
     if choose_device(args.device).type == "mps" and args.block == "fused":
         raise Mistake("--block fused runs on CPUs and CUDA GPUs: choose naive or checkpoint")
-    if size != 32 and args.dataset not in ("digits", "folder"):
+    downloaded = args.dataset not in ("digits", "folder")  # whose images are as they are
+    if size != 32 and downloaded:
         raise Mistake(f"--image-size {size}: the images of {args.dataset} have 32×32 pixels")
-    if args.dataset not in ("digits", "folder") and Path(args.data, "train").is_dir():
+    if downloaded and Path(args.data, "train").is_dir():
         raise Mistake(f"{Path(args.data, 'train')} is not of {args.dataset}: for image folders, add --dataset folder")
-    if args.channels != 3 and args.dataset not in ("digits", "folder"):
+    if args.channels != 3 and downloaded:
         raise Mistake(f"--channels {args.channels}: the images of {args.dataset} have 3 channels")
     for name in ("white", "test_size", "skip_unreadable"):
         if getattr(args, name) and args.dataset != "folder":

@@ -97,8 +97,11 @@ def formats():
 
 
 def decode_reduced(image, box, image_size):
-    """Decode an opened image; of a large JPEG file only so many frequencies that the box keeps twice the size it is
-    resized to, which nobody can tell from all of them. Returns the box in the pixels that were decoded."""
+    """Decode an opened image and return the box in the pixels that were decoded.
+
+    A large JPEG file is decoded at a half, a quarter or an eighth of its size, as long as the box keeps twice the size
+    that it is resized to.
+    """
     width, height = image.size
     factor = min(box[2] - box[0], box[3] - box[1]) / (2 * image_size)
     if factor >= 2:
