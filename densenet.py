@@ -150,15 +150,21 @@ class DenseBlock(nn.Module):
 class Transition(nn.Module):
     """BN-ReLU-Conv1×1 and 2×2 average pooling: (N, C, H, W) → (N, out_channels, H/2, W/2) (section 3)."""
 
-    def __init__(self, in_channels, out_channels, drop_rate):
+    def __init__(self, in_channels, out_channels, drop_rate, block):
         super().__init__()
         self.norm = nn.BatchNorm2d(in_channels)
         self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
         self.drop_rate = drop_rate
+        self.block = block
 
     def forward(self, x):
-        x = self.conv(F.relu(self.norm(x)))
+        x = self.conv(norm_relu(self.norm, x, self.block))
         return F.avg_pool2d(F.dropout(x, self.drop_rate, self.training), 2)
+
+
+def norm_relu(norm, x, block):
+    """Batch norm and ReLU of what a dense block returned, as that kind of block does them."""
+    return fused.norm_relu(norm, x) if block == "fused" else F.relu(norm(x))
 
 
 def make_stem(kind, in_channels, out_channels):
@@ -246,7 +252,7 @@ class DenseNet(nn.Module):
             if i > 0:
                 kept = int(channels * reduction)
                 check(kept >= 1, f"reduction {reduction}: leaves a transition without channels, try 0.5")
-                self.transitions.append(Transition(channels, kept, drop_rate))
+                self.transitions.append(Transition(channels, kept, drop_rate, block))
                 channels = kept
             layers = [make_layer(channels + j * growth_rate, growth_rate, drop_rate) for j in range(num_layers)]
             self.blocks.append(DenseBlock(layers, block))
@@ -260,7 +266,7 @@ class DenseNet(nn.Module):
         x = first(self.stem(x))
         for transition, block in zip(self.transitions, rest, strict=True):
             x = block(transition(x))
-        x = F.adaptive_avg_pool2d(F.relu(self.norm(x)), 1)
+        x = F.adaptive_avg_pool2d(norm_relu(self.norm, x, self.blocks[-1].block), 1)
         return self.classifier(x.flatten(1))
 
     def load_torchvision(self, state_dict):

@@ -10,66 +10,32 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts of this folder run from anywhere
 
+import launches
+
 from cli import Parser, command
-from densenet import ARCHITECTURES, DenseNet
 
 
-class Recorder:
-    """Stands in for a Triton kernel: notes what it is launched with instead of launching it."""
-
-    def __init__(self, kernel, launches):
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid):
-        def launch(*args, **constants):
-            self.launches.setdefault(self.variant(args, constants), self.kernel)
-
-        return launch
-
-    def variant(self, args, constants):
-        """What Triton compiles a kernel anew for: types of the arguments, which are divisible by 16, constants."""
-        kinds = {"torch.float32": "*fp32", "torch.bfloat16": "*bf16"}
-        types = tuple(kinds[str(a.dtype)] if isinstance(a, torch.Tensor) else "i32" for a in args)
-        aligned = tuple((a.data_ptr() if isinstance(a, torch.Tensor) else a) % 16 == 0 for a in args)
-        return self.kernel.__name__, types, aligned, tuple(sorted(constants.items()))
+def record_variants(architecture):
+    """What a training step in bf16 launches, each variant once: every layer of every block. Runs no kernel."""
+    with launches.as_on_a_gpu() as launched:
+        launches.training_step(architecture, "fused", batch_size=1)()
+        return sorted(set(launched), key=lambda variant: (variant[0].__name__, variant[1:]))
 
 
-def record_launches(architecture):
-    """{variant: kernel} of all launches of a training step in bf16, every layer of every block. Runs no kernel."""
-    import fused
-    from fused import kernels
-
-    launches, real = {}, {name: item for name, item in vars(kernels).items() if name.endswith("_kernel")}
-    for name, kernel in real.items():
-        setattr(kernels, name, Recorder(kernel, launches))
-    steps_for, fused.steps_for = fused.steps_for, lambda x: kernels
-    try:
-        model = DenseNet(**ARCHITECTURES[architecture], block="fused")
-        with torch.autocast("cpu", torch.bfloat16):
-            model(torch.randn(1, 3, 32, 32)).float().sum().backward()
-    finally:
-        fused.steps_for = steps_for
-        for name, kernel in real.items():
-            setattr(kernels, name, kernel)
-    return launches
-
-
-def compile_kernel(kernel, variant, capability):
+def compile_kernel(kernel, types, even, ones, constants, capability):
     """(registers, stack bytes, shared bytes) of a variant compiled for an NVIDIA GPU, without one."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    _, types, aligned, constants = variant
     constants = dict(constants)
     options = {"num_warps": constants.pop("num_warps", 4)}
     names = kernel.arg_names
+    constants |= {name: 1 for name, one in zip(names, ones, strict=False) if one}
     signature = dict(zip(names, types, strict=False)) | dict.fromkeys(constants, "constexpr")
-    attributes = {(i,): [["tt.divisibility", 16]] for i, even in enumerate(aligned) if even}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, is_even in enumerate(even) if is_even}
     constants = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -93,12 +59,11 @@ def main(argv=None):
     print(f"Triton {triton.__version__}; bf16; registers per thread, bytes of stack (spills) and of shared memory")
     print("| network | target | kernel | variants | registers | stack | shared |\n|---|---|---|---|---|---|---|")
     for name in ("densenet_bc_100_12", "densenet_bc_250_24", "densenet_bc_190_40"):
-        launches = record_launches(name)
+        variants = record_variants(name)
         for capability in (80, 90):
             worst = {}
-            for variant, kernel in launches.items():
-                usage = compile_kernel(kernel, variant, capability)
-                worst.setdefault(variant[0], []).append(usage)
+            for kernel, *variant in variants:
+                worst.setdefault(kernel.__name__, []).append(compile_kernel(kernel, *variant, capability))
             for kernel, usages in worst.items():
                 most = " | ".join(str(max(values)) for values in zip(*usages, strict=True))
                 print(f"| {name} | sm_{capability} | {kernel} | {len(usages)} | {most} |", flush=True)

@@ -22,7 +22,8 @@ written. Kept for the backward pass are buf, every h and the statistics.
 A network without bottlenecks has the 3×3 convolution alone: o = conv3×3(relu(x·s + t), W1).
 
 The four steps, bn_relu_conv1x1, bn_relu_conv3x3 and their backward passes, stand below in plain torch, which runs
-everywhere, and in kernels.py for CUDA in bf16 and fp16.
+everywhere, and in kernels.py for CUDA in bf16 and fp16. Batch norms that use their running statistics take those in
+place of μ and σ²; where all do, as in evaluation, none are computed.
 """
 
 import sys
@@ -71,6 +72,17 @@ def steps_for(x):
     return sys.modules[__name__]
 
 
+def norm_relu(module, x):
+    """relu(module(x)), of a BatchNorm2d and x (N, C, H, W): between the blocks, by the same passes as within them.
+
+    On a CPU that is a pass over memory each for statistics and result, and two backward; the module's hooks are not
+    called. Elsewhere it is what torch does.
+    """
+    if passes_for(x) is not loops or torch.compiler.is_compiling():
+        return F.relu(module(x))
+    return NormReLU.apply(x, module, torch.is_grad_enabled(), module.weight, module.bias)
+
+
 class SharedBuffer(torch.autograd.Function):
     """The block as one node of the graph: forward(x, layers, keep, *parameters of all layers) → buf.
 
@@ -82,53 +94,85 @@ class SharedBuffer(torch.autograd.Function):
         kind, shape = x.device.type, x.shape
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         start, growth_rate = shape[1], parameters[-1].shape[0]
-        total = start + len(layers) * growth_rate
-        saved, ctx.batch_flags = [], []
+        total, bottleneck = start + len(layers) * growth_rate, hasattr(layers[0], "norm2")
+        saved, ctx.norms, measured = [], [], []
         with torch.autocast(kind, enabled=False), torch.cuda.device_of(x):
             buf = x.new_empty(x[:, 0].numel(), total, dtype=dtype)  # (M, C0 + L·k)
-            mean, var = (x.new_empty(total, dtype=torch.promote_types(dtype, torch.float32)) for _ in range(2))
             steps = steps_for(buf)
+            columns = new_statistics(buf, total).zero_()  # mean and variance of each, where a batch norm asks for them
+            asked = any(uses_batch(layer.norm1) for layer in layers)
             buf[:, :start] = to_rows(x)
-            mean[:start], var[:start] = statistics(buf[:, :start].contiguous())
+            if asked:
+                columns[:, :start] = passes_for(buf).statistics(buf[:, :start])
             for i, layer in enumerate(layers):
                 end = start + i * growth_rate
-                norm = take_norm(layer.norm1, mean[:end], var[:end], len(buf))
-                kept, flags, inputs, weight = [norm.mean, norm.rstd], [norm.batch], buf[:, :end], layer.conv1.weight
-                if hasattr(layer, "norm2"):
-                    h, h_statistics = steps.bn_relu_conv1x1(inputs, norm, weight.flatten(1).to(dtype))
-                    norm = take_norm(layer.norm2, *h_statistics, len(h))
-                    kept += [norm.mean, norm.rstd, h]
-                    flags, inputs, weight = [*flags, norm.batch], h, layer.conv2.weight
+                inputs, norms = buf[:, :end], [take_norm(layer.norm1, buf, columns, slice(end), keep)]
+                kept, weight = [], layer.conv1.weight
+                if bottleneck:
+                    h = buf.new_empty(len(buf), weight.shape[0])
+                    of_h = new_statistics(h, weight.shape[0]) if uses_batch(layer.norm2) else None
+                    steps.bn_relu_conv1x1(inputs, norms[0], weight, h, of_h)
+                    norms.append(take_norm(layer.norm2, h, of_h, slice(None), keep))
+                    kept, inputs, weight = [h], h, layer.conv2.weight
                 new = slice(end, end + growth_rate)
-                mean[new], var[new] = steps.bn_relu_conv3x3(inputs, norm, weight.to(dtype), shape, buf[:, new])
-                saved += kept if keep else []
-                ctx.batch_flags.append(flags)
+                steps.bn_relu_conv3x3(inputs, norms[-1], weight, shape, buf[:, new], columns[:, new] if asked else None)
+                measured += zip((layer.norm1, layer.norm2) if bottleneck else (layer.norm1,), norms, strict=True)
+                saved += [*(value for norm in norms for value in norm[:2]), *kept] if keep else []
+                ctx.norms.append([(norm.eps, norm.batch) for norm in norms])
+            update_running_statistics(measured, len(buf))
         out = to_images(buf, shape)
-        ctx.save_for_backward(out, mean, *saved, *parameters)
+        ctx.save_for_backward(out, columns, *saved, *parameters)
         ctx.start, ctx.x_dtype = start, x.dtype
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        if torch.is_grad_enabled():
-            raise RuntimeError("block 'fused' cannot be differentiated twice: use block 'naive'")
-        out, mean, *tensors = ctx.saved_tensors
-        layers, bottleneck = len(ctx.batch_flags), len(ctx.batch_flags[0]) == 2
+        refuse_second_derivative()
+        out, columns, *tensors = ctx.saved_tensors
+        layers, bottleneck = len(ctx.norms), len(ctx.norms[0]) == 2
         split = layers * (5 if bottleneck else 2)
         saved, parameters = in_groups(tensors[:split], layers), in_groups(tensors[split:], layers)
-        layer_backward = bottleneck_backward if bottleneck else single_backward
+        layer_backward, grads = bottleneck_backward if bottleneck else single_backward, []
         growth_rate = parameters[0][-1].shape[0]
-        gradient = BufferGradient(to_rows(grad).to(out.dtype, copy=True).contiguous(), to_rows(out), mean)
-        grads = []
-        with torch.autocast(out.device.type, enabled=False):
+        with torch.autocast(out.device.type, enabled=False), torch.cuda.device_of(out):
+            d = to_rows(grad).to(out.dtype, copy=True).contiguous()
+            buffer = Buffer(to_rows(out), d, columns[0], *torch.zeros_like(columns))
             for i in reversed(range(layers)):
                 end = ctx.start + i * growth_rate
-                d_out = gradient.complete(slice(end, end + growth_rate))
-                layer = saved[i], parameters[i], ctx.batch_flags[i]
-                grads = [*layer_backward(d_out, gradient, end, *layer, out.shape), *grads]
-            dx = to_images(gradient.complete(slice(0, ctx.start)), out.shape).to(ctx.x_dtype)
+                read, new = buffer.select(slice(end)), buffer.select(slice(end, end + growth_rate))
+                grads = [*layer_backward(read, new, saved[i], parameters[i], ctx.norms[i], out.shape), *grads]
+            dx = to_images(buffer.select(slice(ctx.start)).gradient(), out.shape).to(ctx.x_dtype)
         needed = ctx.needs_input_grad[3:]
         return dx, None, None, *(g if need else None for g, need in zip(grads, needed, strict=True))
+
+
+class NormReLU(torch.autograd.Function):
+    """forward(x, module, keep, its weight and bias) → relu(module(x)), on the CPU."""
+
+    @staticmethod
+    def forward(ctx, x, module, keep, weight, bias):
+        rows = to_rows(x)
+        statistics = loops.statistics(rows) if uses_batch(module) else None
+        norm = take_norm(module, rows, statistics, slice(None), keep)
+        update_running_statistics([(module, norm)], len(rows))
+        ctx.save_for_backward(x, norm.mean, norm.var, weight, bias)
+        ctx.norm = norm.eps, norm.batch
+        return to_images(loops.bn_relu(rows, norm), x.shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        refuse_second_derivative()
+        x, *tensors = ctx.saved_tensors
+        rows, norm = to_rows(x), Norm(*tensors, *ctx.norm)
+        da = to_rows(grad).to(rows.dtype, copy=True).contiguous()
+        d_relu, d_weight, d_bias = loops.relu_backward(da, rows, norm)
+        dx = loops.combine(d_relu, rows, *norm.input_gradient(d_weight, d_bias, len(rows)))
+        return to_images(dx, x.shape), None, None, d_weight, d_bias
+
+
+def refuse_second_derivative():
+    if torch.is_grad_enabled():
+        raise RuntimeError("block 'fused' cannot be differentiated twice: use block 'naive'")
 
 
 def in_groups(items, count):
@@ -137,44 +181,43 @@ def in_groups(items, count):
     return [items[i * size : (i + 1) * size] for i in range(count)]
 
 
-def bottleneck_backward(d_out, gradient, end, saved, parameters, flags, shape):
-    """From d_out (M, k): adds to the gradient of the first ``end`` columns; returns those of a layer's parameters."""
-    mean1, rstd1, mean2, rstd2, h = saved
+def bottleneck_backward(read, new, saved, parameters, settings, shape):
+    """From the gradient of the columns that a layer wrote: adds to that of those it read; returns its parameters'."""
+    mean1, var1, mean2, var2, h = saved
     weight1, bias1, conv1, weight2, bias2, conv2 = parameters
-    norm1, norm2 = Norm(mean1, rstd1, weight1, bias1, flags[0]), Norm(mean2, rstd2, weight2, bias2, flags[1])
+    norm1, norm2 = Norm(mean1, var1, weight1, bias1, *settings[0]), Norm(mean2, var2, weight2, bias2, *settings[1])
     steps = steps_for(h)
-    d_relu, d_weight2, d_bias2, d_conv2 = steps.conv3x3_backward(d_out, h, norm2, conv2.to(h.dtype), shape)
-    dh = norm2.input_gradient(d_weight2, d_bias2, len(h))
-    x, d = gradient.x[:, :end], gradient.d[:, :end]
-    d_weight1, d_bias1, d_conv1 = steps.conv1x1_backward(d_relu, h, dh, x, d, norm1, conv1.flatten(1).to(h.dtype))
-    gradient.defer(norm1, d_weight1, d_bias1)
-    d_conv1 = d_conv1.to(conv1.dtype).contiguous().as_strided(conv1.shape, conv1.stride())  # as DDP expects them
-    d_conv2 = d_conv2.to(conv2.dtype)
+    d_relu, d_weight2, d_bias2, d_conv2 = steps.conv3x3_backward(new, h, norm2, conv2, shape)
+    d_weight1, d_bias1, d_conv1 = steps.conv1x1_backward(d_relu, h, norm2, d_weight2, d_bias2, read, norm1, conv1)
     return d_weight1, d_bias1, d_conv1, d_weight2, d_bias2, d_conv2
 
 
-def single_backward(d_out, gradient, end, saved, parameters, flags, shape):
+def single_backward(read, new, saved, parameters, settings, shape):
     """The same for a layer without bottleneck."""
-    weight1, bias1, conv1 = parameters
-    norm, x = Norm(*saved, weight1, bias1, flags[0]), gradient.x[:, :end]
-    step = steps_for(x).conv3x3_backward
-    d_relu, d_weight, d_bias, d_conv = step(d_out, x, norm, conv1.to(x.dtype), shape)
-    gradient.d[:, :end].addcmul_(d_relu, norm.scale)
-    gradient.defer(norm, d_weight, d_bias)
-    return d_weight, d_bias, d_conv.to(conv1.dtype)
+    weight, bias, conv = parameters
+    norm = Norm(*saved, weight, bias, *settings[0])
+    d_relu, d_weight, d_bias, d_conv = steps_for(read.x).conv3x3_backward(new, read.x, norm, conv, shape)
+    read.d.addcmul_(d_relu, norm.scale)
+    read.defer(norm, d_weight, d_bias)
+    return d_weight, d_bias, d_conv
 
 
 class Norm(NamedTuple):
-    """Batch norm of C columns, (x − mean)·rstd·weight + bias, all of shape (C,).
+    """Batch norm of C columns, (x − mean)/√(var + eps)·weight + bias, all of shape (C,).
 
-    ``batch``: mean and rstd are those of the batch, so that they have gradients; not so in evaluation mode.
+    ``batch``: mean and var are those of the batch, so that they have gradients; not so in evaluation mode.
     """
 
     mean: torch.Tensor
-    rstd: torch.Tensor
+    var: torch.Tensor
     weight: torch.Tensor
     bias: torch.Tensor
+    eps: float
     batch: bool
+
+    @property
+    def rstd(self):
+        return (self.var + self.eps).rsqrt()
 
     @property
     def scale(self):
@@ -186,25 +229,81 @@ class Norm(NamedTuple):
 
     def input_gradient(self, d_weight, d_bias, count):
         """Three coefficients (C,), u, v and w: dx = u·dR + v·x + w, from dγ and dβ over ``count`` rows."""
+        scale = self.scale
         if not self.batch:
-            return self.scale, torch.zeros_like(self.mean), torch.zeros_like(self.mean)
-        v = -self.scale * self.rstd * d_weight / count
-        return self.scale, v, -self.scale * d_bias / count - v * self.mean
+            return scale, torch.zeros_like(scale), torch.zeros_like(scale)
+        v = -scale * self.rstd * d_weight / count
+        return scale, v, -scale * d_bias / count - v * self.mean
 
 
-def take_norm(module, mean, var, count):
-    """The Norm of a BatchNorm2d for columns with batch statistics mean and var over ``count`` rows; updates its own."""
-    batch = module.training or module.running_mean is None
-    if batch and count == 1:
+def uses_batch(module):
+    """Whether a BatchNorm2d normalises with the statistics of the batch."""
+    return module.training or module.running_mean is None
+
+
+def new_statistics(x, columns):
+    """Room for the mean and the variance of so many columns of x, (2, C), in float32 or better."""
+    return x.new_empty(2, columns, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def take_norm(module, x, statistics, columns, keep):
+    """The Norm of a BatchNorm2d for columns of x, whose batch has the ``statistics`` (2, C)."""
+    batch = uses_batch(module)
+    if batch and len(x) == 1:
         raise ValueError("batch norm needs more than one value per channel while training: use a larger batch or image")
-    if module.training and module.track_running_stats:
-        module.num_batches_tracked += 1
-        momentum = 1 / float(module.num_batches_tracked) if module.momentum is None else module.momentum
-        module.running_mean.lerp_(mean.to(module.running_mean.dtype), momentum)
-        module.running_var.lerp_((var * (count / (count - 1))).to(module.running_var.dtype), momentum)
-    if not batch:
-        mean, var = module.running_mean.to(mean.dtype, copy=True), module.running_var.to(var.dtype)
-    return Norm(mean, (var + module.eps).rsqrt(), module.weight.detach(), module.bias.detach(), batch)
+    if batch:
+        mean, var = statistics[:, columns]
+    else:
+        wide = torch.promote_types(x.dtype, torch.float32)  # a copy where it is kept: the next step may change them
+        mean, var = (value.to(wide, copy=keep) for value in (module.running_mean, module.running_var))
+    return Norm(mean, var, module.weight.detach(), module.bias.detach(), module.eps, batch)
+
+
+def update_running_statistics(measured, count):
+    """Let BatchNorm2d modules learn from the batch, over ``count`` rows, that gave them their Norms: all together."""
+    by_momentum = {}
+    for module, norm in measured:
+        if module.training and module.track_running_stats:
+            by_momentum.setdefault(module.momentum, []).append((module, norm))
+    for momentum, group in by_momentum.items():
+        modules, norms = zip(*group, strict=True)
+        torch._foreach_add_([module.num_batches_tracked for module in modules], 1)
+        unbiased = torch._foreach_mul([norm.var for norm in norms], count / (count - 1))
+        for name, values in (("running_mean", [norm.mean for norm in norms]), ("running_var", unbiased)):
+            running = [getattr(module, name) for module in modules]
+            values = [value.to(old.dtype) for value, old in zip(values, running, strict=True)]
+            if momentum is not None:
+                torch._foreach_lerp_(running, values, momentum)
+                continue
+            for module, old, value in zip(modules, running, values, strict=True):
+                old.lerp_(value, 1 / float(module.num_batches_tracked))  # the mean of all batches
+
+
+class Buffer(NamedTuple):
+    """Columns of the buffer x (M, C) and their means (C,), and their gradient while it is being summed.
+
+    That is d (M, C), and the deferred p and q (C,), which stay 0 where no batch norm used the batch.
+    """
+
+    x: torch.Tensor
+    d: torch.Tensor
+    mean: torch.Tensor
+    p: torch.Tensor
+    q: torch.Tensor
+
+    def select(self, columns):
+        return Buffer(self.x[:, columns], self.d[:, columns], self.mean[columns], self.p[columns], self.q[columns])
+
+    def defer(self, norm, d_weight, d_bias):
+        """Note what the batch's mean and variance contribute, to be applied when a column is complete."""
+        if norm.batch:
+            scale = norm.scale / len(self.x)
+            self.p.addcmul_(scale, d_bias)
+            self.q.addcmul_(scale * norm.rstd, d_weight)
+
+    def gradient(self):
+        """That of columns to which nothing will be added any more, (M, C)."""
+        return passes_for(self.x).combine(self.d, self.x, torch.ones_like(self.q), -self.q, self.q * self.mean - self.p)
 
 
 def to_rows(x):
@@ -220,40 +319,48 @@ def to_images(x, shape):
 # The four steps in plain torch, whose passes over memory are below or, in the module loops, compiled.
 
 
-def bn_relu_conv1x1(x, norm, weight):
-    """x (M, C), weight (J, C) → h (M, J) and the mean and variance of its columns."""
+def bn_relu_conv1x1(x, norm, weight, out, statistics):
+    """x (M, C), weight (J, C, 1, 1): writes out (M, J) and, where asked to, mean and variance of its columns (2, J)."""
     passes = passes_for(x)
-    h = passes.bn_relu(x, norm) @ weight.t()
-    return h, passes.statistics(h)
+    torch.mm(passes.bn_relu(x, norm), weight.flatten(1).t().to(x.dtype), out=out)
+    if statistics is not None:
+        statistics.copy_(passes.statistics(out))
 
 
-def bn_relu_conv3x3(x, norm, weight, shape, out):
-    """x (M, J), weight (k, J, 3, 3) → writes out (M, k); returns the mean and variance of its columns."""
+def bn_relu_conv3x3(x, norm, weight, shape, out, statistics):
+    """x (M, J), weight (k, J, 3, 3): writes out (M, k) and, where asked to, its columns' mean and variance (2, k)."""
     passes = passes_for(x)
-    result = to_rows(F.conv2d(to_images(passes.bn_relu(x, norm), shape), weight, padding=1))
+    result = to_rows(F.conv2d(to_images(passes.bn_relu(x, norm), shape), weight.to(x.dtype), padding=1))
     out.copy_(result)
-    return passes.statistics(result)
+    if statistics is not None:
+        statistics.copy_(passes.statistics(result))
 
 
-def conv3x3_backward(d_out, x, norm, weight, shape):
-    """d_out (M, k) → dR (M, J), and the gradients of γ, β (J,) and of W (k, J, 3, 3). Inverse of bn_relu_conv3x3."""
-    passes = passes_for(x)
-    da, d_conv, _ = torch.ops.aten.convolution_backward(
-        to_images(d_out, shape), to_images(passes.bn_relu(x, norm), shape), weight, None,
-        [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False],
-    )  # fmt: skip
-    return *passes.relu_backward(to_rows(da), x, norm), d_conv
+def conv3x3_backward(new, x, norm, weight, shape):
+    """The Buffer of k columns, x (M, J) → dR (M, J), and the gradients of γ, β (J,) and of the weight (k, J, 3, 3).
 
-
-def conv1x1_backward(d_relu, h, coefficients, x, d, norm, weight):
-    """dR2 and h (M, J), three coefficients (J,) that make dh of them, weight (J, C): adds s·dR to d (M, C).
-
-    Returns the gradients of γ and β (C,) and of W (J, C). Inverse of bn_relu_conv1x1.
+    Inverse of bn_relu_conv3x3.
     """
     passes = passes_for(x)
-    dh = passes.combine(d_relu, h, *coefficients)
-    a, d_weight, d_bias = passes.relu_backward_add(dh @ weight, x, norm, d)
-    return d_weight, d_bias, dh.t() @ a
+    da, d_conv, _ = torch.ops.aten.convolution_backward(
+        to_images(new.gradient(), shape), to_images(passes.bn_relu(x, norm), shape), weight.to(x.dtype), None,
+        [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False],
+    )  # fmt: skip
+    return *passes.relu_backward(to_rows(da), x, norm), d_conv.to(weight.dtype)
+
+
+def conv1x1_backward(d_relu, h, norm2, d_weight2, d_bias2, read, norm, weight):
+    """dR2 and h (M, J) with their norm and its gradients (J,): adds to the gradient in the Buffer of C columns.
+
+    Returns the gradients of γ and β (C,) and of the weight (J, C, 1, 1). Inverse of bn_relu_conv1x1.
+    """
+    passes = passes_for(h)
+    dh = passes.combine(d_relu, h, *norm2.input_gradient(d_weight2, d_bias2, len(h)))
+    da = dh @ weight.flatten(1).to(h.dtype)
+    a, d_weight, d_bias = passes.relu_backward_add(da, read.x, norm, read.d)
+    read.defer(norm, d_weight, d_bias)
+    d_conv = (dh.t() @ a).to(weight.dtype)
+    return d_weight, d_bias, d_conv.contiguous().as_strided(weight.shape, weight.stride())  # as DDP expects it
 
 
 def passes_for(x):
@@ -270,10 +377,10 @@ def bn_relu(x, norm):
 
 
 def statistics(x):
-    """Mean and biased variance of each column in float32 or better, (M, C) → 2 × (C,)."""
+    """Mean and biased variance of each column in float32 or better, (M, C) → (2, C)."""
     # The running statistics that torch updates here are of no use but for their dtype, which the result takes.
     running = x.new_zeros(2, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
-    return torch.batch_norm_update_stats(x, *running, 0.0)
+    return torch.stack(torch.batch_norm_update_stats(x.contiguous(), *running, 0.0))
 
 
 def relu_backward(da, x, norm):
@@ -305,24 +412,3 @@ def norm_gradients(d_relu, x, norm, scratch):
 def column_sums(x):
     """(M, C) → (C,), in float32 or better."""
     return x.sum(0, dtype=torch.promote_types(x.dtype, torch.float32))
-
-
-class BufferGradient:
-    """The gradient of the buffer x (M, C0 + L·k) while it is being summed: D, and the deferred P and Q."""
-
-    def __init__(self, d, x, mean):
-        self.d, self.x, self.mean = d, x, mean
-        self.p, self.q = torch.zeros_like(mean), torch.zeros_like(mean)
-
-    def defer(self, norm, d_weight, d_bias):
-        """Note what the batch's mean and variance contribute, to be applied when a column is complete."""
-        if norm.batch:
-            end = len(d_bias)
-            self.p[:end] += norm.scale * d_bias / len(self.x)
-            self.q[:end] += norm.scale * norm.rstd * d_weight / len(self.x)
-
-    def complete(self, columns):
-        """The gradient of columns to which nothing will be added any more, (M, columns)."""
-        p, q, mean = self.p[columns], self.q[columns], self.mean[columns]
-        d, x = self.d[:, columns], self.x[:, columns]
-        return passes_for(x).combine(d, x, torch.ones_like(q), -q, q * mean - p)

@@ -1,8 +1,12 @@
 """Triton kernels of the shared-buffer dense block, and their launchers: the steps that __init__.py has in plain torch.
 
 Every matrix has one row per pixel (M = N·H·W). x is a view of the block's buffer: C columns of a wider row. Products
-accumulate in float32, offsets along rows are int64. A kernel that sums over rows writes one partial sum per program,
-and the partial sums are added in a fixed order: no atomics, so that runs repeat bit for bit.
+accumulate in float32, offsets along rows are int64. Scale and shift of a batch norm are formed where they are used, and
+weights are read as the optimiser keeps them: nothing is prepared by launches of its own.
+
+A program takes a span of rows. One that sums over rows writes a partial sum, and a second, small launch adds those in a
+fixed order and finishes what depends on them: no atomics, so that runs repeat bit for bit. That makes four launches a
+layer forward and five backward.
 """
 
 import math
@@ -20,7 +24,9 @@ def power_of_2(n, least=16):
 # Tile sizes: rows of a tile, input columns of a tile, output columns of a tile at most.
 ROWS, COLUMNS, MOST_OUTPUTS = 64, 32, 64
 # Programs of a launch that sums over rows: enough for a large GPU, few enough that their partial sums stay small.
-PROGRAMS = 528
+PROGRAMS = 264
+# Partial sums that are added at once, columns of them that one program finishes.
+PARTS, FINISHED = 32, 64
 
 
 def vector(*sizes):
@@ -31,270 +37,390 @@ def vector(*sizes):
     return math.gcd(8, *sizes)
 
 
-def row_programs(rows, others):
-    """How many programs share the tiles of rows, beside ``others`` programs that share something else."""
-    return min(triton.cdiv(rows, ROWS), triton.cdiv(PROGRAMS, others))
+def share_rows(rows, others=1, tile=None):
+    """(rows of a program, programs), beside ``others`` programs that share something else."""
+    tile = tile or ROWS
+    tiles = triton.cdiv(rows, tile)
+    span = triton.cdiv(tiles, min(tiles, triton.cdiv(PROGRAMS, others))) * tile
+    return span, triton.cdiv(rows, span)
 
 
-# a = relu(x·s + t): the tile of x at rows × cols, normalised and rectified, zero outside.
+# Batch norm of some columns, (x − mean)·rstd·weight + bias: mean, rstd, scale and shift.
 @triton.jit
-def load_bn_relu(x, stride, scale, shift, rows, cols, inside, C):
+def load_norm(mean, var, weight, bias, eps, cols, C):
+    inside = cols < C
+    mu = tl.load(mean + cols, mask=inside, other=0.0).to(tl.float32)
+    r = tl.rsqrt(tl.load(var + cols, mask=inside, other=1.0).to(tl.float32) + eps)
+    s = tl.load(weight + cols, mask=inside, other=0.0).to(tl.float32) * r
+    return mu, r, s, tl.load(bias + cols, mask=inside, other=0.0).to(tl.float32) - mu * s
+
+
+# a = relu(x·s + t): the tile of x at rows × cols, normalised and rectified, zero outside; and x.
+@triton.jit
+def load_bn_relu(x, stride, s, t, rows, cols, inside, C):
     mask = inside[:, None] & (cols < C)[None, :]
     value = tl.load(x + rows[:, None] * stride + cols[None, :], mask=mask, other=0.0)
-    s = tl.load(scale + cols, mask=cols < C, other=0.0)
-    t = tl.load(shift + cols, mask=cols < C, other=0.0)
     y = value.to(tl.float32) * s[None, :] + t[None, :]
     a = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)  # as torch's ReLU: a network that diverged must show it
-    return tl.where(mask, a, 0.0).to(value.dtype)
+    return tl.where(mask, a, 0.0).to(value.dtype), value.to(tl.float32)
 
 
-# Mean and sum of squared deviations of the columns of a tile, over its rows inside the matrix.
+# Mean and sum of squared deviations of n1 and n2 rows together (Chan, Golub, LeVeque 1979).
 @triton.jit
-def store_tile_statistics(value, partial, tile, rows, cols, M, C):
+def merge_statistics(n1, mean1, square1, n2, mean2, square2):
+    n = n1 + n2
+    delta = mean2 - mean1
+    return n, mean1 + delta * (n2 / n), square1 + square2 + delta * delta * (n1 * n2 / n)
+
+
+@triton.jit
+def tile_statistics(value, rows, M):
     inside = (rows < M)[:, None]
     count = tl.minimum(M - tl.min(rows, 0), value.shape[0]).to(tl.float32)
     mean = tl.sum(tl.where(inside, value, 0.0), 0) / count
     centred = tl.where(inside, value - mean[None, :], 0.0)
-    tl.store(partial + (2 * tile) * C + cols, mean, mask=cols < C)
-    tl.store(partial + (2 * tile + 1) * C + cols, tl.sum(centred * centred, 0), mask=cols < C)
+    return count, mean, tl.sum(centred * centred, 0)
 
 
-# h = relu(x·s + t)·Wᵀ and its tile statistics. Program (i, j): rows i, outputs j; loops over the C input columns.
+@triton.jit
+def store_pair(partial, first, second, program, cols, C):
+    tl.store(partial + (2 * program) * C + cols, first, mask=cols < C)
+    tl.store(partial + (2 * program + 1) * C + cols, second, mask=cols < C)
+
+
+# h = relu(x·s + t)·Wᵀ and partial statistics of h. Program (p, j): a span of rows, outputs j; loops over columns of x.
 @triton.jit
 def bn_relu_conv1x1_kernel(
-    x, x_stride, scale, shift, weight, h, partial, M, C, J,
+    x, x_stride, mean, var, gamma, beta, eps, weight, h, partial, span, M, C, J,
     BM: tl.constexpr, BC: tl.constexpr, BJ: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     x_stride, C = x_stride // V * V, C // V * V
-    tile = tl.program_id(0).to(tl.int64)
-    rows = tile * BM + tl.arange(0, BM)
+    program = tl.program_id(0).to(tl.int64)
     outs = tl.program_id(1) * BJ + tl.arange(0, BJ)
-    acc = tl.zeros((BM, BJ), tl.float32)
-    for first in range(0, C, BC):
-        cols = first + tl.arange(0, BC)
-        a = load_bn_relu(x, x_stride, scale, shift, rows, cols, rows < M, C)  # (BM, BC)
-        mask = (cols < C)[:, None] & (outs < J)[None, :]
-        w = tl.load(weight + outs[None, :] * C + cols[:, None], mask=mask, other=0.0)  # (BC, BJ)
-        acc = tl.dot(a, w, acc, input_precision="ieee")
-    value = acc.to(h.dtype.element_ty)
-    tl.store(h + rows[:, None] * J + outs[None, :], value, mask=(rows < M)[:, None] & (outs < J)[None, :])
-    store_tile_statistics(value.to(tl.float32), partial, tile, rows, outs, M, J)
+    count, average, square = 0.0, tl.zeros((BJ,), tl.float32), tl.zeros((BJ,), tl.float32)
+    for row in range(program * span, tl.minimum(program * span + span, M), BM):
+        rows = row + tl.arange(0, BM)
+        acc = tl.zeros((BM, BJ), tl.float32)
+        for first in range(0, C, BC):
+            cols = first + tl.arange(0, BC)
+            _mu, _r, s, t = load_norm(mean, var, gamma, beta, eps, cols, C)
+            a, _value = load_bn_relu(x, x_stride, s, t, rows, cols, rows < M, C)  # (BM, BC)
+            mask = (cols < C)[:, None] & (outs < J)[None, :]
+            w = tl.load(weight + outs[None, :] * C + cols[:, None], mask=mask, other=0.0)  # (BC, BJ)
+            acc = tl.dot(a, w.to(a.dtype), acc, input_precision="ieee")
+        value = acc.to(h.dtype.element_ty)
+        tl.store(h + rows[:, None] * J + outs[None, :], value, mask=(rows < M)[:, None] & (outs < J)[None, :])
+        n, m, q = tile_statistics(value.to(tl.float32), rows, M)
+        count, average, square = merge_statistics(count, average, square, n, m, q)
+    store_pair(partial, average, square, program, outs, J)
 
 
-def bn_relu_conv1x1(x, norm, weight):
-    """x (M, C), weight (J, C) → h (M, J) and the mean and variance of its columns."""
+def bn_relu_conv1x1(x, norm, weight, out, statistics):
+    """x (M, C), weight (J, C, 1, 1): writes out (M, J) and, where asked to, mean and variance of its columns (2, J)."""
     (m, c), j = x.shape, len(weight)
-    h = x.new_empty(m, j)
     bj = min(MOST_OUTPUTS, power_of_2(j))
-    grid = (triton.cdiv(m, ROWS), triton.cdiv(j, bj))
-    partial = x.new_empty(grid[0], 2, j, dtype=torch.float32)
-    bn_relu_conv1x1_kernel[grid](
-        x, x.stride(0), norm.scale, norm.shift, weight.contiguous(), h, partial, m, c, j,
+    span, programs = share_rows(m, triton.cdiv(j, bj))
+    partial = x.new_empty(programs, 2, j, dtype=torch.float32)
+    bn_relu_conv1x1_kernel[(programs, triton.cdiv(j, bj))](
+        x, x.stride(0), *norm[:5], weight.flatten(1).contiguous(), out, partial, span, m, c, j,
         BM=ROWS, BC=COLUMNS, BJ=bj, V=vector(c, x.stride(0)),
     )  # fmt: skip
-    return h, combine_statistics(partial, m)
+    finish_statistics(partial, statistics, span, m)
 
 
-# o = conv3×3(relu(x·s + t), W) into columns of the buffer, and its tile statistics. Program i: rows i, all K outputs;
-# loops over the 9 taps and the J input columns. weight is (9, J, K).
+# o = conv3×3(relu(x·s + t), W) into columns of the buffer, and partial statistics. Program p: a span of rows, all K
+# outputs; loops over the 9 taps and the J input columns. The weight (K, J, 3, 3) has the strides wk, wj, wy and wx.
 @triton.jit
 def bn_relu_conv3x3_kernel(
-    x, x_stride, scale, shift, weight, out, out_stride, partial, M, height, width, J, K,
+    x, x_stride, mean, var, gamma, beta, eps, weight, wk, wj, wy, wx, out, out_stride, partial,
+    span, M, height, width, J, K,
     BM: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0).to(tl.int64)
-    rows = tile * BM + tl.arange(0, BM)
-    row_y, row_x = rows // width % height, rows % width
+    program = tl.program_id(0).to(tl.int64)
     outs = tl.arange(0, BK)
-    acc = tl.zeros((BM, BK), tl.float32)
-    for tap in range(9):
-        dy, dx = tap // 3 - 1, tap % 3 - 1
-        inside = (rows < M) & (row_y + dy >= 0) & (row_y + dy < height) & (row_x + dx >= 0) & (row_x + dx < width)
-        for first in range(0, J, BJ):
-            cols = first + tl.arange(0, BJ)
-            a = load_bn_relu(x, x_stride, scale, shift, rows + dy * width + dx, cols, inside, J)  # (BM, BJ)
-            mask = (cols < J)[:, None] & (outs < K)[None, :]
-            w = tl.load(weight + (tap * J + cols)[:, None] * K + outs[None, :], mask=mask, other=0.0)  # (BJ, BK)
-            acc = tl.dot(a, w, acc, input_precision="ieee")
-    value = acc.to(out.dtype.element_ty)
-    mask = (rows < M)[:, None] & (outs < K)[None, :]
-    tl.store(out + rows[:, None] * out_stride + outs[None, :], value, mask=mask)
-    store_tile_statistics(value.to(tl.float32), partial, tile, rows, outs, M, K)
+    count, average, square = 0.0, tl.zeros((BK,), tl.float32), tl.zeros((BK,), tl.float32)
+    for row in range(program * span, tl.minimum(program * span + span, M), BM):
+        rows = row + tl.arange(0, BM)
+        row_y, row_x = rows // width % height, rows % width
+        acc = tl.zeros((BM, BK), tl.float32)
+        for tap in range(9):
+            dy, dx = tap // 3 - 1, tap % 3 - 1
+            inside = (rows < M) & (row_y + dy >= 0) & (row_y + dy < height) & (row_x + dx >= 0) & (row_x + dx < width)
+            for first in range(0, J, BJ):
+                cols = first + tl.arange(0, BJ)
+                _mu, _r, s, t = load_norm(mean, var, gamma, beta, eps, cols, J)
+                a, _value = load_bn_relu(x, x_stride, s, t, rows + dy * width + dx, cols, inside, J)  # (BM, BJ)
+                mask = (cols < J)[:, None] & (outs < K)[None, :]
+                place = weight + tap // 3 * wy + tap % 3 * wx + cols[:, None] * wj + outs[None, :] * wk
+                w = tl.load(place, mask=mask, other=0.0)  # (BJ, BK)
+                acc = tl.dot(a, w.to(a.dtype), acc, input_precision="ieee")
+        value = acc.to(out.dtype.element_ty)
+        mask = (rows < M)[:, None] & (outs < K)[None, :]
+        tl.store(out + rows[:, None] * out_stride + outs[None, :], value, mask=mask)
+        n, m, q = tile_statistics(value.to(tl.float32), rows, M)
+        count, average, square = merge_statistics(count, average, square, n, m, q)
+    store_pair(partial, average, square, program, outs, K)
 
 
-def bn_relu_conv3x3(x, norm, weight, shape, out):
-    """x (M, J), weight (K, J, 3, 3) → writes out (M, K); returns the mean and variance of its columns."""
+def bn_relu_conv3x3(x, norm, weight, shape, out, statistics):
+    """x (M, J), weight (K, J, 3, 3): writes out (M, K) and, where asked to, its columns' mean and variance (2, K)."""
     (m, j), k = x.shape, len(weight)
-    grid = (triton.cdiv(m, ROWS),)
-    partial = x.new_empty(grid[0], 2, k, dtype=torch.float32)
-    taps = weight.permute(2, 3, 1, 0).contiguous()  # (3, 3, J, K)
-    bn_relu_conv3x3_kernel[grid](
-        x, x.stride(0), norm.scale, norm.shift, taps, out, out.stride(0), partial, m, shape[2], shape[3], j, k,
-        BM=ROWS, BJ=COLUMNS, BK=power_of_2(k),
+    span, programs = share_rows(m)
+    partial = x.new_empty(programs, 2, k, dtype=torch.float32)
+    bn_relu_conv3x3_kernel[(programs,)](
+        x, x.stride(0), *norm[:5], weight, *weight.stride(), out, out.stride(0), partial,
+        span, m, shape[2], shape[3], j, k,         BM=ROWS, BJ=COLUMNS, BK=power_of_2(k),
     )  # fmt: skip
-    return combine_statistics(partial, m)
+    finish_statistics(partial, statistics, span, m)
 
 
-def combine_statistics(partial, count):
-    """Tiles' means and squared deviations (tiles, 2, C) → mean and biased variance (C,), by Chan's formula."""
-    tiles = torch.full((len(partial), 1), float(ROWS), device=partial.device)
-    tiles[-1] = count - (len(partial) - 1) * ROWS
-    mean = (partial[:, 0] * tiles).sum(0) / count
-    return mean, (partial[:, 1] + tiles * (partial[:, 0] - mean).square()).sum(0) / count
-
-
-# The 9·K columns that a row's gradient comes from: column q is output q % K at the pixel that tap q // K reads from
-# here, zero outside the image. (BM, BQ)
+# Partial means and squares (programs, 2, C) of spans of rows → mean and biased variance. Program c: columns c.
 @triton.jit
-def load_taps(d_out, rows, q, M, height, width, K):
-    tap = q // K
+def finish_statistics_kernel(partial, mean, var, programs, span, M, C, BP: tl.constexpr, BC: tl.constexpr):
+    cols = tl.program_id(0) * BC + tl.arange(0, BC)
+    count, average, square = 0.0, tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32)
+    for first in range(0, programs, BP):
+        p = first + tl.arange(0, BP)
+        rows = tl.maximum(tl.minimum(M - p.to(tl.int64) * span, span), 0).to(tl.float32)[:, None]  # of each program
+        mask = (p < programs)[:, None] & (cols < C)[None, :]
+        place = partial + (2 * p[:, None]) * C + cols[None, :]
+        means = tl.load(place, mask=mask, other=0.0)
+        squares = tl.load(place + C, mask=mask, other=0.0)
+        n = tl.sum(rows)
+        m = tl.sum(means * rows, 0) / n
+        deviation = means - m[None, :]
+        q = tl.sum(squares + rows * deviation * deviation, 0)
+        count, average, square = merge_statistics(count, average, square, n, m, q)
+    tl.store(mean + cols, average, mask=cols < C)
+    tl.store(var + cols, square / M, mask=cols < C)
+
+
+def finish_statistics(partial, statistics, span, rows):
+    """Writes (2, C) from the partial statistics (programs, 2, C) of spans of rows, where it is asked to."""
+    if statistics is not None:
+        programs, _, columns = partial.shape
+        finish_statistics_kernel[(triton.cdiv(columns, FINISHED),)](
+            partial, statistics[0], statistics[1], programs, span, rows, columns, BP=PARTS, BC=FINISHED
+        )
+
+
+# The 9·K columns that a row's gradient comes from: column c is that of output c % K at the pixel whose tap c // K reads
+# from here, zero outside the image. (BM, BQ) The gradient of outputs y, columns of the buffer, is d − p − q·(y − mean).
+@triton.jit
+def load_taps(y, y_stride, d, d_stride, mean, p, q, rows, columns, M, height, width, K):
+    tap, k = columns // K, columns % K
     dy, dx = 1 - tap // 3, 1 - tap % 3  # the tap (−1 … 1) with its sign turned
-    y, x = (rows // width % height)[:, None] + dy[None, :], (rows % width)[:, None] + dx[None, :]
-    mask = (rows < M)[:, None] & (q < 9 * K)[None, :] & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    row_y, row_x = (rows // width % height)[:, None] + dy[None, :], (rows % width)[:, None] + dx[None, :]
+    inside = columns < 9 * K
+    mask = (rows < M)[:, None] & inside[None, :] & (row_y >= 0) & (row_y < height) & (row_x >= 0) & (row_x < width)
     source = rows[:, None] + (dy * width + dx)[None, :]
-    return tl.load(d_out + source * K + (q % K)[None, :], mask=mask, other=0.0)
+    value = tl.load(d + source * d_stride + k[None, :], mask=mask, other=0.0)
+    x = tl.load(y + source * y_stride + k[None, :], mask=mask, other=0.0).to(tl.float32)
+    mu = tl.load(mean + k, mask=inside, other=0.0)
+    p = tl.load(p + k, mask=inside, other=0.0)
+    q = tl.load(q + k, mask=inside, other=0.0)
+    complete = value.to(tl.float32) - p[None, :] - q[None, :] * (x - mu[None, :])
+    return tl.where(mask, complete, 0.0).to(value.dtype)
 
 
-# dR = (Σ over taps d_out·W)·[x·s + t > 0], and partial sums of dR·x̂ and dR. Program (p, j): rows p, p + P, …, and
-# columns j; loops over the 9·K columns of taps. weight is (9·K, J).
+# dR = (Σ over taps d_out·W)·[x·s + t > 0], and partial sums of dR·x̂ and dR. Program (p, j): a span of rows, columns j
+# of x; loops over the 9·K columns of taps.
 @triton.jit
 def conv3x3_backward_kernel(
-    d_out, x, x_stride, scale, shift, mean, rstd, weight, d_relu, partial, M, height, width, J, K,
+    y, y_stride, d, d_stride, y_mean, p, q, x, x_stride, mean, var, gamma, beta, eps, weight, wk, wj, wy, wx,
+    d_relu, sums, span, M, height, width, J, K,
     BM: tl.constexpr, BQ: tl.constexpr, BJ: tl.constexpr,
 ):  # fmt: skip
-    program, programs = tl.program_id(0), tl.num_programs(0)
+    program = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BJ + tl.arange(0, BJ)
-    mu = tl.load(mean + cols, mask=cols < J, other=0.0)
-    r = tl.load(rstd + cols, mask=cols < J, other=0.0)
+    mu, r, s, t = load_norm(mean, var, gamma, beta, eps, cols, J)
     d_weight, d_bias = tl.zeros((BJ,), tl.float32), tl.zeros((BJ,), tl.float32)
-    for tile in range(program, tl.cdiv(M, BM), programs):
-        rows = (tile * BM + tl.arange(0, BM)).to(tl.int64)
+    for row in range(program * span, tl.minimum(program * span + span, M), BM):
+        rows = row + tl.arange(0, BM)
         acc = tl.zeros((BM, BJ), tl.float32)
         for first in range(0, 9 * K, BQ):
-            q = first + tl.arange(0, BQ)
-            d = load_taps(d_out, rows, q, M, height, width, K)
-            mask = (q < 9 * K)[:, None] & (cols < J)[None, :]
-            w = tl.load(weight + q[:, None] * J + cols[None, :], mask=mask, other=0.0)  # (BQ, BJ)
-            acc = tl.dot(d, w, acc, input_precision="ieee")
-        a = load_bn_relu(x, x_stride, scale, shift, rows, cols, rows < M, J)
+            columns = first + tl.arange(0, BQ)
+            d_out = load_taps(y, y_stride, d, d_stride, y_mean, p, q, rows, columns, M, height, width, K)
+            mask = (columns < 9 * K)[:, None] & (cols < J)[None, :]
+            tap = columns // K
+            place = weight + (columns % K * wk + tap // 3 * wy + tap % 3 * wx)[:, None] + cols[None, :] * wj
+            w = tl.load(place, mask=mask, other=0.0)  # (BQ, BJ)
+            acc = tl.dot(d_out, w.to(d_out.dtype), acc, input_precision="ieee")
+        a, value = load_bn_relu(x, x_stride, s, t, rows, cols, rows < M, J)
         mask = (rows < M)[:, None] & (cols < J)[None, :]
         dr = tl.where(a > 0, acc, 0.0).to(d_relu.dtype.element_ty)
         tl.store(d_relu + rows[:, None] * J + cols[None, :], dr, mask=mask)
-        value = tl.load(x + rows[:, None] * x_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
         dr = tl.where(mask, dr.to(tl.float32), 0.0)
         d_weight += tl.sum(dr * (value - mu[None, :]), 0) * r
         d_bias += tl.sum(dr, 0)
-    tl.store(partial + (2 * program) * J + cols, d_weight, mask=cols < J)
-    tl.store(partial + (2 * program + 1) * J + cols, d_bias, mask=cols < J)
+    store_pair(sums, d_weight, d_bias, program, cols, J)
 
 
-# dW, partial: (programs, 9·K, J). Program (p, q, j): rows p, p + P, …, columns q of taps, input columns j.
+# dW, partial: (programs, 9·K, J). Program (p, c, j): a span of rows, columns c of taps, input columns j.
 @triton.jit
 def conv3x3_weight_kernel(
-    d_out, x, x_stride, scale, shift, partial, M, height, width, J, K,
+    y, y_stride, d, d_stride, y_mean, p, q, x, x_stride, mean, var, gamma, beta, eps,
+    partial, span, M, height, width, J, K,
     BM: tl.constexpr, BQ: tl.constexpr, BJ: tl.constexpr,
 ):  # fmt: skip
-    program, programs = tl.program_id(0), tl.num_programs(0)
-    q = tl.program_id(1) * BQ + tl.arange(0, BQ)
+    program = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BQ + tl.arange(0, BQ)
     cols = tl.program_id(2) * BJ + tl.arange(0, BJ)
+    _mu, _r, s, t = load_norm(mean, var, gamma, beta, eps, cols, J)
     acc = tl.zeros((BQ, BJ), tl.float32)
-    for tile in range(program, tl.cdiv(M, BM), programs):
-        rows = (tile * BM + tl.arange(0, BM)).to(tl.int64)
-        d = load_taps(d_out, rows, q, M, height, width, K)
-        a = load_bn_relu(x, x_stride, scale, shift, rows, cols, rows < M, J)
-        acc = tl.dot(tl.trans(d), a, acc, input_precision="ieee")
-    mask = (q < 9 * K)[:, None] & (cols < J)[None, :]
-    tl.store(partial + (program.to(tl.int64) * 9 * K + q[:, None]) * J + cols[None, :], acc, mask=mask)
+    for row in range(program * span, tl.minimum(program * span + span, M), BM):
+        rows = row + tl.arange(0, BM)
+        d_out = load_taps(y, y_stride, d, d_stride, y_mean, p, q, rows, columns, M, height, width, K)
+        a, _value = load_bn_relu(x, x_stride, s, t, rows, cols, rows < M, J)
+        acc = tl.dot(tl.trans(d_out), a, acc, input_precision="ieee")
+    mask = (columns < 9 * K)[:, None] & (cols < J)[None, :]
+    tl.store(partial + (program * 9 * K + columns[:, None]) * J + cols[None, :], acc, mask=mask)
 
 
-def conv3x3_backward(d_out, x, norm, weight, shape):
-    """d_out (M, K) → dR (M, J), and the gradients of γ, β (J,) and of W (K, J, 3, 3). Inverse of bn_relu_conv3x3."""
+def conv3x3_backward(new, x, norm, weight, shape):
+    """The Buffer of K columns, x (M, J) → dR (M, J), and the gradients of γ, β (J,) and of the weight (K, J, 3, 3).
+
+    Inverse of bn_relu_conv3x3.
+    """
     (m, j), k = x.shape, len(weight)
-    d_out, d_relu = d_out.contiguous(), x.new_empty(m, j)
-    bj = min(MOST_OUTPUTS, power_of_2(j))
+    d_relu, bj = x.new_empty(m, j), min(MOST_OUTPUTS, power_of_2(j))
     column_tiles = triton.cdiv(j, bj)
-    programs = row_programs(m, column_tiles)
-    bn = x, x.stride(0), norm.scale, norm.shift
-    size = m, shape[2], shape[3], j, k
-    by_tap = weight.permute(2, 3, 0, 1).contiguous()  # (3, 3, K, J)
+    span, programs = share_rows(m, column_tiles)
+    out = new.x, new.x.stride(0), new.d, new.d.stride(0), new.mean, new.p, new.q
+    bn, size = (x, x.stride(0), *norm[:5]), (m, shape[2], shape[3], j, k)
     sums = x.new_empty(programs, 2, j, dtype=torch.float32)
     conv3x3_backward_kernel[(programs, column_tiles)](
-        d_out, *bn, norm.mean, norm.rstd, by_tap, d_relu, sums, *size, BM=ROWS, BQ=COLUMNS, BJ=bj, num_warps=8
+        *out, *bn, weight, *weight.stride(), d_relu, sums, span, *size, BM=ROWS, BQ=COLUMNS, BJ=bj, num_warps=8
     )
     bq = 64
     tap_tiles = triton.cdiv(9 * k, bq)
-    programs = row_programs(m, tap_tiles * column_tiles)
-    partial = x.new_empty(programs, 3, 3, k, j, dtype=torch.float32)
+    span, programs = share_rows(m, tap_tiles * column_tiles)
+    partial = x.new_empty(programs, 9, k, j, dtype=torch.float32)
     conv3x3_weight_kernel[(programs, tap_tiles, column_tiles)](
-        d_out, *bn, partial, *size, BM=ROWS, BQ=bq, BJ=bj, num_warps=8
+        *out, *bn, partial, span, *size, BM=ROWS, BQ=bq, BJ=bj, num_warps=8
     )
-    d_weight, d_bias = sums.sum(0)
-    return d_relu, d_weight, d_bias, partial.sum(0).permute(2, 3, 0, 1)
+    return d_relu, *finish_gradients(sums, partial, weight, norm, m)
 
 
-# One pass over x, C columns of the buffer, with dh = u·dR2 + v·h + w (batch norm's backward, u, v, w (J,) given):
+# One pass over x, C columns of the buffer, with dh = u·dR2 + v·h + w, the gradient of the second batch norm's input:
 #   dA = dh·W, dR = dA·[x·s + t > 0], D += s·dR, partial sums of dR·x̂, dR, and of dW = dhᵀ·a.
-# Program (p, c): rows p, p + P, …, columns c. weight is (J, C).
+# Program (p, c): a span of rows, columns c. weight is (J, C). BATCH: that norm used the batch's statistics.
 @triton.jit
 def conv1x1_backward_kernel(
-    d_relu, h, u, v, w, x, x_stride, scale, shift, mean, rstd, weight, d, d_stride, sums, partial, M, C, J,
-    BM: tl.constexpr, BC: tl.constexpr, BJ: tl.constexpr, V: tl.constexpr,
+    d_relu, h, mean2, var2, gamma2, beta2, eps2, d_weight2, d_bias2,
+    x, x_stride, mean, var, gamma, beta, eps, weight, d, d_stride, sums, partial, span, M, C, J,
+    BM: tl.constexpr, BC: tl.constexpr, BJ: tl.constexpr, V: tl.constexpr, BATCH: tl.constexpr,
 ):  # fmt: skip
     x_stride, d_stride, C = x_stride // V * V, d_stride // V * V, C // V * V
-    program, programs = tl.program_id(0), tl.num_programs(0)
+    program = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BC + tl.arange(0, BC)
     outs = tl.arange(0, BJ)
     in_c, in_j = cols < C, outs < J
-    s = tl.load(scale + cols, mask=in_c, other=0.0)
-    mu = tl.load(mean + cols, mask=in_c, other=0.0)
-    r = tl.load(rstd + cols, mask=in_c, other=0.0)
-    u = tl.load(u + outs, mask=in_j, other=0.0)
-    v = tl.load(v + outs, mask=in_j, other=0.0)
-    w = tl.load(w + outs, mask=in_j, other=0.0)
+    mu, r, s, t = load_norm(mean, var, gamma, beta, eps, cols, C)
+    mu2, r2, u, _t2 = load_norm(mean2, var2, gamma2, beta2, eps2, outs, J)
+    v, w = tl.zeros((BJ,), tl.float32), tl.zeros((BJ,), tl.float32)
+    if BATCH:
+        v = -u * r2 * tl.load(d_weight2 + outs, mask=in_j, other=0.0).to(tl.float32) / M
+        w = -u * tl.load(d_bias2 + outs, mask=in_j, other=0.0).to(tl.float32) / M - v * mu2
     in_weight = in_j[:, None] & in_c[None, :]
     conv = tl.load(weight + outs[:, None] * C + cols[None, :], mask=in_weight, other=0.0)  # (BJ, BC)
+    conv = conv.to(x.dtype.element_ty)
     d_weight, d_bias = tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32)
     acc = tl.zeros((BJ, BC), tl.float32)
-    for tile in range(program, tl.cdiv(M, BM), programs):
-        rows = (tile * BM + tl.arange(0, BM)).to(tl.int64)
+    for row in range(program * span, tl.minimum(program * span + span, M), BM):
+        rows = row + tl.arange(0, BM)
         inside = rows < M
         mask_j = inside[:, None] & in_j[None, :]
         dr2 = tl.load(d_relu + rows[:, None] * J + outs[None, :], mask=mask_j, other=0.0).to(tl.float32)
         hv = tl.load(h + rows[:, None] * J + outs[None, :], mask=mask_j, other=0.0).to(tl.float32)
         dh = tl.where(mask_j, dr2 * u[None, :] + hv * v[None, :] + w[None, :], 0.0).to(conv.dtype)  # (BM, BJ)
         da = tl.dot(dh, conv, input_precision="ieee")  # (BM, BC)
-        a = load_bn_relu(x, x_stride, scale, shift, rows, cols, inside, C)
+        a, value = load_bn_relu(x, x_stride, s, t, rows, cols, inside, C)
         acc = tl.dot(tl.trans(dh), a, acc, input_precision="ieee")
         mask = inside[:, None] & in_c[None, :]
         dr = tl.where(a > 0, da, 0.0)
-        value = tl.load(x + rows[:, None] * x_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
         d_weight += tl.sum(dr * (value - mu[None, :]), 0) * r
         d_bias += tl.sum(dr, 0)
         place = d + rows[:, None] * d_stride + cols[None, :]
         before = tl.load(place, mask=mask, other=0.0).to(tl.float32)
         tl.store(place, (before + dr * s[None, :]).to(d.dtype.element_ty), mask=mask)
-    tl.store(sums + (2 * program) * C + cols, d_weight, mask=in_c)
-    tl.store(sums + (2 * program + 1) * C + cols, d_bias, mask=in_c)
-    place = partial + (program.to(tl.int64) * J + outs[:, None]) * C + cols[None, :]
+    store_pair(sums, d_weight, d_bias, program, cols, C)
+    place = partial + (program * J + outs[:, None]) * C + cols[None, :]
     tl.store(place, acc, mask=in_weight)
 
 
-def conv1x1_backward(d_relu, h, coefficients, x, d, norm, weight):
-    """dR2 and h (M, J), three coefficients (J,) that make dh of them, weight (J, C): adds s·dR to d (M, C).
+def conv1x1_backward(d_relu, h, norm2, d_weight2, d_bias2, read, norm, weight):
+    """dR2 and h (M, J) with their norm and its gradients (J,): adds to the gradient in the Buffer of C columns.
 
-    Returns the gradients of γ and β (C,) and of W (J, C). Inverse of bn_relu_conv1x1.
+    Returns the gradients of γ and β (C,) and of the weight (J, C, 1, 1). Inverse of bn_relu_conv1x1.
     """
+    x, d = read.x, read.d
     (m, c), j = x.shape, len(weight)
     bj = power_of_2(j)
     bm = max(16, min(ROWS, ROWS * MOST_OUTPUTS // bj))  # all j outputs are in one tile: a wider one has fewer rows
     column_tiles = triton.cdiv(c, COLUMNS)
-    programs = row_programs(m, column_tiles)
+    span, programs = share_rows(m, column_tiles, bm)
     sums = x.new_empty(programs, 2, c, dtype=torch.float32)
-    partial = x.new_empty(programs, j, c, dtype=torch.float32)
+    partial = x.new_empty(programs, 1, j, c, dtype=torch.float32)
     conv1x1_backward_kernel[(programs, column_tiles)](
-        d_relu, h, *coefficients, x, x.stride(0), norm.scale, norm.shift, norm.mean, norm.rstd, weight.contiguous(),
-        d, d.stride(0), sums, partial, m, c, j,
-        BM=bm, BC=COLUMNS, BJ=bj, V=vector(c, x.stride(0), d.stride(0)), num_warps=8,
+        d_relu, h, *norm2[:5], d_weight2, d_bias2, x, x.stride(0), *norm[:5], weight.flatten(1).contiguous(),
+        d, d.stride(0), sums, partial, span, m, c, j,
+        BM=bm, BC=COLUMNS, BJ=bj, V=vector(c, x.stride(0), d.stride(0)), BATCH=norm2.batch, num_warps=8,
     )  # fmt: skip
-    d_weight, d_bias = sums.sum(0)
-    return d_weight, d_bias, partial.sum(0)
+    return finish_gradients(sums, partial, weight, norm, m, read)
+
+
+# Adds partial sums: dγ and dβ from (programs, 2, C) and, where the norm used the batch (DEFER), to p and q what these
+# contribute; dW from (programs, taps·K, C), into the weight's strides. The first programs take columns, the others dW.
+@triton.jit
+def finish_gradients_kernel(
+    sums, sums_programs, d_weight, d_bias, partial, partial_programs, d_conv, wk, wj, wy, wx,
+    var, gamma, eps, p, q, M, size, K, C,
+    BP: tl.constexpr, BC: tl.constexpr, DEFER: tl.constexpr,
+):  # fmt: skip
+    column_tiles = tl.cdiv(C, BC)
+    if tl.program_id(0) < column_tiles:
+        cols = tl.program_id(0) * BC + tl.arange(0, BC)
+        weight_sum, bias_sum = tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32)
+        for first in range(0, sums_programs, BP):
+            part = first + tl.arange(0, BP)
+            mask = (part < sums_programs)[:, None] & (cols < C)[None, :]
+            place = sums + (2 * part[:, None]) * C + cols[None, :]
+            weight_sum += tl.sum(tl.load(place, mask=mask, other=0.0), 0)
+            bias_sum += tl.sum(tl.load(place + C, mask=mask, other=0.0), 0)
+        tl.store(d_weight + cols, weight_sum, mask=cols < C)
+        tl.store(d_bias + cols, bias_sum, mask=cols < C)
+        if DEFER:
+            r = tl.rsqrt(tl.load(var + cols, mask=cols < C, other=1.0) + eps)
+            s = tl.load(gamma + cols, mask=cols < C, other=0.0).to(tl.float32) * r / M
+            tl.store(p + cols, tl.load(p + cols, mask=cols < C, other=0.0) + s * bias_sum, mask=cols < C)
+            tl.store(q + cols, tl.load(q + cols, mask=cols < C, other=0.0) + s * r * weight_sum, mask=cols < C)
+    else:
+        element = (tl.program_id(0) - column_tiles) * BC + tl.arange(0, BC)
+        total = tl.zeros((BC,), tl.float32)
+        for first in range(0, partial_programs, BP):
+            part = first + tl.arange(0, BP)
+            mask = (part < partial_programs)[:, None] & (element < size)[None, :]
+            place = partial + part.to(tl.int64)[:, None] * size + element[None, :]
+            total += tl.sum(tl.load(place, mask=mask, other=0.0), 0)
+        row, col = element // C, element % C
+        tap = row // K
+        place = d_conv + row % K * wk + tap // 3 * wy + tap % 3 * wx + col * wj
+        tl.store(place, total, mask=element < size)
+
+
+def finish_gradients(sums, partial, weight, norm, rows, read=None):
+    """Gradients of γ and β (C,) and of a weight, from partial sums (programs, 2, C) and (programs, taps, K, C).
+
+    ``read``: the Buffer of the columns that the norm normalised, in which to defer what they contribute.
+    """
+    columns, size = sums.shape[2], partial[0].numel()
+    d_weight, d_bias = torch.empty_like(norm.weight), torch.empty_like(norm.bias)
+    d_conv = torch.empty_like(weight)  # with the strides of the weight, as DDP expects it
+    p, q = (read.p, read.q) if read else (d_weight, d_bias)
+    finish_gradients_kernel[(triton.cdiv(columns, FINISHED) + triton.cdiv(size, FINISHED),)](
+        sums, len(sums), d_weight, d_bias, partial, len(partial), d_conv, *d_conv.stride(),
+        norm.var, norm.weight, norm.eps, p, q, rows, size, partial.shape[2], columns,
+        BP=PARTS, BC=FINISHED, DEFER=read is not None and norm.batch,
+    )  # fmt: skip
+    return d_weight, d_bias, d_conv

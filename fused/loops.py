@@ -9,9 +9,11 @@ Numba knows no bfloat16. It sees the bits of such a matrix as uint16: the upper 
 """
 
 import numba
+import numpy as np
 import torch
 from llvmlite import ir
 from numba.extending import intrinsic, overload
+from numpy.lib.stride_tricks import as_strided
 
 ROWS = 256  # of a slice: few enough for the cache of a core, enough to be worth handing out
 
@@ -28,59 +30,63 @@ compiled = numba.njit(parallel=True, cache=True, fastmath={"reassoc", "contract"
 
 def bn_relu(x, norm):
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    run(bn_relu_loop, x, norm.scale, norm.shift, out)
+    run(bn_relu_loop, x, *vectors(norm), norm.eps, out)
     return out
 
 
 def statistics(x):
-    mean, square = slices_of(x)
-    run(statistics_loop, x, mean, square)
-    # From slices to the whole: squares about the slices' means, and those of the means (Chan, Golub, LeVeque 1979).
-    count = mean.new_full((len(mean), 1), ROWS)
-    count[-1] = len(x) - ROWS * (len(mean) - 1)
-    whole = (mean * count).sum(0) / len(x)
-    return whole, (square + (mean - whole).square() * count).sum(0) / len(x)
+    means, squares = slices_of(x)
+    result = means.new_empty(2, x.shape[1])
+    run(statistics_loop, x, means, squares, result)
+    return result
 
 
 def relu_backward(da, x, norm):
-    d_weight, d_bias = slices_of(x)
-    run(relu_backward_loop, da, x, norm.scale, norm.shift, norm.mean, d_weight, d_bias)
-    return da, d_weight.sum(0) * norm.rstd, d_bias.sum(0)
+    sums = slices_of(x)
+    d_weight, d_bias = torch.empty_like(sums[:, 0])
+    run(relu_backward_loop, da, x, *vectors(norm), norm.eps, *sums, d_weight, d_bias)
+    return da, d_weight, d_bias
 
 
 def relu_backward_add(da, x, norm, d):
-    d_weight, d_bias = slices_of(x)
-    run(relu_backward_add_loop, da, x, norm.scale, norm.shift, norm.mean, d_weight, d_bias, d)
-    return da, d_weight.sum(0) * norm.rstd, d_bias.sum(0)
+    sums = slices_of(x)
+    d_weight, d_bias = torch.empty_like(sums[:, 0])
+    run(relu_backward_add_loop, da, x, *vectors(norm), norm.eps, *sums, d_weight, d_bias, d)
+    return da, d_weight, d_bias
 
 
 def combine(d, x, u, v, w):
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    run(combine_loop, d.contiguous(), x.contiguous(), u, v, w, out)
+    run(combine_loop, d, x, u, v, w, out)
     return out
+
+
+def vectors(norm):
+    """Mean, variance, weight and bias of a Norm, in one dtype."""
+    return [vector.to(norm.mean.dtype) for vector in norm[:4]]
 
 
 def slices_of(x):
     """Two uninitialised matrices with x's columns and a row for each slice, in float32 or better."""
-    return x.new_empty(2, -(-len(x) // ROWS), x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32)).unbind()
+    return x.new_empty(2, -(-len(x) // ROWS), x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def run(loop, *tensors):
-    """Call a compiled loop on NumPy's views of tensors, with torch's number of threads."""
+def run(loop, *arguments):
+    """Call a compiled loop on NumPy's views of tensors, and numbers, with torch's number of threads."""
     numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-    loop(*(as_array(whole_rows(tensor.detach())) for tensor in tensors))
+    loop(*(as_array(value) if isinstance(value, torch.Tensor) else value for value in arguments))
 
 
 def as_array(x):
-    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
+    """NumPy's view of a tensor; of some columns of a matrix, all columns from the first of them on.
 
-
-def whole_rows(x):
-    """The contiguous matrix whose first columns x is, since Numba vectorises no other; x itself where there is none."""
-    step, end = x.stride(0), x.storage_offset() + len(x) * x.stride(0)
-    if x.dim() == 1 or x.stride(1) != 1 or end * x.element_size() > x.untyped_storage().nbytes():
-        return x
-    return x.as_strided((len(x), step), (step, 1))
+    Numba vectorises loops over contiguous matrices alone. The last row ends beyond the matrix, where no loop goes.
+    """
+    array = (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
+    if x.dim() == 1 or x.is_contiguous() or x.stride(1) != 1:
+        return array
+    step, size = array.strides
+    return as_strided(array, (len(x), step // size), array.strides)
 
 
 @intrinsic
@@ -143,60 +149,97 @@ def rows_of(part, matrix):
     return range(part * ROWS, min((part + 1) * ROWS, len(matrix)))
 
 
+@numba.njit
+def scale_and_shift(mean, var, weight, bias, eps):
+    """Two vectors in batch norm's dtype, and the zero of that dtype: a plain 0 would make a loop float64, and slow."""
+    scale = weight / np.sqrt(var + var.dtype.type(eps))
+    return scale, bias - mean * scale, var.dtype.type(0)
+
+
 @compiled
-def bn_relu_loop(x, scale, shift, out):
+def bn_relu_loop(x, mean, var, weight, bias, eps, out):
+    scale, shift, zero = scale_and_shift(mean, var, weight, bias, eps)
     for part in numba.prange(-(-len(x) // ROWS)):
         for i in rows_of(part, x):
             for j in range(len(scale)):
                 a = wide(x[i, j]) * scale[j] + shift[j]
-                store(out, i, j, 0 * a if a < 0 else a)  # a NaN stays one
+                store(out, i, j, zero if a < 0 else a)  # a NaN stays one
 
 
 @compiled
-def statistics_loop(x, mean, square):
-    for part in numba.prange(len(mean)):
+def statistics_loop(x, means, squares, result):
+    for part in numba.prange(len(means)):
         rows = rows_of(part, x)
-        mean[part] = 0
-        square[part] = 0
+        means[part] = 0
+        squares[part] = 0
         for i in rows:
-            for j in range(mean.shape[1]):
-                mean[part, j] += wide(x[i, j])
-        for j in range(mean.shape[1]):
-            mean[part, j] /= len(rows)
+            for j in range(means.shape[1]):
+                means[part, j] += wide(x[i, j])
+        for j in range(means.shape[1]):
+            means[part, j] /= len(rows)
         for i in rows:
-            for j in range(mean.shape[1]):
-                square[part, j] += (wide(x[i, j]) - mean[part, j]) ** 2
+            for j in range(means.shape[1]):
+                squares[part, j] += (wide(x[i, j]) - means[part, j]) ** 2
+    combine_slices(x, means, squares, result)
+
+
+@numba.njit
+def combine_slices(x, means, squares, result):
+    """Mean and variance of the whole: squares about the slices' means, and those of the means (Chan et al. 1979)."""
+    result[:] = 0
+    for part in range(len(means)):
+        for j in range(means.shape[1]):
+            result[0, j] += means[part, j] * len(rows_of(part, x)) / len(x)
+    for part in range(len(means)):
+        for j in range(means.shape[1]):
+            deviation = means[part, j] - result[0, j]
+            result[1, j] += (squares[part, j] + deviation * deviation * len(rows_of(part, x))) / len(x)
+
+
+@numba.njit
+def add_slices(d_weights, d_biases, var, eps, d_weight, d_bias):
+    d_weight[:] = 0
+    d_bias[:] = 0
+    for part in range(len(d_weights)):
+        for j in range(len(d_weight)):
+            d_weight[j] += d_weights[part, j]
+            d_bias[j] += d_biases[part, j]
+    d_weight /= np.sqrt(var + var.dtype.type(eps))
 
 
 @compiled
-def relu_backward_loop(da, x, scale, shift, mean, d_weight, d_bias):
-    for part in numba.prange(len(d_bias)):
-        d_weight[part] = 0
-        d_bias[part] = 0
+def relu_backward_loop(da, x, mean, var, weight, bias, eps, d_weights, d_biases, d_weight, d_bias):
+    scale, shift, zero = scale_and_shift(mean, var, weight, bias, eps)
+    for part in numba.prange(len(d_biases)):
+        d_weights[part] = 0
+        d_biases[part] = 0
         for i in rows_of(part, x):
             for j in range(len(scale)):
                 value = wide(x[i, j])
                 a = value * scale[j] + shift[j]
-                d_relu = 0 * a if a <= 0 else wide(da[i, j])
-                d_weight[part, j] += d_relu * (value - mean[j])
-                d_bias[part, j] += d_relu
+                d_relu = zero if a <= 0 else wide(da[i, j])
+                d_weights[part, j] += d_relu * (value - mean[j])
+                d_biases[part, j] += d_relu
                 store(da, i, j, d_relu)
+    add_slices(d_weights, d_biases, var, eps, d_weight, d_bias)
 
 
 @compiled
-def relu_backward_add_loop(da, x, scale, shift, mean, d_weight, d_bias, d):
-    for part in numba.prange(len(d_bias)):
-        d_weight[part] = 0
-        d_bias[part] = 0
+def relu_backward_add_loop(da, x, mean, var, weight, bias, eps, d_weights, d_biases, d_weight, d_bias, d):
+    scale, shift, zero = scale_and_shift(mean, var, weight, bias, eps)
+    for part in numba.prange(len(d_biases)):
+        d_weights[part] = 0
+        d_biases[part] = 0
         for i in rows_of(part, x):
             for j in range(len(scale)):
                 value = wide(x[i, j])
                 a = value * scale[j] + shift[j]
-                d_relu = 0 * a if a <= 0 else wide(da[i, j])
-                d_weight[part, j] += d_relu * (value - mean[j])
-                d_bias[part, j] += d_relu
+                d_relu = zero if a <= 0 else wide(da[i, j])
+                d_weights[part, j] += d_relu * (value - mean[j])
+                d_biases[part, j] += d_relu
                 store(d, i, j, wide(d[i, j]) + scale[j] * d_relu)
-                store(da, i, j, 0 * a if a < 0 else a)
+                store(da, i, j, zero if a < 0 else a)
+    add_slices(d_weights, d_biases, var, eps, d_weight, d_bias)
 
 
 @compiled

@@ -29,7 +29,7 @@ def make(dtype=torch.float64, **options):
 
 def with_block(model, block):
     model = copy.deepcopy(model)
-    for module in model.blocks:
+    for module in [*model.blocks, *model.transitions]:
         module.block = block
     return model
 
@@ -154,6 +154,22 @@ def test_rounding_errors(block, amp):
     model, x = make(torch.float32, depth=22), torch.randn(8, 3, 16, 16)
     exact = step(copy.deepcopy(model).double(), x.double())
     assert_as_exact_as_naive(step(with_block(model, block), x, amp), step(with_block(model, "naive"), x, amp), exact)
+
+
+@pytest.mark.skipif(fused.loops is None, reason="without Numba, fused.norm_relu is what torch does")
+@pytest.mark.parametrize("training", [True, False])
+def test_norm_relu_gradcheck_in_float64(training):
+    norm = nn.BatchNorm2d(3).double().train(training)
+    for tensor in (norm.weight, norm.bias, norm.running_mean):
+        nn.init.normal_(tensor)
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+
+    def norm_relu(x, weight, bias):
+        return fused.NormReLU.apply(x, norm, True, weight, bias)
+
+    assert torch.autograd.gradcheck(norm_relu, (x, norm.weight, norm.bias), fast_mode=False)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        torch.autograd.grad(fused.norm_relu(norm, x).sum(), x, create_graph=True)
 
 
 def test_fused_gradcheck_in_float64():

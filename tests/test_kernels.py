@@ -1,5 +1,6 @@
 """Each Triton kernel against the same step in plain torch: on a GPU, else in Triton's interpreter on the CPU."""
 
+import functools
 import os
 import re
 import subprocess
@@ -13,7 +14,7 @@ pytest.importorskip("triton")  # torch comes without it on some systems
 from test_blocks import assert_as_exact_as_naive, make, step, with_block
 
 import fused
-from fused import Norm, kernels
+from fused import Buffer, Norm, kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # With a GPU these tests are among those of pytest -m gpu.
@@ -33,13 +34,15 @@ def plain_torch(monkeypatch):
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
     """Memory that a kernel should have written and did not is NaN."""
-    real = torch.Tensor.new_empty
+    for owner, name in ((torch.Tensor, "new_empty"), (torch, "empty_like")):
 
-    def new_empty(self, *args, **options):
-        result = real(self, *args, **options)
-        return result.fill_(float("nan")) if result.is_floating_point() else result
+        real = getattr(owner, name)
 
-    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+        def poisoned(*args, real=real, **options):
+            result = real(*args, **options)
+            return result.fill_(float("nan")) if result.is_floating_point() else result
+
+        monkeypatch.setattr(owner, name, poisoned)
 
 
 def inputs(image, channels, growth_rate, bottleneck=True, dtype=torch.float32, spare=5):
@@ -55,52 +58,54 @@ def inputs(image, channels, growth_rate, bottleneck=True, dtype=torch.float32, s
     n, height, width = image
     m, j = n * height * width, 4 * growth_rate if bottleneck else channels
     shape = (n, channels, height, width)
-    norms = [Norm(draw(c), draw(c).abs() + 0.5, draw(c), draw(c), True) for c in (channels, j)]
+    norms = [Norm(draw(c), draw(c).abs() + 0.5, draw(c), draw(c), 1e-5, True) for c in (channels, j)]
     buf = draw(m, channels + growth_rate + spare).to(dtype)
+    # The gradient of the buffer, whose columns beside those of x must stay as they are.
+    buffer = Buffer(buf, draw(m, buf.shape[1]).to(dtype), *(draw(buf.shape[1]) for _ in range(3)))
     return {
         "shape": shape,
         "x": buf[:, :channels],
         "out": buf[:, channels : channels + growth_rate],
         "h": draw(m, j).to(dtype),
-        "d_out": draw(m, growth_rate).to(dtype),
         "d_relu": draw(m, j).to(dtype),
-        "d": draw(m, channels + 7).to(dtype)[:, :channels],
+        "buffer": buffer,
         "norm1": norms[0],
         "norm2": norms[1],
-        "conv1": (draw(j, channels) / channels**0.5).to(dtype),
-        "conv2": (draw(growth_rate, j, 3, 3) / (9 * j) ** 0.5).to(dtype),
-        "coefficients": (draw(j), draw(j), draw(j)),
+        "d_weight2": draw(j) * m**0.5,
+        "d_bias2": draw(j) * m**0.5,
+        "conv1": draw(j, channels, 1, 1) / channels**0.5,
+        "conv2": draw(growth_rate, j, 3, 3) / (9 * j) ** 0.5,
     }
 
 
 def run(step, v):
     """The results of one step, from kernels or fused, with copies of what it changes."""
-    name = step.__name__
+    name, columns = step.__name__, v["x"].shape[1]
+    nan = functools.partial(torch.full, fill_value=float("nan"), device=DEVICE)
+    wide = torch.promote_types(v["x"].dtype, torch.float32)
     if name == "bn_relu_conv1x1":
-        h, (mean, var) = step(v["x"], v["norm1"], v["conv1"])
-        return h, mean, var
-    if name == "conv3x3_backward":
-        return step(v["d_out"], v["h"], v["norm2"], v["conv2"], v["shape"])
-    # What is written is columns of a wider matrix, whose other columns must stay as they are.
-    wide = torch.full((len(v["x"]), 500), 7.0, dtype=v["x"].dtype, device=DEVICE)
-    target = v["out"] if name == "bn_relu_conv3x3" else v["d"]
-    place = wide[:, 3 : 3 + target.shape[1]]
+        h, statistics = nan(v["h"].shape, dtype=v["h"].dtype), nan((2, v["h"].shape[1]), dtype=wide)
+        step(v["x"], v["norm1"], v["conv1"], h, statistics)
+        return h, *statistics
     if name == "bn_relu_conv3x3":
-        place.fill_(float("nan"))
-        results = step(v["h"], v["norm2"], v["conv2"], v["shape"], place)
-    else:
-        place.copy_(v["d"])
-        results = step(v["d_relu"], v["h"], v["coefficients"], v["x"], place, v["norm1"], v["conv1"])
-    return wide, *results
+        matrix = torch.full((len(v["x"]), 500), 7.0, dtype=v["x"].dtype, device=DEVICE)
+        place, statistics = matrix[:, 3 : 3 + v["out"].shape[1]], nan((2, v["out"].shape[1]), dtype=wide)
+        step(v["h"], v["norm2"], v["conv2"], v["shape"], place.fill_(float("nan")), statistics)
+        return matrix, *statistics
+    buffer = Buffer(*(value.clone() for value in v["buffer"]))
+    if name == "conv3x3_backward":
+        new = buffer.select(slice(columns, columns + len(v["conv2"])))
+        return *step(new, v["h"], v["norm2"], v["conv2"], v["shape"]), buffer.d
+    h = v["d_relu"], v["h"], v["norm2"], v["d_weight2"], v["d_bias2"]
+    results = step(*h, buffer.select(slice(columns)), v["norm1"], v["conv1"])
+    return *results, buffer.d, buffer.p, buffer.q
 
 
 def doubled(value):
     """Arguments in float64, for a reference."""
     if isinstance(value, torch.Tensor):
         return value.double()
-    if isinstance(value, Norm):
-        return Norm(*(doubled(item) for item in value[:4]), value.batch)
-    return type(value)(map(doubled, value)) if value and isinstance(value[0], torch.Tensor) else value
+    return type(value)(*map(doubled, value)) if isinstance(value, (Norm, Buffer)) else value
 
 
 def assert_as_exact_as_torch(name, v):
@@ -159,9 +164,27 @@ def test_many_tiles_per_program(name, monkeypatch):
     assert_as_exact_as_torch(name, inputs((5, 9, 9), 24, 12))
 
 
+@pytest.mark.parametrize("name", ["bn_relu_conv3x3", "conv3x3_backward"])
+def test_weights_are_read_and_their_gradient_written_as_they_lie(name):
+    v = inputs((2, 5, 7), 24, 12)
+    v["conv2"] = v["conv2"].to(memory_format=torch.channels_last)
+    assert_as_exact_as_torch(name, v)
+    if name == "conv3x3_backward":
+        assert run(kernels.conv3x3_backward, v)[3].stride() == v["conv2"].stride()
+
+
+@pytest.mark.parametrize("name", ["conv3x3_backward", "conv1x1_backward"])
+def test_statistics_of_earlier_batches_have_no_gradient(name):
+    v = inputs((2, 5, 7), 24, 12)
+    v |= {norm: v[norm]._replace(batch=False) for norm in ("norm1", "norm2")}
+    assert_as_exact_as_torch(name, v)
+    if name == "conv1x1_backward":
+        assert all(torch.equal(a, b) for a, b in zip(run(kernels.conv1x1_backward, v)[-2:], v["buffer"][-2:], strict=True))
+
+
 def test_nan_is_not_rectified_away():
     v = inputs((1, 5, 7), 24, 12)
-    v["x"][3, 5] = float("nan")
+    v["x"][3, 5] = float("nan")  # a view of the buffer
     h, _, _ = run(kernels.bn_relu_conv1x1, v)
     assert h[3].isnan().all() and not h[4].isnan().any()
 
@@ -186,7 +209,7 @@ def test_kernels_compile_for_gpus_without_spills():
     command = [sys.executable, ROOT / "bench/compile_kernels.py"]
     out = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
     rows = re.findall(r"^\| densenet_\w+ \| sm_(80|90) \| \w+_kernel \| \d+ \| (\d+) \| (\d+) \| (\d+) \|$", out, re.MULTILINE)
-    assert len(rows) == 3 * 2 * 5
+    assert len(rows) == 3 * 2 * 7
     for target, registers, stack, shared in rows:
         assert int(registers) <= 255 and int(stack) == 0
         assert int(shared) <= {"80": 163, "90": 227}[target] * 1024  # bytes that a block may have

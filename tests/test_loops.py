@@ -38,7 +38,7 @@ def inputs(rows, columns=7, first=0):
     """Arguments of every pass: x (rows, columns) and gradients of its shape."""
     torch.manual_seed(0)
     mean, weight, bias, alpha, beta, delta = torch.randn(6, columns, dtype=torch.float64)
-    norm = Norm(mean, torch.rand(columns, dtype=torch.float64) + 0.5, weight, bias, True)
+    norm = Norm(mean, torch.rand(columns, dtype=torch.float64) + 0.5, weight, bias, 1e-5, True)
     x, d, da = wide(rows, columns, first), wide(rows, columns, first), torch.randn(rows, columns, dtype=torch.float64)
     return {
         "bn_relu": (x, norm),
@@ -82,7 +82,7 @@ def test_bfloat16_is_rounded_once(name, rows, first):
     def converted(value, matrices, vectors):
         """An argument with its matrices and vectors in other types; columns of a wider matrix stay that."""
         if isinstance(value, Norm):
-            return Norm(*(tensor.to(vectors) for tensor in value[:4]), value.batch)
+            return Norm(*(tensor.to(vectors) for tensor in value[:4]), *value[4:])
         if value.dim() == 1 or value._base is None:
             return value.to(matrices if value.dim() == 2 else vectors)
         return value._base.to(matrices).as_strided(value.shape, value.stride(), value.storage_offset())
@@ -102,11 +102,17 @@ def test_bfloat16_is_rounded_once(name, rows, first):
 def test_bfloat16_rounds_to_the_nearest_and_ties_to_even():
     x = torch.arange(1, 257, dtype=torch.bfloat16)[:, None].repeat(1, 64)
     scale = torch.linspace(1, 2, 65)[1:]  # products of 16 bits, exact in float32; many lie midway between two of 8 bits
-    ours = loops.bn_relu(x, Norm(torch.zeros(64), torch.ones(64), scale, torch.zeros(64), True))
+    ours = loops.bn_relu(x, Norm(torch.zeros(64), torch.ones(64), scale, torch.zeros(64), 0.0, True))
     assert torch.equal(ours, (x.float() * scale).bfloat16())
     far = torch.tensor([[float("inf"), float("nan"), 3.4e38, 1e-40, -1.0]], dtype=torch.bfloat16)
     ours = loops.combine(far, torch.zeros_like(far), *(torch.full((5,), value) for value in (1.0, 0.0, 0.0)))
     assert torch.equal(ours.nan_to_num(7), far.nan_to_num(7)) and ours.isnan().tolist() == [[False, True, False, False, False]]
+
+
+def test_minus_infinity_is_rectified_to_zero():
+    norm = Norm(torch.zeros(2), torch.ones(2), torch.ones(2), torch.zeros(2), 0.0, True)
+    x = torch.tensor([[-float("inf"), 1.0]])
+    assert loops.bn_relu(x, norm).tolist() == fused.bn_relu(x, norm).tolist() == [[0.0, 1.0]]
 
 
 def test_not_a_number_passes_through():
@@ -124,7 +130,7 @@ def test_sums_do_not_depend_on_the_number_of_threads():
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            found.append(torch.stack(loops.statistics(x)))
+            found.append(loops.statistics(x))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*found)
