@@ -27,7 +27,7 @@ BY_OPTIMIZER = {
 }
 # What --resume may change: none of it changes what is computed, but for the schedule's length and rounding.
 RESUMABLE = {
-    *("data", "workers", "block", "epochs", "device", "precision", "compile", "deterministic"),
+    *("data", "workers", "block", "epochs", "device", "precision", "compile", "cuda_graph", "deterministic"),
     *("save", "resume", "overwrite", "log_every", "plot", "progress"),
 }
 # Flags of bamos/densenet.pytorch and gpleiss/efficient_densenet_pytorch, so that old command lines still run.
@@ -63,7 +63,7 @@ def make_parser(description=None):
     model = parser.add_argument_group("model").add_argument
     add_network_flags(model, depth="100; digits 16")
     model("--block", choices=("auto", *BLOCKS), default="auto",
-        help="how dense blocks run; auto is the fastest one verified on the device (default: %(default)s)")
+        help="how dense blocks run; auto measures which is fastest here, if the run is long (default: %(default)s)")
     add_optimisation_flags(parser.add_argument_group("optimisation").add_argument)
     add_run_flags(parser.add_argument_group("run").add_argument)
     return parser
@@ -142,6 +142,8 @@ def add_run_flags(add):
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
         help="auto is bf16 where the hardware has it, else fp32 (default: %(default)s)")
     add("--compile", action=switch, default=False, help="use torch.compile (default: off)")
+    add("--cuda-graph", action=switch, default=False,
+        help="launch a training step as one CUDA graph: on one GPU, without --compile (default: off)")
     add("--deterministic", action=switch, default=False,
         help="repeat bit for bit on a GPU, too (default: off)")
     add("--log-every", type=natural, default=0, metavar="N",
@@ -263,11 +265,13 @@ def check_args(args):
         raise Mistake("--momentum 0 excludes Nesterov momentum: add --no-nesterov")
     if args.block == "fused" and args.drop_rate > 0:
         raise Mistake("--block fused has no dropout: choose naive or checkpoint, or leave out --drop-rate")
-    ranks, size = distributed.world_size(), args.image_size
+    ranks, size, device = distributed.world_size(), args.image_size, choose_device(args.device)
     if args.batch_size < ranks:
         raise Mistake(f"--batch-size {args.batch_size}: each of {ranks} processes needs an image of it")
-    if choose_device(args.device).type == "mps" and args.block == "fused":
+    if device.type == "mps" and args.block == "fused":
         raise Mistake("--block fused runs on CPUs and CUDA GPUs: choose naive or checkpoint")
+    if args.cuda_graph and (device.type != "cuda" or ranks > 1 or args.compile):
+        raise Mistake("--cuda-graph is for one process on a CUDA GPU, without --compile: leave it out")
     downloaded = args.dataset not in ("digits", "folder")  # whose images are as they are
     if size != 32 and downloaded:
         raise Mistake(f"--image-size {size}: the images of {args.dataset} have 32×32 pixels")

@@ -257,7 +257,7 @@ class DenseNet(nn.Module):
             layers = [make_layer(channels + j * growth_rate, growth_rate, drop_rate) for j in range(num_layers)]
             self.blocks.append(DenseBlock(layers, block))
             channels += num_layers * growth_rate
-        self.norm = nn.BatchNorm2d(channels)
+        self.norm, self.block = nn.BatchNorm2d(channels), block
         self.classifier = nn.Linear(channels, num_classes)
         self.apply(init_weights)
 
@@ -266,7 +266,7 @@ class DenseNet(nn.Module):
         x = first(self.stem(x))
         for transition, block in zip(self.transitions, rest, strict=True):
             x = block(transition(x))
-        x = F.adaptive_avg_pool2d(norm_relu(self.norm, x, self.blocks[-1].block), 1)
+        x = F.adaptive_avg_pool2d(norm_relu(self.norm, x, self.block), 1)
         return self.classifier(x.flatten(1))
 
     def load_torchvision(self, state_dict):

@@ -13,18 +13,19 @@ import sys
 import time
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
 import distributed
 from arguments import model_options, parse_args, try_out
-from batches import IGNORE_INDEX, batch_positions
+from batches import batch_positions
 from cli import Mistake, command
-from densenet import DenseNet
-from device import choose_block, choose_device, choose_precision, peak_memory_mib, set_up_device
+from densenet import BLOCKS, DenseNet
+from device import choose_block, choose_device, choose_precision, device_name, peak_memory_mib, set_up_device
 from inference import evaluate
+from measure import fastest_block
 from reader import Reader
+from step import GraphedStep, Step
 from workdir import Figures, Run, provenance, read_checkpoint
 
 
@@ -61,31 +62,22 @@ def learning_rate(args, epoch, progress):
     return args.lr
 
 
-def train_epoch(model, batches, optimizer, schedule, amp, bar):
+def train_epoch(step, batches, schedule, bar):
     """One pass over ``batches``, an iterator. Returns (steps, 3) float64: summed loss, wrong images, images.
 
     ``schedule`` gives the learning rate of a step. Nothing is read from the device but for the bar, once a second.
     Raises NotFinite.
     """
-    model.train()
-    ranks, log, total, refreshed = distributed.world_size(), [], 0, time.monotonic()
-    for step, (images, labels, count) in enumerate(batches):
-        for group in optimizer.param_groups:
-            group["lr"] = schedule(step)
-        optimizer.zero_grad()
-        with amp():
-            logits = model(images)
-        loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-        (loss * (ranks / count)).backward()  # the gradient of the mean loss, once averaged over the ranks
-        optimizer.step()
-        counted = labels != IGNORE_INDEX
-        wrong = counted & (logits.detach().argmax(1) != labels)
-        log.append(torch.stack((loss.detach(), wrong.sum(), counted.sum())))
+    step.model.train()
+    log, total, refreshed = [], 0, time.monotonic()
+    for i, (images, labels, count) in enumerate(batches):
+        step.set_learning_rate(schedule(i))
+        log.append(step(images, labels, count))
         total = total + log[-1]
         bar.update(count)
         if time.monotonic() - refreshed > 1:
             mean_loss, error = averages(total[None])
-            if not math.isfinite(mean_loss) and ranks == 1:  # several ranks must stop at the same step
+            if not math.isfinite(mean_loss) and step.ranks == 1:  # several ranks must stop at the same step
                 break
             bar.set_postfix(loss=f"{mean_loss:.3f}", error=f"{error:.1f} %")
             refreshed = time.monotonic()
@@ -146,10 +138,37 @@ def make_batches(args, dataset):
     }
 
 
-def make_model(args, dataset, device, block):
-    options = model_options(args, len(dataset.classes))
-    model = DenseNet(**options, block=block)
-    return model.to(device, memory_format=torch.channels_last), options
+def pick_block(args, checkpoint, dataset, options, device, precision):
+    """How dense blocks run, and a line about it or None; --block auto measures where it can and it pays."""
+    if args.block != "auto":
+        return args.block, None
+    if checkpoint:
+        last = [checkpoint["config"], *checkpoint["config"]["resumed"]][-1]
+        if (last["device"], last["precision"]) == (device_name(device), precision):
+            return last["block"], None
+    default = choose_block(args.drop_rate, device)
+    if args.deterministic or args.compile or device.type not in ("cpu", "cuda"):
+        return default, None
+    share, finished = -(-args.batch_size // distributed.world_size()), checkpoint["epoch"] if checkpoint else 0
+    job = {
+        "model": options,
+        "batch_size": min(share, len(dataset.train)),
+        "image_size": args.image_size,
+        "precision": precision,
+        "device": str(device),
+        "blocks": [name for name in BLOCKS if name != "fused" or args.drop_rate == 0],
+    }
+    return fastest_block(job, default, (args.epochs - finished) * -(-len(dataset.train) // args.batch_size))
+
+
+def make_model(options, device, block):
+    return DenseNet(**options, block=block).to(device, memory_format=torch.channels_last)
+
+
+def make_step(args, model, optimizer, amp):
+    if args.cuda_graph:
+        return GraphedStep(model, optimizer, amp)
+    return Step(distributed.data_parallel(model), optimizer, amp, distributed.world_size())
 
 
 def first_checkpoint(args, dataset, model, options, stage):
@@ -185,24 +204,24 @@ def add_stage(checkpoint, args, dataset, options, stage):
     checkpoint["config"]["resumed"].append(stage | {"epoch": checkpoint["epoch"]})
 
 
-def train_and_test(args, epoch, model, wrapped, optimizer, batches, amp):
+def train_and_test(args, epoch, model, step, batches):
     """One epoch and its evaluations. Returns the new rows of each log.
 
-    ``wrapped`` is ``model``, in DistributedDataParallel where several ranks train it.
+    ``step`` trains ``model``, in DistributedDataParallel where several ranks do.
     """
     device = next(model.parameters()).device
     epoch_seed = args.seed * 1_000_003 + epoch
     # Dropout's masks. The generators of CPUs take the lower 32 bits of a seed alone: the ranks have to differ in those.
     torch.manual_seed(epoch_seed + 2_654_435_761 * distributed.rank())
 
-    def schedule(step):
-        return learning_rate(args, epoch, step / len(batches["train"]))
+    def schedule(i):
+        return learning_rate(args, epoch, i / len(batches["train"]))
 
     if device.type == "cuda":  # cuDNN's trials in the first epoch need more memory than any step after them
         torch.cuda.reset_peak_memory_stats(device)
     start = time.monotonic()
     with progress_bar(args, epoch, batches["train"]) as bar:
-        steps = train_epoch(wrapped, batches["train"].shuffled(epoch_seed), optimizer, schedule, amp, bar)
+        steps = train_epoch(step, batches["train"].shuffled(epoch_seed), schedule, bar)
     distributed.average_statistics(model)
     costs = {
         "images_per_second": round(int(steps[:, 2].sum()) / (time.monotonic() - start), 1),
@@ -210,7 +229,7 @@ def train_and_test(args, epoch, model, wrapped, optimizer, batches, amp):
     }
     rows = {"train": train_rows(steps, epoch, schedule, args.log_every, costs)}
     for name in list(batches)[1:]:
-        loss, error = evaluate(model, batches[name], amp)
+        loss, error = evaluate(model, batches[name], step.amp)
         if not math.isfinite(loss):  # the last update of the epoch was the one too many
             raise NotFinite(len(steps))
         rows[name] = [log_row(epoch, loss, error)]
@@ -267,9 +286,12 @@ def train(args, checkpoint, run):
     set_up_torch(args)
     layout = checkpoint.get("layout", data.FIRST_LAYOUT) if checkpoint else None
     dataset = distributed.local_rank_0_first(load_data, args, device, layout)
-    model, options = make_model(args, dataset, device, choose_block(args.block, args.drop_rate, device, precision))
+    options = model_options(args, len(dataset.classes))
+    block, note = distributed.on_rank_0(pick_block, args, checkpoint, dataset, options, device, precision)
+    dataset.notes.extend([note] if note else [])
+    model = make_model(options, device, block)
     optimizer = make_optimizer(args, model.parameters())
-    stage = provenance(device, distributed.launcher()) | {"precision": precision, "block": model.blocks[0].block}
+    stage = provenance(device, distributed.launcher()) | {"precision": precision, "block": block}
     if checkpoint is None:
         checkpoint = first_checkpoint(args, dataset, model, options, stage)
     else:
@@ -278,7 +300,7 @@ def train(args, checkpoint, run):
         optimizer.load_state_dict(checkpoint["optimizer"])
     if args.compile:
         model.compile()
-    wrapped = distributed.data_parallel(model)
+    step = make_step(args, model, optimizer, amp)
 
     def state(epoch):
         return checkpoint | {"epoch": epoch, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
@@ -296,7 +318,7 @@ def train(args, checkpoint, run):
     with Figures(run.path, args.plot and main_process) as figures:
         for epoch in range(first_epoch, args.epochs + 1):
             begin = time.monotonic()
-            rows = train_and_test(args, epoch, model, wrapped, optimizer, batches, amp)
+            rows = train_and_test(args, epoch, model, step, batches)
             if main_process:
                 seconds = time.monotonic() - begin
                 checkpoint["seconds"] += seconds

@@ -21,6 +21,7 @@ from cli import Mistake, command
 from densenet import BLOCKS
 from device import choose_precision
 from inference import evaluate
+from step import Step
 
 EPOCHS = 3  # of the VGG-style network on all training images
 ERROR = 10.0  # percent on the test images that it must get below; the author's VGG had about that on CIFAR-10
@@ -30,7 +31,7 @@ def fit(model, batches, lr, amp):
     """Train on an iterator of batches through train.train_epoch; returns its (steps, 3) log: loss, wrong, images."""
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=1e-4)
     with tqdm(disable=True) as bar:
-        return train.train_epoch(model, batches, optimizer, lambda step: lr, amp, bar)
+        return train.train_epoch(Step(model, optimizer, amp), batches, lambda i: lr, bar)
 
 
 def overfit(name, model, batch, amp, args):

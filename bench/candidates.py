@@ -23,11 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts o
 
 import arguments
 import data
+import measure
 from batches import ImageTensors
 from cli import Parser, command
 from densenet import BLOCKS, FROM_TORCHVISION, DenseNet, rename
 from device import choose_block, choose_device, choose_precision, peak_memory_mib, set_up_device
 from inference import evaluate
+from step import Step
 
 CHECKED_IMAGES = 4
 DRAWS = 5  # of images to check with
@@ -107,12 +109,14 @@ MODELS = {
 }
 
 
+CHANNELS_LAST = "-channels-last"  # of a name: in our memory format instead of torch's default
 FP32_ONLY = ("bamos", "gpleiss")  # without mixed precision, as they are
 
 
 def available():
-    """Names of MODELS whose library is installed."""
-    return [name for name in MODELS if not name.startswith("timm") or importlib.util.find_spec("timm")]
+    """Names of candidates whose library is installed."""
+    names = [*MODELS, *(name + CHANNELS_LAST for name in ("torchvision", "timm"))]
+    return [name for name in names if not name.startswith("timm") or importlib.util.find_spec("timm")]
 
 
 def our_name(name):
@@ -127,37 +131,24 @@ def make_model(name, depth):
     """A candidate's network, in training mode, with the weights that all candidates share."""
     torch.manual_seed(0)
     ours = DenseNet(depth=depth, block=name if name in BLOCKS else "naive")
-    return ours if name in BLOCKS else MODELS[name](ours)
+    return ours if name in BLOCKS else MODELS[name.removesuffix(CHANNELS_LAST)](ours)
 
 
 def place(model, name, device):
     """On the device, in the memory format that the candidate's users have."""
-    layout = torch.channels_last if name in BLOCKS else torch.contiguous_format
+    ours = name in BLOCKS or name.endswith(CHANNELS_LAST)
+    layout = torch.channels_last if ours else torch.contiguous_format
     return model.to(device, memory_format=layout), layout
 
 
-def make_images(count, device, dtype=torch.float32, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(count, 3, 32, 32, generator=generator, dtype=torch.float64)
-    return images.to(device, dtype), torch.randint(10, (count,), generator=generator).to(device)
-
-
-def gradients(model, images, labels, amp):
-    """Output and all gradients, flattened in our order of parameters, in float64 on the CPU."""
-    model.zero_grad()
-    with amp():
-        out = model(images)
-    F.cross_entropy(out.to(torch.promote_types(out.dtype, torch.float32)), labels).backward()
-    named = {our_name(name): p.grad for name, p in model.named_parameters()}
-    flat = torch.cat([named[name].double().cpu().flatten() for name in sorted(named)])
-    return out.detach().double().cpu(), flat
+def make_images(count, seed, device, dtype=torch.float32):
+    return measure.make_images(count, {"model": {}, "image_size": 32}, seed, dtype, device)
 
 
 def check(job, device):
-    """Relative errors of output and gradients: in float64 on one draw of images, in the job's precision on several.
+    """Relative errors of a training step's results: in float64 on one draw of images, else on several.
 
-    Several, since in single precision the gradients' error depends on luck: on whether rounding carries one of millions
-    of values across a ReLU's kink.
+    Running statistics are compared for our blocks alone: gpleiss updates its own twice.
     """
     exact_amp, _ = choose_precision("fp32", device)
     amp, _ = choose_precision(job["precision"], device)
@@ -165,12 +156,15 @@ def check(job, device):
     model, layout = place(make_model(job["candidate"], job["depth"]), job["candidate"], device)
 
     def errors(model, dtype, amp, seed):
-        images, labels = make_images(CHECKED_IMAGES, "cpu", torch.float64, seed)
-        true = gradients(reference, images, labels, exact_amp)
-        found = gradients(model, images.to(device, dtype, memory_format=layout), labels.to(device), amp)
-        return [((ours - exact).norm() / exact.norm()).item() for ours, exact in zip(found, true, strict=True)]
+        exact = measure.outcome(reference, *make_images(CHECKED_IMAGES, seed, "cpu", torch.float64), exact_amp)
+        images, labels = make_images(CHECKED_IMAGES, seed, device, dtype)
+        found = measure.outcome(model, images.to(memory_format=layout), labels, amp, our_name)
+        kinds = exact if job["candidate"] in BLOCKS else ("output", "gradients")
+        return measure.errors(found, {kind: exact[kind] for kind in kinds})
 
+    reference_state = copy.deepcopy(reference.state_dict())
     in_double = errors(copy.deepcopy(model).double(), torch.float64, exact_amp, 0)
+    reference.load_state_dict(reference_state)
     if job["compiled"]:
         model.compile()
     return {"float64": in_double, "draws": [errors(model, torch.float32, amp, seed) for seed in range(DRAWS)]}
@@ -181,19 +175,17 @@ def step_functions(job, device):
     amp, _ = choose_precision(job["precision"], device)
     model, layout = place(make_model(job["candidate"], job["depth"]), job["candidate"], device)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
-    images, labels = make_images(job["batch_size"], device)
+    images, labels = make_images(job["batch_size"], 1, device)
     images = images.to(memory_format=layout)
     job["saved_mib"] = round(saved_bytes(lambda: model(images), model, amp) / 2**20, 1)
     if job["compiled"]:
         model.compile()
 
+    step = Step(model, optimizer, amp)
+
     def train():
         model.train()
-        optimizer.zero_grad()
-        with amp():
-            logits = model(images)
-        F.cross_entropy(logits.float(), labels).backward()
-        optimizer.step()
+        step(images, labels, len(labels))
 
     @torch.no_grad()
     def infer():
@@ -311,17 +303,16 @@ def our_epochs(job, tensors, device):
     args, _ = arguments.parse_args([*map(str, itertools.chain(*flags.items())), "--save", "never-written"])
     set_up_device(device)
     train.set_up_torch(args)
-    amp, precision = choose_precision(args.precision, device)
+    amp, _ = choose_precision(args.precision, device)
     dataset = data.Dataset(tensors, tensors, [str(i) for i in range(10)], data.NORMALIZE["cifar10"]).to(device)
     batches = train.make_batches(args, dataset)
-    model, _ = train.make_model(args, dataset, device, choose_block(args.block, args.drop_rate, device, precision))
-    optimizer = train.make_optimizer(args, model.parameters())
+    model = train.make_model(arguments.model_options(args, 10), device, choose_block(args.drop_rate, device))
+    step = train.make_step(args, model, train.make_optimizer(args, model.parameters()), amp)
     epochs = itertools.count(1)
 
     def epoch():
         with tqdm(disable=True) as bar:
-            shuffled = batches["train"].shuffled(next(epochs))
-            train.train_epoch(model, shuffled, optimizer, lambda step: args.lr, amp, bar)
+            train.train_epoch(step, batches["train"].shuffled(next(epochs)), lambda i: args.lr, bar)
 
     return epoch, lambda: evaluate(model, batches["test"], amp)
 
@@ -351,7 +342,7 @@ def serve(job):
         for _ in range(times):
             {"train": train, "infer": infer}[word.strip()]()
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         print(json.dumps([(time.perf_counter() - start) / times, peak_memory_mib(device)]), flush=True)
 
 

@@ -15,17 +15,21 @@ def job(name, **options):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_candidate_computes_the_same_function(name):
     checked = candidates.check(job(name), candidates.choose_device("cpu"))
-    assert max(checked["float64"]) < 1e-8
+    assert max(checked["float64"].values()) < 1e-8
     assert len(checked["draws"]) == candidates.DRAWS
+
+
+def errors(output, gradients):
+    return {"output": output, "gradients": gradients}
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), 1e-3])
 @pytest.mark.parametrize("place", ["float64", "draws"])
 def test_a_wrong_candidate_is_not_timed(monkeypatch, wrong, place):
-    naive = {"float64": [0.0, 0.0], "draws": [[1e-6, 1e-5]] * 5}
+    naive = {"float64": errors(0.0, 0.0), "draws": [errors(1e-6, 1e-5)] * 5}
     monkeypatch.setattr(speed, "answer", lambda job, task: naive)
     assert speed.assert_right(job("fused"), naive) == {"output_error": "1.0e-06", "gradient_error": "1.0e-05"}
-    bad = naive | ({"float64": [0.0, wrong]} if place == "float64" else {"draws": [[1e-6, wrong]] * 5})
+    bad = naive | ({"float64": errors(0.0, wrong)} if place == "float64" else {"draws": [errors(1e-6, wrong)] * 5})
     monkeypatch.setattr(speed, "answer", lambda job, task: bad)
     with pytest.raises(speed.CandidateError, match="fused computes something else"):
         speed.assert_right(job("fused"), naive)
@@ -72,7 +76,7 @@ def test_rows_are_written_as_they_come(tmp_path, capsys):
 
 
 def test_a_candidate_that_fails_does_not_end_the_others(monkeypatch, capsys):
-    monkeypatch.setattr(speed, "answer", lambda job, task: {"float64": [0.0, 0.0], "draws": [[1e-6, 1e-5]] * 5})
+    monkeypatch.setattr(speed, "answer", lambda job, task: {"float64": errors(0.0, 0.0), "draws": [errors(1e-6, 1e-5)] * 5})
     monkeypatch.setattr(speed, "row_of", lambda process, reference: {"candidate": process, "ms": 2.0})
 
     def take_turns(job, reference):
@@ -83,6 +87,6 @@ def test_a_candidate_that_fails_does_not_end_the_others(monkeypatch, capsys):
     monkeypatch.setattr(speed, "take_turns", take_turns)
     args, device = speed.parse_args(["--device", "cpu", "--candidates", "naive", "fused", "--precisions", "fp32"])
     monkeypatch.setattr(speed, "make_floor", lambda device, precisions: lambda job: 1.0)
-    rows = list(speed.measure(args, device))
+    rows = list(speed.rows_of(args, device))
     assert rows == [{"candidate": "fused", "ms": 2.0, "floor_share": 0.5}]
     assert capsys.readouterr().err == "speed.py: error: naive ended early\n"

@@ -29,7 +29,7 @@ def make(dtype=torch.float64, **options):
 
 def with_block(model, block):
     model = copy.deepcopy(model)
-    for module in [*model.blocks, *model.transitions]:
+    for module in [model, *model.blocks, *model.transitions]:
         module.block = block
     return model
 

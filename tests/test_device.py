@@ -34,14 +34,12 @@ def test_a_device_that_is_not_here():
         choose_device("cuda:99")
 
 
-def test_block_auto_is_the_one_that_was_measured_to_be_fastest(monkeypatch):
+def test_the_block_where_none_is_measured(monkeypatch):
     monkeypatch.setattr(fused, "loops", "Numba is here")
-    assert choose_block("auto", 0.0, CPU, "fp32") == "fused"
-    assert choose_block("auto", 0.2, CPU, "fp32") == "naive"
-    assert choose_block("auto", 0.0, CPU, "bf16") == choose_block("auto", 0.0, torch.device("cuda"), "bf16") == "naive"
-    assert choose_block("checkpoint", 0.0, CPU, "fp32") == "checkpoint"
+    assert choose_block(0.0, CPU) == "fused"
+    assert choose_block(0.2, CPU) == choose_block(0.0, torch.device("cuda")) == choose_block(0.0, torch.device("mps")) == "naive"
     monkeypatch.setattr(fused, "loops", None)
-    assert choose_block("auto", 0.0, CPU, "fp32") == "naive"
+    assert choose_block(0.0, CPU) == "naive"
 
 
 def test_a_gpu_without_a_number_is_set_up():

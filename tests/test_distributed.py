@@ -22,6 +22,7 @@ from cli import Mistake
 from densenet import BLOCKS, DenseNet
 from inference import evaluate
 from reader import Reader
+from step import Step
 from train import train_epoch
 
 ROOT = Path(__file__).parent.parent
@@ -70,8 +71,8 @@ def train_and_evaluate():
         for block in BLOCKS:
             model, optimizer = make(block)
             batches = digits.train.batches(BATCH_SIZE, digits.normalize, "mean", share)
-            parallel = distributed.data_parallel(model)
-            steps = train_epoch(parallel, as_double(batches.shuffled(1)), optimizer, lambda step: 0.1, no_amp, bar)
+            step = Step(distributed.data_parallel(model), optimizer, no_amp, distributed.world_size())
+            steps = train_epoch(step, as_double(batches.shuffled(1)), lambda i: 0.1, bar)
             test = digits.test.batches(BATCH_SIZE, digits.normalize, None, share)
             torch.manual_seed(1)  # a model that all ranks have, whatever the statistics of their batches
             fresh = DenseNet(depth=10, growth_rate=4)

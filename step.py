@@ -1,0 +1,104 @@
+"""One training step: forward pass, loss, backward pass and update, eager or replayed as a CUDA graph."""
+
+import torch
+import torch.nn.functional as F
+
+from batches import IGNORE_INDEX
+
+WARM_UP = 3  # eager steps before one is captured: libraries set themselves up, the optimiser makes its state
+
+
+class Step:
+    """Calling it trains ``model`` on a batch; ``ranks`` processes share each batch.
+
+    ``amp`` makes the autocast context. Nothing is read back from the device.
+    """
+
+    def __init__(self, model, optimizer, amp, ranks=1):
+        self.model, self.optimizer, self.amp, self.ranks = model, optimizer, amp, ranks
+        set_capturable(optimizer, False)
+
+    def set_learning_rate(self, value):
+        for group in self.optimizer.param_groups:
+            group["lr"] = value
+
+    def __call__(self, images, labels, count):
+        """Images (B, C, H, W), labels (B,), and how many images all ranks have: (3,), summed loss, wrong, images."""
+        return self.eager(images, labels, count)
+
+    def eager(self, images, labels, count):
+        self.optimizer.zero_grad()
+        with self.amp():
+            logits = self.model(images)
+        loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+        (loss * (self.ranks / count)).backward()  # the gradient of the mean loss, once averaged over the ranks
+        self.optimizer.step()
+        counted = labels != IGNORE_INDEX
+        wrong = counted & (logits.detach().argmax(1) != labels)
+        return torch.stack((loss.detach(), wrong.sum(), counted.sum()))
+
+
+class GraphedStep(Step):
+    """The same with a few launches: batches of the first one's shape replay a CUDA graph, others are eager.
+
+    The steps before the capture are steps of the training. A graph reads and writes at fixed addresses: the batch and
+    the learning rate are copied there, and weights, momentum and statistics stay where they are.
+    """
+
+    def __init__(self, model, optimizer, amp):
+        super().__init__(model, optimizer, lambda: amp(cache_enabled=False))  # a cached cast would outlive its weight
+        set_capturable(optimizer, True)
+        self.stream, self.seen, self.replay, self.static = torch.cuda.Stream(), 0, None, None
+
+    def set_learning_rate(self, value):
+        for group in self.optimizer.param_groups:
+            group["lr"].fill_(value)
+
+    def __call__(self, images, labels, count):
+        if self.static is None:
+            self.static = torch.empty_like(images), torch.empty_like(labels)
+        if images.shape != self.static[0].shape:
+            return self.eager(images, labels, count)
+        if self.seen < WARM_UP:
+            self.seen += 1
+            return self.beside(self.eager, images, labels, count)
+        for place, value in zip(self.static, (images, labels), strict=True):
+            place.copy_(value)
+        if self.replay is None:
+            self.replay, self.result = self.capture(count)
+        self.replay()
+        return self.result.clone()
+
+    def beside(self, function, *args):
+        """Call a function on the stream of captures."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            result = function(*args)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return result
+
+    def capture(self, count):
+        """A function that repeats the step on what ``static`` holds, and the tensor that it leaves its result in."""
+        graph = torch.cuda.CUDAGraph()
+        self.optimizer.zero_grad()  # the gradients are to be the graph's own
+        with torch.cuda.graph(graph, stream=self.stream):
+            result = self.eager(*self.static, count)
+        return graph.replay, result
+
+
+def set_capturable(optimizer, capturable):
+    """Let an optimiser keep on the device what a CUDA graph has to find there, or not, whatever state it has loaded.
+
+    That is the learning rate, which becomes a tensor, and Adam's counts of steps.
+    """
+    for group in optimizer.param_groups:
+        device = group["params"][0].device if capturable else "cpu"
+        rate = float(group["lr"])
+        group["lr"] = torch.tensor(rate, device=device) if capturable else rate
+        if "capturable" in group:
+            group["capturable"] = capturable
+        else:  # SGD, which can be captured where it is one kernel
+            group["fused"] = capturable or None
+        for state in filter(None, map(optimizer.state.get, group["params"])):
+            if "step" in state:
+                state["step"] = state["step"].to(device)

@@ -1,0 +1,257 @@
+"""--block auto: what it checks, how it decides, when it keeps away, and that nothing in its process hurts the run."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+
+import fused
+import measure
+import train
+from step import Step
+
+CPU = torch.device("cpu")
+JOB = {
+    "model": {"depth": 10, "growth_rate": 4, "num_classes": 10, "in_channels": 3},
+    "batch_size": 4,
+    "image_size": 8,
+    "precision": "fp32",
+    "device": "cpu",
+    "blocks": ["naive", "checkpoint", "fused"],
+}
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    """The user's cache is neither read nor written."""
+    monkeypatch.setattr(measure.platformdirs, "user_cache_path", lambda name: tmp_path / "cache")
+    monkeypatch.setattr(measure, "TURNS", 3)
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("options", [{}, {"drop_rate": 0.2}])
+def test_every_block_that_can_run_is_checked_and_timed(capfd, precision, options):
+    blocks = JOB["blocks"][: 2 if options else 3]
+    job = JOB | {"checked_images": 4, "precision": precision, "blocks": blocks, "model": JOB["model"] | options}
+    found = measure.measure(job)
+    assert found["refused"] == {} and found["graph"] is None
+    assert {block: len(seconds) for block, seconds in found["seconds"].items()} == dict.fromkeys(blocks, 3)
+    assert [json.loads(line)["begins"] for line in capfd.readouterr().out.splitlines()] == ["reference", *blocks * 5]
+
+
+@pytest.mark.parametrize("kind", ["output", "gradients", "statistics", "nan", "crash", "memory"])
+def test_a_block_that_is_not_right_is_refused(monkeypatch, kind):
+    right = measure.outcome
+
+    def outcome(model, *args):
+        result = right(model, *args)
+        if model.block == "fused":
+            if kind == "crash":
+                raise RuntimeError("CUDA error: misaligned address\nand more")
+            if kind == "memory":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+            name = "gradients" if kind == "nan" else kind
+            result[name] = result[name] * (float("nan") if kind == "nan" else 1.001)
+        return result
+
+    monkeypatch.setattr(measure, "outcome", outcome)
+    found = measure.measure(JOB | {"checked_images": 4})
+    assert list(found["seconds"]) == ["naive", "checkpoint"]
+    words = {"crash": "CUDA error: misaligned address", "memory": "out of memory"}.get(kind, "computes something else")
+    assert found["refused"]["fused"].startswith(words)
+
+
+def test_a_block_is_not_its_own_reference(monkeypatch):
+    """Where neither block in plain torch fits, fused cannot be checked."""
+    right = measure.check
+
+    def check(job, block, *args):
+        if block != "fused":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return right(job, block, *args)
+
+    monkeypatch.setattr(measure, "check", check)
+    found = measure.measure(JOB | {"checked_images": 4})
+    assert found["seconds"] == {} and measure.describe(found, "naive")[0] == "naive"
+
+
+@pytest.mark.parametrize(
+    ("fused_seconds", "choice"),
+    [
+        ([1.0, 1.0, 1.0, 1.0, 1.0], "fused"),
+        ([1.92, 1.92, 1.92, 1.92, 1.92], "naive"),  # 4 %
+        ([1.0, 1.9, 1.8, 3.0, 1.1], "naive"),  # 11 %, but less than the spread
+        ([1.8, 1.8, 1.85, 1.75, 1.8], "fused"),
+    ],
+)
+def test_naive_stands_unless_another_one_clearly_wins(fused_seconds, choice):
+    found = {"naive": [2.0] * 5, "checkpoint": [2.5] * 5, "fused": fused_seconds}
+    assert measure.fastest(found)[0] == choice
+
+
+def test_where_naive_does_not_fit_the_fastest_that_does_is_taken():
+    found = {"seconds": {"checkpoint": [3.0] * 5, "fused": [2.0] * 5}, "refused": {"naive": "out of memory"}, "graph": None}
+    block, line = measure.describe(found, "naive")
+    assert block == "fused"
+    assert line == "--block auto took fused, which runs here; naive: out of memory; --block fused pins it"
+
+
+def test_the_line_says_by_how_much():
+    found = {"seconds": {"naive": [2.0] * 5, "fused": [1.0] * 5}, "refused": {}, "graph": 2.5}
+    assert measure.describe(found, "naive")[1] == (
+        "--block auto took fused, 2.00 times as fast as naive here; --cuda-graph makes it 2.50 times as fast; --block fused pins it"
+    )
+
+
+def process(source):
+    """A stand-in for the process of a job, which finds the job as the variable ``job``."""
+
+    def run(job, timeout):
+        program = f"import json, os, sys, time\njob = json.loads(sys.argv[1])\n{source}"
+        command = [sys.executable, "-c", program, json.dumps(job)]
+        return measure.lines_of(command, timeout)
+
+    return run
+
+
+FOUND = {"seconds": {"naive": [2.0] * 3, "checkpoint": [1.0] * 3}, "refused": {}, "graph": None}
+DIES = f"""
+for block in job["blocks"]:
+    print(json.dumps({{"begins": block}}), flush=True)
+    if block == "fused":
+        os.kill(os.getpid(), 9)
+print(json.dumps({FOUND!r}).replace("None", "null"))
+"""
+
+
+def test_a_block_that_kills_the_process_is_left_out(monkeypatch):
+    monkeypatch.setattr(measure, "run_process", process(DIES))
+    found = measure.measure_apart(JOB, 60)
+    assert found == FOUND | {"refused": {"fused": "ended the process that tried it"}}
+
+
+def test_a_reference_that_does_not_fit_is_made_of_fewer_images(monkeypatch):
+    source = f"""
+print(json.dumps({{"begins": "reference"}}), flush=True)
+if job["checked_images"] > 1:
+    os._exit(1)
+print(json.dumps({FOUND!r}).replace("None", "null"))
+"""
+    monkeypatch.setattr(measure, "run_process", process(source))
+    assert measure.measure_apart(JOB, 60) == FOUND
+
+
+@pytest.mark.parametrize("source", ["time.sleep(60)", "os._exit(1)", "print('no JSON')"])
+def test_without_an_answer_the_default_stands(monkeypatch, capsys, source):
+    monkeypatch.setattr(measure, "run_process", process(source))
+    monkeypatch.setattr(measure, "expected_seconds", lambda job, steps, device: 50)
+    monkeypatch.setattr(measure, "START", 0.04)
+    block, line = measure.fastest_block(JOB, "naive", 10**6)
+    assert block == "naive" and line.startswith("--block auto could not measure")
+
+
+def test_a_short_run_does_not_measure(monkeypatch):
+    def refuse(*args):
+        raise AssertionError
+
+    monkeypatch.setattr(measure, "run_process", refuse)
+    monkeypatch.setattr(measure, "expected_seconds", lambda *args: 450)  # of which 2 % are 9 s, less than a start takes
+    assert measure.fastest_block(JOB, "fused", 10**6) == ("fused", None)
+    monkeypatch.setattr(measure, "expected_seconds", refuse)
+    assert measure.fastest_block(JOB, "fused", 2000) == ("fused", None)  # 60 of them would be 3 %
+
+
+def test_the_answer_is_kept(monkeypatch, capsys, cache):
+    calls = []
+    monkeypatch.setattr(measure, "run_process", lambda job, timeout: calls.append(job) or ([FOUND], True))
+    monkeypatch.setattr(measure, "expected_seconds", lambda *args: 1e6)
+    answers = [measure.fastest_block(JOB, "naive", 10**6) for _ in range(2)]
+    assert answers[0] == answers[1] and answers[0][0] == "checkpoint" and len(calls) == 1
+    measure.fastest_block(JOB | {"batch_size": 8}, "naive", 10**6)
+    monkeypatch.setattr(measure, "device_name", lambda device: "another processor")
+    measure.fastest_block(JOB, "naive", 10**6)
+    assert len(calls) == 3
+    for path in cache.iterdir():
+        path.write_text("{" if path.stat().st_size % 2 else '{"seconds": 1}')
+    measure.fastest_block(JOB, "naive", 10**6)  # damaged: measured again, and mended
+    measure.fastest_block(JOB, "naive", 10**6)
+    assert len(calls) == 4
+    assert capsys.readouterr().out.count("measuring which --block is fastest here") == 4
+
+
+def test_a_cache_that_cannot_be_written_is_no_mistake(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(measure.platformdirs, "user_cache_path", lambda name: tmp_path / "file" / "cache")
+    monkeypatch.setattr(measure, "run_process", lambda job, timeout: ([FOUND], True))
+    monkeypatch.setattr(measure, "expected_seconds", lambda *args: 1e6)
+    assert measure.fastest_block(JOB, "naive", 10**6)[0] == "checkpoint"
+
+
+def test_the_real_process():
+    """In which nothing of this test is patched."""
+    found = measure.measure_apart(JOB, 120)
+    assert set(found["seconds"]) | set(found["refused"]) == set(JOB["blocks"]) and "naive" in found["seconds"]
+
+
+def test_a_graph_that_forgets_the_learning_rate_is_noticed():
+    class Forgetful(Step):
+        def set_learning_rate(self, value):
+            super().set_learning_rate(0.1)
+
+    assert measure.try_graph(JOB, "naive", CPU, kind=Step) > 0
+    assert measure.try_graph(JOB, "naive", CPU, kind=Forgetful) == 0
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """train.py with every run long enough, and a process that finds checkpoint to be the fastest. Yields the jobs."""
+    jobs = []
+    monkeypatch.setattr(measure, "SHARE", 1e6)
+    monkeypatch.setattr(measure, "run_process", lambda job, timeout: jobs.append(job) or ([FOUND], True))
+    return jobs
+
+
+def block_of(run):
+    return json.loads((run / "config.json").read_text())["block"]
+
+
+def test_train_takes_what_was_measured_and_a_resumed_run_keeps_it(tiny, measured, monkeypatch, tmp_path, capsys):
+    assert tiny("--save", "run", "--epochs", "1") == 0
+    assert block_of(tmp_path / "run") == "checkpoint"
+    assert "--block auto took checkpoint, 2.00 times as fast as naive here" in capsys.readouterr().out
+    assert [job["batch_size"] for job in measured] == [64] and measured[0]["image_size"] == 8
+    assert tiny("--save", "run", "--resume", "--epochs", "2", args=[]) == 0
+    assert "block checkpoint" in capsys.readouterr().out and len(measured) == 1
+    monkeypatch.setattr(train, "device_name", lambda device: "another processor")
+    monkeypatch.setattr(measure, "device_name", lambda device: "another processor")
+    assert tiny("--save", "run", "--resume", "--epochs", "3", args=[]) == 0
+    assert len(measured) == 2
+
+
+@pytest.mark.parametrize("flag", ["--deterministic", "--block=naive"])
+def test_what_is_pinned_is_not_measured(tiny, measured, flag, tmp_path):
+    assert tiny("--save", "run", "--epochs", "1", flag) == 0
+    assert measured == []
+    assert block_of(tmp_path / "run") == ("fused" if flag == "--deterministic" and fused.loops else "naive")
+
+
+def test_rank_0_decides_for_all(tmp_path):
+    """Two ranks that would choose differently train with one block: that of rank 0."""
+    program = (
+        "import os, measure, train, distributed\n"
+        "measure.SHARE = 1e6\n"
+        "block = 'checkpoint' if os.environ['RANK'] == '0' else 'naive'\n"
+        "found = {'seconds': {block: [1.0] * 3}, 'refused': {}, 'graph': None}\n"
+        "measure.run_process = lambda job, timeout: ([found], True)\n"
+        "train.distributed.exit_from(train.main)\n"
+    )
+    (tmp_path / "ranks.py").write_text(program)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "ranks.py", *TINY, "--no-plot"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path)}
+    subprocess.run([*command, "--epochs", "1", "--save", "run"], env=env, check=True, capture_output=True, timeout=240)
+    assert block_of(tmp_path / "run") == "checkpoint"

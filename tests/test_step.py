@@ -1,0 +1,92 @@
+"""One step of training, and the same replayed: on the CPU, with a stand-in for the CUDA graph."""
+
+import copy
+import functools
+
+import pytest
+import torch
+import torch.nn as nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from densenet import DenseNet
+from step import WARM_UP, GraphedStep, Step, set_capturable
+
+sgd = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
+no_amp = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=False)
+
+
+class Replayed(GraphedStep):
+    """A graph that is captured and replayed like a CUDA graph: it knows only tensors, at the addresses of the capture."""
+
+    def __init__(self, model, optimizer, amp):
+        Step.__init__(self, model, optimizer, lambda: amp(cache_enabled=False))
+        set_capturable(optimizer, True)
+        self.seen, self.replay, self.static = 0, None, None
+
+    def beside(self, function, *args):
+        return function(*args)
+
+    def capture(self, count):
+        result, addresses = torch.full((3,), float("nan")), self.addresses()
+
+        def replay():
+            assert self.addresses() == addresses
+            result.copy_(self.eager(*self.static, count))
+
+        return replay, result
+
+    def addresses(self):
+        momenta = [value for state in self.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        return [t.data_ptr() for t in (*self.model.parameters(), *self.model.buffers(), *self.static, *momenta, *rates)]
+
+
+def train(kind, batches):
+    torch.manual_seed(0)
+    model = DenseNet(depth=10, growth_rate=4).double()
+    step = kind(model, sgd(model.parameters()), no_amp)
+    log = []
+    for i, (images, labels) in enumerate(batches):
+        step.set_learning_rate(0.5 ** (3 + i))  # exact in float32, which a graph has it in
+        log.append(step(images, labels, len(labels)))
+    return model.state_dict(), torch.stack(log)
+
+
+def test_replayed_steps_are_eager_steps():
+    """SGD, which alone lets itself be captured on a CPU, with a learning rate that changes, warm-up steps that count, and an odd batch between replays."""
+    sizes = [6] * (WARM_UP + 2) + [4] + [6] * 2
+    batches = [(torch.randn(n, 3, 8, 8, dtype=torch.float64), torch.randint(10, (n,))) for n in sizes]
+    (eager, log), (replayed, replayed_log) = (train(kind, batches) for kind in (Step, Replayed))
+    torch.testing.assert_close(replayed_log, log, rtol=1e-12, atol=1e-12)
+    for name, value in eager.items():
+        torch.testing.assert_close(replayed[name], value, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop])
+def test_an_optimiser_goes_from_graph_to_eager_and_back(kind):
+    """As when a run is resumed with or without --cuda-graph."""
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = kind([parameter], lr=0.1)
+    before = copy.deepcopy(optimizer.param_groups[0])
+    set_capturable(optimizer, True)
+    assert torch.is_tensor(optimizer.param_groups[0]["lr"])
+    resumed = kind([parameter], lr=0.2)
+    resumed.load_state_dict(optimizer.state_dict())
+    set_capturable(resumed, False)
+    assert {k: v for k, v in resumed.param_groups[0].items() if k != "params"} == {
+        k: pytest.approx(v) if k == "lr" else v for k, v in before.items() if k != "params"
+    }
+    parameter.grad = torch.ones(3)
+    resumed.step()
+    assert parameter.isfinite().all() and (parameter < 1).all()
+
+
+def test_a_step_reads_nothing_back():
+    """A CUDA graph could not hold that, and the processor would wait for the GPU. Tensors without data refuse it."""
+    with FakeTensorMode():
+        model = DenseNet(depth=10, growth_rate=4)
+        step = Step(model, sgd(model.parameters()), no_amp)
+        images, labels = torch.empty(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64)
+        assert step(images, labels, 4).shape == (3,)
+        with pytest.raises(Exception, match="_local_scalar_dense"):
+            torch.ones(1).item()
