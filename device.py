@@ -15,6 +15,9 @@ import torch
 import fused
 from cli import Mistake
 
+# Large tensors in pages of 2 MiB: passes over memory are faster. torch asks when it makes its first tensor.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
 
 def choose_device(name):
     """A torch.device for "auto", "cpu", "cuda", "cuda:N" or "mps". Raises Mistake where this machine lacks it."""
@@ -40,7 +43,6 @@ def set_up_device(device):
 
 def keep_freed_memory():
     """Let glibc keep what is freed: by default every large CPU tensor comes from the kernel anew, page by page."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # pages of 2 MiB; torch asks when it makes its first tensor
     with contextlib.suppress(OSError, AttributeError):  # another C library, which manages memory its own way
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block

@@ -252,7 +252,9 @@ def describe(found, default):
 
 def expected_seconds(job, steps, device):
     """About how long so many training steps take, from a forward pass: the backward pass takes twice as long."""
-    model, (amp, _) = make_model(job, "naive", device).eval(), choose_precision(job["precision"], device)
+    with torch.random.fork_rng():  # the run's own draws stay as they are
+        model = make_model(job, "naive", device).eval()
+    amp, _ = choose_precision(job["precision"], device)
     images, _ = make_images(job["batch_size"], job, 0, device=device)
     with torch.no_grad(), amp():
         model(images)  # which allocates, and chooses algorithms

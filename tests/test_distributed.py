@@ -147,7 +147,7 @@ def assert_logs_are_whole(epochs):
 
 
 def test_a_killed_rank_ends_the_run_and_another_number_of_ranks_resumes_it():
-    process = torchrun(2, str(ROOT / "train.py"), *RUN, "--epochs", "300")
+    process = torchrun(2, str(ROOT / "train.py"), *RUN, "--epochs", "300", "--block", "fused")
     kill_rank_1_after(2, process)
     output = finished(process, 1)
     [line] = lines_of_ours(output)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, assert_same_run
 
 import fused
 import measure
@@ -225,6 +225,9 @@ def test_train_takes_what_was_measured_and_a_resumed_run_keeps_it(tiny, measured
     assert block_of(tmp_path / "run") == "checkpoint"
     assert "--block auto took checkpoint, 2.00 times as fast as naive here" in capsys.readouterr().out
     assert [job["batch_size"] for job in measured] == [64] and measured[0]["image_size"] == 8
+    assert tiny("--save", "pinned", "--epochs", "1", "--block", "checkpoint") == 0
+    assert_same_run("run", "pinned")  # measuring draws no random number of the run
+    capsys.readouterr()
     assert tiny("--save", "run", "--resume", "--epochs", "2", args=[]) == 0
     assert "block checkpoint" in capsys.readouterr().out and len(measured) == 1
     monkeypatch.setattr(train, "device_name", lambda device: "another processor")

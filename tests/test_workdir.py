@@ -151,7 +151,7 @@ sys.exit(train.main(sys.argv[1:]))"""
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupt_says_how_to_go_on(number, status, whole_run):
-    command = [sys.executable, ROOT / "train.py", *TINY, "--epochs", "100000", "--save", "run", "--no-progress"]
+    command = [sys.executable, ROOT / "train.py", *TINY, "--epochs", "100000", "--block", "fused", "--save", "run", "--no-progress"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while "epoch   2/" not in process.stdout.readline():
         assert process.poll() is None
