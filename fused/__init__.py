@@ -137,9 +137,15 @@ class SharedBuffer(torch.autograd.Function):
         with torch.autocast(out.device.type, enabled=False), torch.cuda.device_of(out):
             d = to_rows(grad).to(out.dtype, copy=True).contiguous()
             buffer = Buffer(to_rows(out), d, columns[0], *torch.zeros_like(columns))
+            passes = passes_for(d)
             for i in reversed(range(layers)):
                 end = ctx.start + i * growth_rate
-                read, new = buffer.select(slice(end)), buffer.select(slice(end, end + growth_rate))
+                new = buffer.select(slice(end, end + growth_rate))
+                if buffer.latest is not None:
+                    new = new._replace(x=buffer.latest[1], d=buffer.latest[0])
+                if passes is loops and bottleneck:
+                    buffer = buffer._replace(latest=d.new_empty(2, len(d), growth_rate))
+                read = buffer.select(slice(end))
                 grads = [*layer_backward(read, new, saved[i], parameters[i], ctx.norms[i], out.shape), *grads]
             dx = to_images(buffer.select(slice(ctx.start)).gradient(), out.shape).to(ctx.x_dtype)
         needed = ctx.needs_input_grad[3:]
@@ -282,7 +288,9 @@ def update_running_statistics(measured, count):
 class Buffer(NamedTuple):
     """Columns of the buffer x (M, C) and their means (C,), and their gradient while it is being summed.
 
-    That is d (M, C), and the deferred p and q (C,), which stay 0 where no batch norm used the batch.
+    That is d (M, C), and the deferred p and q (C,), which stay 0 where no batch norm used the batch. ``latest``: room
+    for a copy of the last k columns of d and x, (2, M, k), which are those that the layer before wrote: on CPUs it is
+    slow to look for so few columns in the rows of a wide matrix.
     """
 
     x: torch.Tensor
@@ -290,9 +298,11 @@ class Buffer(NamedTuple):
     mean: torch.Tensor
     p: torch.Tensor
     q: torch.Tensor
+    latest: torch.Tensor | None = None
 
     def select(self, columns):
-        return Buffer(self.x[:, columns], self.d[:, columns], self.mean[columns], self.p[columns], self.q[columns])
+        vectors = self.mean[columns], self.p[columns], self.q[columns]
+        return Buffer(self.x[:, columns], self.d[:, columns], *vectors, self.latest)
 
     def defer(self, norm, d_weight, d_bias):
         """Note what the batch's mean and variance contribute, to be applied when a column is complete."""
@@ -357,7 +367,7 @@ def conv1x1_backward(d_relu, h, norm2, d_weight2, d_bias2, read, norm, weight):
     passes = passes_for(h)
     dh = passes.combine(d_relu, h, *norm2.input_gradient(d_weight2, d_bias2, len(h)))
     da = dh @ weight.flatten(1).to(h.dtype)
-    a, d_weight, d_bias = passes.relu_backward_add(da, read.x, norm, read.d)
+    a, d_weight, d_bias = passes.relu_backward_add(da, read.x, norm, read.d, read.latest)
     read.defer(norm, d_weight, d_bias)
     d_conv = (dh.t() @ a).to(weight.dtype)
     return d_weight, d_bias, d_conv.contiguous().as_strided(weight.shape, weight.stride())  # as DDP expects it
@@ -390,11 +400,16 @@ def relu_backward(da, x, norm):
     return d_relu, *norm_gradients(d_relu, x, norm, a)
 
 
-def relu_backward_add(da, x, norm, d):
-    """Adds s·dR to d (M, C); returns a = relu(x·s + t), dγ and dβ (C,), from x and da, which may be lost, (M, C)."""
+def relu_backward_add(da, x, norm, d, latest=None):
+    """Adds s·dR to d (M, C); returns a = relu(x·s + t), dγ and dβ (C,), from x and da, which may be lost, (M, C).
+
+    ``latest`` (2, M, k) gets the last k columns of d and x.
+    """
     a = bn_relu(x, norm)
     d_relu = torch.ops.aten.threshold_backward.grad_input(da, a, 0, grad_input=da)
     d.addcmul_(d_relu, norm.scale)
+    if latest is not None:
+        latest.copy_(torch.stack((d[:, -latest.shape[2] :], x[:, -latest.shape[2] :])))
     return a, *norm_gradients(d_relu, x, norm, torch.empty_like(a))
 
 

@@ -8,6 +8,8 @@ Numba knows no bfloat16. It sees the bits of such a matrix as uint16: the upper 
 ``wide`` adds the lower halves and from which ``store`` takes them off again. Sums and coefficients are float32.
 """
 
+import os
+
 import numba
 import numpy as np
 import torch
@@ -17,12 +19,23 @@ from numpy.lib.stride_tricks import as_strided
 
 ROWS = 256  # of a slice: few enough for the cache of a core, enough to be worth handing out
 
-# GNU OpenMP, which torch uses: two pools of threads would fight each other for the cores.
-numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
-# Starting them sets the number of threads of both.
-threads = torch.get_num_threads()
-numba.get_num_threads()
-torch.set_num_threads(threads)
+
+def start_threads():
+    """Start Numba's threads, so that they and torch's do not fight each other for the cores.
+
+    Both are GNU OpenMP's, in some installations one pool, whose size Numba then sets. In others there are two copies of
+    the library, each with threads that wait for work by asking again and again: those of Numba shall soon sleep.
+    """
+    numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
+    threads, given = torch.get_num_threads(), os.environ.get("GOMP_SPINCOUNT")
+    os.environ["GOMP_SPINCOUNT"] = given or "1000"  # read when the library is loaded
+    numba.get_num_threads()
+    if given is None:
+        del os.environ["GOMP_SPINCOUNT"]
+    torch.set_num_threads(threads)
+
+
+start_threads()
 
 # Sums may be reordered into vector lanes; NaN and infinity keep their meaning.
 compiled = numba.njit(parallel=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
@@ -48,10 +61,11 @@ def relu_backward(da, x, norm):
     return da, d_weight, d_bias
 
 
-def relu_backward_add(da, x, norm, d):
+def relu_backward_add(da, x, norm, d, latest=None):
     sums = slices_of(x)
     d_weight, d_bias = torch.empty_like(sums[:, 0])
-    run(relu_backward_add_loop, da, x, *vectors(norm), norm.eps, *sums, d_weight, d_bias, d)
+    latest = x.new_empty(2, 0, 0) if latest is None else latest
+    run(relu_backward_add_loop, da, x, *vectors(norm), norm.eps, *sums, d_weight, d_bias, d, *latest)
     return da, d_weight, d_bias
 
 
@@ -225,8 +239,11 @@ def relu_backward_loop(da, x, mean, var, weight, bias, eps, d_weights, d_biases,
 
 
 @compiled
-def relu_backward_add_loop(da, x, mean, var, weight, bias, eps, d_weights, d_biases, d_weight, d_bias, d):
+def relu_backward_add_loop(
+    da, x, mean, var, weight, bias, eps, d_weights, d_biases, d_weight, d_bias, d, latest_d, latest_x
+):
     scale, shift, zero = scale_and_shift(mean, var, weight, bias, eps)
+    first = len(scale) - latest_d.shape[1]
     for part in numba.prange(len(d_biases)):
         d_weights[part] = 0
         d_biases[part] = 0
@@ -239,6 +256,9 @@ def relu_backward_add_loop(da, x, mean, var, weight, bias, eps, d_weights, d_bia
                 d_biases[part, j] += d_relu
                 store(d, i, j, wide(d[i, j]) + scale[j] * d_relu)
                 store(da, i, j, zero if a < 0 else a)
+            for j in range(latest_d.shape[1]):
+                latest_d[i, j] = d[i, first + j]
+                latest_x[i, j] = x[i, first + j]
     add_slices(d_weights, d_biases, var, eps, d_weight, d_bias)
 
 

@@ -45,6 +45,7 @@ def inputs(rows, columns=7, first=0):
         "statistics": (x + 100,),
         "relu_backward": (da, x, norm),
         "relu_backward_add": (da, x, norm, d),
+        "relu_backward_add, latest": (da, x, norm, d, torch.zeros(2, rows, 3, dtype=torch.float64)),
         "combine": (d, x, alpha, beta, delta),
     }
 
@@ -53,15 +54,16 @@ PASSES = list(inputs(1))
 
 
 def results(module, name, arguments):
-    """What a pass returns, and the matrix that relu_backward_add adds to, with the columns beside it."""
+    """What a pass returns, and what relu_backward_add changes: a matrix, with the columns beside it, and copies of some."""
     arguments = [a.clone() if isinstance(a, torch.Tensor) and a._base is None else a for a in arguments]
-    whole = None
+    name, changed = name.split(",")[0], []
     if name == "relu_backward_add":
         d = arguments[3]
         whole = d._base.clone()
         arguments[3] = whole.as_strided(d.shape, d.stride(), d.storage_offset())
+        changed = [whole, *arguments[4:]]
     value = getattr(module, name)(*arguments)
-    return [*(value if isinstance(value, tuple) else [value]), *([] if whole is None else [whole])]
+    return [*(value if isinstance(value, tuple) else [value]), *changed]
 
 
 @pytest.mark.parametrize("name", PASSES)
@@ -84,7 +86,7 @@ def test_bfloat16_is_rounded_once(name, rows, first):
         if isinstance(value, Norm):
             return Norm(*(tensor.to(vectors) for tensor in value[:4]), *value[4:])
         if value.dim() == 1 or value._base is None:
-            return value.to(matrices if value.dim() == 2 else vectors)
+            return value.to(vectors if value.dim() == 1 else matrices)
         return value._base.to(matrices).as_strided(value.shape, value.stride(), value.storage_offset())
 
     arguments = [converted(value, torch.bfloat16, torch.float32) for value in inputs(rows, first=first)[name]]
