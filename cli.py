@@ -5,6 +5,7 @@ import contextlib
 import functools
 import os
 import sys
+import time
 from pathlib import Path
 
 WRONG_PLACE = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
@@ -109,10 +110,22 @@ def written_whole(path, suffix=".tmp"):
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        replace(temporary, path)
     except BaseException as error:
         if isinstance(error, OSError) and error.filename is None:  # a full disk does not say where
             error.filename = str(path)
         with contextlib.suppress(OSError):  # a read-only file system refuses to delete even what is not there
             temporary.unlink(missing_ok=True)
         raise
+
+
+def replace(source, target, patience=5):
+    """os.replace, which Windows refuses while another process reads ``target``: that is waited for, some seconds."""
+    end = time.monotonic() + patience
+    while True:
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            if sys.platform != "win32" or time.monotonic() > end:
+                raise
+            time.sleep(0.05)

@@ -20,15 +20,33 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def choose_device(name):
-    """A torch.device for "auto", "cpu", "cuda", "cuda:N" or "mps". Raises Mistake where this machine lacks it."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    """A torch.device for "auto", "cpu", "cuda", "cuda:N" or "mps". Raises Mistake where this machine lacks it.
+
+    "auto" is the CPU, and says so once, where there is a GPU that this build of torch cannot use.
+    """
+    if name != "auto":
+        if problem := problem_of(name):
+            raise Mistake(f"device {name!r} is not available here ({problem}): try cpu")
+        return torch.device(name)
+    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return torch.device(found if usable(found) else "cpu")
+
+
+@functools.cache
+def usable(name):
+    problem = problem_of(name)
+    if problem:
+        print(f"device {name} cannot be used ({problem}): computing on the CPU", file=sys.stderr)
+    return not problem
+
+
+def problem_of(name):
+    """Why nothing can be computed on a device, in a line; None where it can."""
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.ones(1, device=torch.device(name)).add_(1).item()  # an old GPU is found, but the build has no code for it
     except (RuntimeError, AssertionError) as error:
-        raise Mistake(f"device {name!r} is not available here ({str(error).splitlines()[0]}): try cpu") from error
-    return device
+        return str(error).partition("\n")[0]
+    return None
 
 
 def set_up_device(device):

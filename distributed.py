@@ -8,6 +8,7 @@ import inspect
 import os
 import socket
 import sys
+import traceback
 from datetime import timedelta
 
 import psutil
@@ -16,6 +17,11 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from cli import Mistake
+
+# How long a rank waits for the others. gloo notices by itself that one has died, but not that one downloads, decodes or
+# measures; NCCL notices nothing: after the short time it ends the process.
+LONG, SHORT = timedelta(hours=6), timedelta(minutes=10)
+waiting = None  # the group in which the ranks wait for what one of them does alone
 
 
 class FailedElsewhere(Exception):
@@ -57,19 +63,20 @@ def launch_time():
 @contextlib.contextmanager
 def process_group():
     """A context in which the ranks can communicate: NCCL between GPUs, gloo between CPUs."""
+    global waiting
     if world_size() == 1:
         yield
         return
-    backend = "gloo"
-    if torch.cuda.is_available():
-        backend = "cpu:gloo,cuda:nccl"
+    backend, limit = "gloo", LONG
+    if torch.cuda.is_available() and dist.is_nccl_available():
+        backend, limit = "cpu:gloo,cuda:nccl", SHORT
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())  # before any rank makes a context on GPU 0
     store, *_ = next(dist.rendezvous("env://"))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         # After a restart, torchrun on one machine may serve the store of the attempt before, whose addresses are dead.
         store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    # The others wait while one rank downloads or decodes; a rank that has died is noticed without a time limit.
-    dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=timedelta(hours=6))
+    dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=limit)
+    waiting = dist.new_group(backend="gloo", timeout=LONG)
     yield
     dist.destroy_process_group()  # not after an exception: the others may be waiting in a collective
 
@@ -95,7 +102,7 @@ def all_gather(value):
     """The values of all ranks, in a list, on every rank."""
     values = [value] * world_size()
     if world_size() > 1:
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=waiting)
     return values
 
 
@@ -120,7 +127,7 @@ def on_rank_0(function, *args):
     """Call a function on rank 0 alone and return its result on every rank."""
     result = [on_every_rank(lambda: function(*args) if rank() == 0 else None)]
     if world_size() > 1:
-        dist.broadcast_object_list(result, src=0)
+        dist.broadcast_object_list(result, src=0, group=waiting)
     return result[0]
 
 
@@ -174,6 +181,11 @@ def exit_from(main):
         status = main()
     except SystemExit as error:
         status = error.code
+    except Exception:
+        if world_size() == 1:
+            raise
+        traceback.print_exc()
+        status = 1
     if world_size() == 1:
         sys.exit(status)
     for stream in filter(None, (sys.stdout, sys.stderr)):

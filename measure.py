@@ -7,15 +7,17 @@ first. Its process prints a line of JSON for each thing that it begins and, last
 
 import contextlib
 import hashlib
-import importlib.metadata
 import json
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import platformdirs
+import psutil
 import torch
 import torch.nn.functional as F
 
@@ -23,15 +25,23 @@ from cli import written_whole
 from densenet import DenseNet
 from device import choose_precision, device_name, set_up_device
 from step import GraphedStep, Step
+from workdir import versions
 
 DRAWS = 3  # of images to check with: rounding may carry a value across a ReLU's kink, which is a matter of luck
 TURNS = 5  # timed, after one that is not
 STEPS = 20  # of a turn on a GPU, where one is too short to time
 GAIN = 0.05  # by which another block must be faster than naive, at least
 SHARE = 0.02  # of the expected training time that measuring may take
-START = 10  # seconds that the start of a process takes, about
-WORK = 60  # training steps that take as long as the checks and turns of three blocks, about
+START = {"cpu": 10, "cuda": 30}  # seconds that the start of a process and its compilers take, about
+WORK = {"cpu": 60, "cuda": 500}  # training steps that take as long as the checks and turns of three blocks, about
 GRAPHED = 10  # steps at each of two learning rates that a CUDA graph has to repeat
+
+
+WRONG = "computes something else"
+
+
+class Wrong(Exception):
+    """A block computes something else than naive."""
 
 
 def make_images(count, job, seed, dtype=torch.float32, device="cpu"):
@@ -66,11 +76,12 @@ def errors(found, exact):
 
 
 def is_as_exact(draws, naive):
-    """Whether errors, by draw, are at most twice those of naive in the same precision."""
-    return all(
-        statistics.median(draw[kind] for draw in draws) <= 2 * max(draw[kind] for draw in naive) + 1e-6
-        for kind in draws[0]
-    )
+    """Whether errors are at most twice those of naive in the same precision: their median, and roughly all."""
+    for kind in draws[0]:
+        found, allowed = [draw[kind] for draw in draws], 2 * max(draw[kind] for draw in naive) + 1e-6
+        if not (all(error <= 10 * allowed for error in found) and statistics.median(found) <= allowed):  # nor NaN
+            return False
+    return True
 
 
 def is_out_of_memory(error):
@@ -89,15 +100,12 @@ def make_model(job, block, device="cpu", **options):
     return DenseNet(**job["model"] | options, block=block).to(device, memory_format=torch.channels_last)
 
 
-def reference(job):
+def reference(job, device):
     """The outcome in float64, by draw."""
-    model = make_model(job, "checkpoint", drop_rate=0.0).double()  # whose memory is linear in depth
-    amp, _ = choose_precision("fp32", torch.device("cpu"))
-    draws = []
-    for seed in range(DRAWS):
-        images, labels = make_images(job["checked_images"], job, seed, torch.float64)
-        draws.append(outcome(model, images, labels, amp))
-    return draws
+    model = make_model(job, "checkpoint", device, drop_rate=0.0).double()  # whose memory is linear in depth
+    amp, _ = choose_precision("fp32", device)
+    images = (make_images(job["checked_images"], job, seed, torch.float64, device) for seed in range(DRAWS))
+    return [outcome(model, *batch, amp) for batch in images]
 
 
 def check(job, block, device, exact):
@@ -109,10 +117,10 @@ def check(job, block, device, exact):
     ]
 
 
-def make_step(job, block, device, kind=Step):
+def make_step(job, block, device, kind=Step, **options):
     """A function that takes one training step on random images, and the Step in it."""
     amp, _ = choose_precision(job["precision"], device)
-    model = make_model(job, block, device)
+    model = make_model(job, block, device, **options)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
     step = kind(model, optimizer, amp)
     images, labels = make_images(job["batch_size"], job, 0, device=device)
@@ -130,22 +138,38 @@ def seconds(function, device):
     return (time.perf_counter() - start) / times
 
 
+def limit_memory(device):
+    """Let this process run out of memory before the machine does, and be the one that Linux ends if that happens."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    if device.type == "cpu" and sys.platform == "linux":
+        import resource
+
+        room, group = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
+        with contextlib.suppress(OSError, ValueError):  # "max"
+            taken = int((group / "memory.current").read_text())
+            room = min(room, int((group / "memory.max").read_text()) - taken)
+        resource.setrlimit(resource.RLIMIT_DATA, (max(room, 2**28), -1))
+
+
 def measure(job):
     """What a job's process finds: {"seconds": {block: [by turn]}, "refused": {block: reason}, "graph": …}."""
     device = torch.device(job["device"])
-    with contextlib.suppress(OSError):  # where memory runs out, Linux shall end this process, not the one that trains
-        Path("/proc/self/oom_score_adj").write_text("1000")
     set_up_device(device)
     torch.backends.cudnn.benchmark = True
     say(begins="reference")
-    exact, naive, steps, found, refused = reference(job), [], {}, {}, {}
+    exact, naive, steps, found, refused = reference(job, device), [], {}, {}, {}
 
     def attempt(block, function):
         say(begins=block)
         try:
             function(block)
-        except (RuntimeError, MemoryError) as error:
-            refused[block] = "out of memory" if is_out_of_memory(error) else str(error).splitlines()[0]
+        except (RuntimeError, MemoryError, Wrong) as error:
+            reason = "out of memory" if is_out_of_memory(error) else str(error).partition("\n")[0]
+            if not (isinstance(error, Wrong) or is_out_of_memory(error)):  # which may have left the GPU unusable
+                say(begins=block, error=reason)
+                raise
+            refused[block] = reason
             steps.pop(block, None)
             found.pop(block, None)
 
@@ -153,8 +177,8 @@ def measure(job):
         draws = check(job, block, device, exact)
         if not naive and block != "fused":  # naive or, where that runs out of memory, the other one in plain torch
             naive.extend(draws)
-        if not naive or not is_as_exact(draws, naive):
-            raise RuntimeError(f"computes something else (relative errors {draws[-1]})")
+        if not naive or not is_as_exact(draws, naive) or max(draws[0].values()) >= 1:
+            raise Wrong(f"{WRONG} (relative errors {draws[-1]})")
         steps[block], found[block] = make_step(job, block, device)[0], []
 
     def time_turn(block):
@@ -165,28 +189,32 @@ def measure(job):
     for _ in range(1 + TURNS):
         for block in list(steps):
             attempt(block, time_turn)
-    found = {block: values[1:] for block, values in found.items()}
-    graph = try_graph(job, fastest(found)[0], device) if found and device.type == "cuda" else None
-    return {"seconds": found, "refused": refused, "graph": graph}
+    steps.clear()
+    found = {"seconds": {block: values[1:] for block, values in found.items()}, "refused": refused, "graph": None}
+    if device.type == "cuda" and found["seconds"]:
+        say(**found)  # which holds, whatever happens now
+        found["graph"] = try_graph(job, fastest(found["seconds"])[0], device)
+    return found
 
 
 def try_graph(job, block, device, kind=GraphedStep):
     """How many times as fast a CUDA graph makes a block's step, or 0 where its steps are not the same.
 
-    They are where they lead to the same weights across a change of the learning rate, up to 5 % of the way: rounding
-    and the order of sums differ.
+    They are where they lead to the same weights across a change of the learning rate, up to 5 % of the way or to twice
+    what lies between two eager trainings: rounding and the order of sums differ.
     """
-    say(begins="graph")
-    (eager, eager_step), (graphed, graphed_step) = (make_step(job, block, device, k) for k in (Step, kind))
-    start = weights(eager_step.model)
-    for call, step in ((eager, eager_step), (graphed, graphed_step)):
+    start, ends, calls = weights(make_model(job, block, device)), [], []
+    for k in (Step, Step, kind):
+        call, step = make_step(job, block, device, k, drop_rate=0.0)
         for rate in (0.1, 0.01):
             step.set_learning_rate(rate)
             for _ in range(GRAPHED):
                 call()
-    end = weights(eager_step.model)
-    same = (weights(graphed_step.model) - end).norm() <= 0.05 * (end - start).norm()
-    return seconds(eager, device) / seconds(graphed, device) if same else 0.0
+        ends.append(weights(step.model))
+        calls.append(call)
+    eager, again, graphed = ends
+    same = (graphed - eager).norm() <= max(0.05 * (eager - start).norm(), 2 * (again - eager).norm())
+    return seconds(calls[0], device) / seconds(calls[2], device) if same else 0.0
 
 
 def weights(model):
@@ -197,7 +225,7 @@ def weights(model):
 def fastest(found):
     """(block, how many times as fast as naive, or None where that cannot run) from the seconds of turns.
 
-    naive stands unless another one gains more than GAIN, and more than half of what lies between the 20th and the 80th
+    naive stands unless another one gains more than GAIN, and more than what lies between the 20th and the 80th
     percentile of its gains turn by turn.
     """
     if "naive" not in found:
@@ -206,7 +234,7 @@ def fastest(found):
     for block, values in found.items():
         gains = sorted(slow / fast for slow, fast in zip(found["naive"], values, strict=True))
         low, median, high = (gains[round(q * (len(gains) - 1))] for q in (0.2, 0.5, 0.8))
-        if median - 1 > max(GAIN, (high - low) / 2) and median > best[1]:
+        if median - 1 > max(GAIN, high - low) and median > best[1]:
             best = block, median
     return best
 
@@ -217,42 +245,44 @@ def fastest(found):
 def fastest_block(job, default, steps):
     """The block to train ``steps`` steps with, and a line about it or None.
 
-    It is ``default`` where the training is too short to repay measuring, or where that fails.
+    It is ``default`` where the training is too short to repay measuring, or naive where that block did not pass.
     """
     device = torch.device(job["device"])
     path = cache_path(job, device)
     found = read_cache(path)
     if found is None:
-        if SHARE * steps < WORK:
+        share = SHARE * steps - WORK[device.type]  # steps whose time is left for the start
+        if share < 0:
             return default, None
-        budget = SHARE * expected_seconds(job, steps, device)
-        if budget * (1 - WORK / (SHARE * steps)) < START:
+        step = expected_seconds(job, device)
+        if share * step < START[device.type]:
             return default, None
+        budget = SHARE * steps * step
         print(f"measuring which --block is fastest here, {budget:.0f} s at most; naming one skips this", flush=True)
         found = measure_apart(job, budget)
-        if found is None:
-            return default, f"--block auto could not measure in that time, and takes {default}"
-        write_cache(path, found)
+        if "naive" in found["seconds"] and all(reason.startswith(WRONG) for reason in found["refused"].values()):
+            write_cache(path, found)  # what else can happen may not happen again
     return describe(found, default)
 
 
 def describe(found, default):
     """The block that was found to be the fastest, and a line that says by how much."""
     block, gain = fastest(found["seconds"])
+    reasons = [f"{name}: {reason}" for name, reason in found["refused"].items()]
     if block is None:
-        return default, f"--block auto measured nothing that runs ({found['refused']}), and takes {default}"
+        block = "naive" if default in found["refused"] else default
+        return block, "; ".join(["--block auto could not measure", *reasons, f"it takes {block}"])
     speed = "which runs" if gain is None else "the fastest" if gain == 1 else f"{gain:.2f} times as fast as naive"
-    parts = [f"--block auto took {block}, {speed} here"]
-    parts += [f"{name}: {reason}" for name, reason in found["refused"].items()]
+    parts = [f"--block auto took {block}, {speed} here", *reasons]
     if found.get("graph") is not None:
         graph = f"makes it {found['graph']:.2f} times as fast" if found["graph"] else "computes something else"
         parts.append(f"--cuda-graph {graph}")
     return block, "; ".join([*parts, f"--block {block} pins it"])
 
 
-def expected_seconds(job, steps, device):
-    """About how long so many training steps take, from a forward pass: the backward pass takes twice as long."""
-    with torch.random.fork_rng():  # the run's own draws stay as they are
+def expected_seconds(job, device):
+    """About how long a training step takes, from a forward pass: the backward pass takes twice as long."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # the run's own draws stay as they are
         model = make_model(job, "naive", device).eval()
     amp, _ = choose_precision(job["precision"], device)
     images, _ = make_images(job["batch_size"], job, 0, device=device)
@@ -262,7 +292,7 @@ def expected_seconds(job, steps, device):
     if device.type == "cuda":
         del model, images
         torch.cuda.empty_cache()  # the other process needs the room
-    return 3 * steps * forward
+    return 3 * forward
 
 
 def run_process(job, timeout):
@@ -270,66 +300,90 @@ def run_process(job, timeout):
 
 
 def lines_of(command, timeout):
-    """What a process prints, as far as it is JSON, and whether it came to its end in that many seconds."""
-    try:
-        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=timeout, text=True)
-        return [json.loads(line) for line in result.stdout.splitlines()], result.returncode == 0
-    except (subprocess.TimeoutExpired, ValueError):
-        return [], False
+    """The dicts that a process prints as lines of JSON within so many seconds, and its exit status or None."""
+    with tempfile.TemporaryFile() as file:  # read even where the process hangs
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.DEVNULL)
+        try:
+            status = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:
+            process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may not let go of it
+                process.wait(10)
+        file.seek(0)
+        lines = []
+        for line in file.read().decode(errors="replace").splitlines():
+            with contextlib.suppress(ValueError):  # what a library prints
+                lines.append(json.loads(line))
+    return [line for line in lines if isinstance(line, dict)], status
 
 
 def measure_apart(job, budget):
-    """What ``measure`` finds, in another process: one that crashes or is killed drops what it was at, and begins anew.
+    """What ``measure`` finds, in other processes: one that dies or hangs drops the block it was at, and a next begins.
 
-    Returns None where that takes more than ``budget`` seconds or nothing can be checked.
+    After ``budget`` seconds, or where nothing can be checked, there is only what was refused.
     """
     job, refused = job | {"checked_images": job["batch_size"]}, {}
     end = time.monotonic() + budget
     while job["blocks"] and time.monotonic() < end:
-        lines, finished = run_process(job, end - time.monotonic())
-        if finished:
-            return lines[-1] | {"refused": refused | lines[-1]["refused"]}
-        if not lines:
-            return None
-        last = lines[-1]["begins"]
-        if last == "reference" and job["checked_images"] > 1:
+        try:
+            lines, status = run_process(job, end - time.monotonic())
+        except OSError as error:
+            return {"seconds": {}, "refused": {"the process": str(error)}, "graph": None}
+        for line in reversed(lines):
+            if "seconds" in line:
+                return line | {"refused": refused | line["refused"]}
+        last = lines[-1] if lines else {}
+        block = last.get("begins")
+        if block == "reference" and status is not None and job["checked_images"] > 1:
             job["checked_images"] //= 2
-        elif last not in job["blocks"]:
-            return None
+        elif block in job["blocks"]:
+            end_of_it = "did not end in time" if status is None else f"ended the process ({status})"
+            refused[block] = last.get("error", end_of_it)
+            job["blocks"] = [name for name in job["blocks"] if name != block]
         else:
-            refused[last] = "ended the process that tried it"
-            job["blocks"] = [block for block in job["blocks"] if block != last]
-    return None
+            break
+    return {"seconds": {}, "refused": refused, "graph": None}
 
 
 def cache_path(job, device):
     """The file that keeps the answer to a job, named by everything that it depends on."""
     here = Path(__file__).parent
-    sources = [*sorted(here.glob("fused/*.py")), here / "densenet.py", here / "step.py", Path(__file__)]
-    packages = ("torch", "triton", "numba", "numpy")
-    versions = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions() if d.name in packages}
+    parts = (here / name for name in ("densenet.py", "device.py", "measure.py", "step.py"))
+    sources = [*sorted(here.glob("fused/*.py")), *parts]
+    threads = {name: text for name, text in os.environ.items() if name.startswith(("OMP", "GOMP", "KMP", "MKL", "THP"))}
     key = job | {
         "hardware": device_name(device),
-        "driver": torch._C._cuda_getDriverVersion() if device.type == "cuda" else None,
-        "versions": sorted(versions.items()),
+        "gpu": gpu(device) if device.type == "cuda" else None,
+        "versions": versions(),
+        "threads": threads,
         "sources": hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest(),
     }
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     return platformdirs.user_cache_path("densenet.pytorch") / f"{name}.json"
 
 
+def gpu(device):
+    """What a GPU's speed depends on beside its name."""
+    properties, driver = torch.cuda.get_device_properties(device), Path("/proc/driver/nvidia/version")
+    libraries = torch.version.cuda, torch.backends.cudnn.version(), torch._C._cuda_getDriverVersion()
+    return [properties.total_memory, *libraries, driver.read_text() if driver.exists() else None]
+
+
 def read_cache(path):
     try:
         found = json.loads(path.read_text())
-        return found if isinstance(found["seconds"], dict) and isinstance(found["refused"], dict) else None
-    except (OSError, ValueError, KeyError, TypeError):
+        describe(found, "naive")
+        return found
+    except Exception:  # whatever another program has left there
         return None
 
 
 def write_cache(path, found):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(path) as file:
+        with written_whole(path, f".{os.getpid()}.tmp") as file:
             file.write(json.dumps(found).encode())
     except OSError:  # then it is measured again next time
         pass
@@ -337,6 +391,7 @@ def write_cache(path, found):
 
 def main():
     job = json.loads(sys.argv[1])
+    limit_memory(torch.device(job["device"]))
     say(**measure(job))
 
 

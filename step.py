@@ -81,7 +81,8 @@ class GraphedStep(Step):
         """A function that repeats the step on what ``static`` holds, and the tensor that it leaves its result in."""
         graph = torch.cuda.CUDAGraph()
         self.optimizer.zero_grad()  # the gradients are to be the graph's own
-        with torch.cuda.graph(graph, stream=self.stream):
+        # The thread that pins a DataLoader's memory may go on meanwhile.
+        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
             result = self.eager(*self.static, count)
         return graph.replay, result
 

@@ -142,13 +142,13 @@ def pick_block(args, checkpoint, dataset, options, device, precision):
     """How dense blocks run, and a line about it or None; --block auto measures where it can and it pays."""
     if args.block != "auto":
         return args.block, None
-    if checkpoint:
-        last = [checkpoint["config"], *checkpoint["config"]["resumed"]][-1]
-        if (last["device"], last["precision"]) == (device_name(device), precision):
-            return last["block"], None
     default = choose_block(args.drop_rate, device)
     if args.deterministic or args.compile or device.type not in ("cpu", "cuda"):
         return default, None
+    if checkpoint and checkpoint["config"]["arguments"]["block"] == "auto":
+        last = [checkpoint["config"], *checkpoint["config"]["resumed"]][-1]
+        if (last.get("device"), last.get("precision")) == (device_name(device), precision):
+            return last["block"], None
     share, finished = -(-args.batch_size // distributed.world_size()), checkpoint["epoch"] if checkpoint else 0
     job = {
         "model": options,
@@ -186,8 +186,8 @@ def first_checkpoint(args, dataset, model, options, stage):
     }
 
 
-def add_stage(checkpoint, args, dataset, options, stage):
-    """Note in the checkpoint's config where and how the run goes on. Raises Mistake where the data are not the same."""
+def check_data(checkpoint, args, dataset, options):
+    """Raises Mistake where the data to go on with are not those of the run."""
     before = options | checkpoint["config"]["model"], checkpoint["classes"], checkpoint["normalize"]
     if before != (options, list(dataset.classes), dataset.normalize):
         reason = ", or by a release that read them differently" if dataset.layout and "layout" not in checkpoint else ""
@@ -197,6 +197,10 @@ def add_stage(checkpoint, args, dataset, options, stage):
     if checkpoint["metrics"].keys() != dataset.splits.keys():
         logged, found = ", ".join(checkpoint["metrics"]), ", ".join(dataset.splits)
         raise Mistake(f"the run in {args.save} was trained with the splits {logged}, not {found}")
+
+
+def add_stage(checkpoint, args, dataset, stage):
+    """Note in the checkpoint's config where and how the run goes on."""
     if dataset.layout and "layout" not in checkpoint:
         dataset.notes.append("an earlier release began this run: it read turned, transparent, large images differently")
         checkpoint["layout"] = dataset.layout
@@ -217,7 +221,8 @@ def train_and_test(args, epoch, model, step, batches):
     def schedule(i):
         return learning_rate(args, epoch, i / len(batches["train"]))
 
-    if device.type == "cuda":  # cuDNN's trials in the first epoch need more memory than any step after them
+    # cuDNN's trials in the first epoch need more memory than any step after them. A CUDA graph allocates only there.
+    if device.type == "cuda" and not args.cuda_graph:
         torch.cuda.reset_peak_memory_stats(device)
     start = time.monotonic()
     with progress_bar(args, epoch, batches["train"]) as bar:
@@ -278,6 +283,14 @@ def print_end(args, first_epoch, run, seconds):
     print(f"best on test {best['error']:.2f} %, epoch {best['epoch']}: chosen by looking at the test set, not a result")
 
 
+def claim(args, checkpoint, run):
+    """Keep other processes out of the run directory. Raises Mistake where one has been there since it was checked."""
+    run.lock()
+    run.check(args.resume, args.overwrite)
+    if args.resume and read_checkpoint(run.path / "latest.pth")["epoch"] != checkpoint["epoch"]:
+        raise Mistake(f"another process went on with {run.path} meanwhile: run again")
+
+
 def train(args, checkpoint, run):
     """Train to the last epoch, writing into ``run``; ``checkpoint`` is the state to go on from, or None."""
     device = distributed.on_every_rank(lambda: distributed.device_of_rank(choose_device(args.device)))
@@ -287,6 +300,9 @@ def train(args, checkpoint, run):
     layout = checkpoint.get("layout", data.FIRST_LAYOUT) if checkpoint else None
     dataset = distributed.local_rank_0_first(load_data, args, device, layout)
     options = model_options(args, len(dataset.classes))
+    if checkpoint:
+        distributed.on_every_rank(check_data, checkpoint, args, dataset, options)
+    distributed.on_rank_0(claim, args, checkpoint, run)
     block, note = distributed.on_rank_0(pick_block, args, checkpoint, dataset, options, device, precision)
     dataset.notes.extend([note] if note else [])
     model = make_model(options, device, block)
@@ -295,7 +311,7 @@ def train(args, checkpoint, run):
     if checkpoint is None:
         checkpoint = first_checkpoint(args, dataset, model, options, stage)
     else:
-        distributed.on_every_rank(add_stage, checkpoint, args, dataset, options, stage)
+        add_stage(checkpoint, args, dataset, stage)
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
     if args.compile:
@@ -306,10 +322,6 @@ def train(args, checkpoint, run):
         return checkpoint | {"epoch": epoch, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
 
     def start():
-        run.lock()
-        run.check(args.resume, args.overwrite)
-        if args.resume and read_checkpoint(run.path / "latest.pth")["epoch"] != checkpoint["epoch"]:
-            raise Mistake(f"another process went on with {run.path} meanwhile: run again")
         run.start(state(checkpoint["epoch"]), clear=args.overwrite)
         print_start(args, checkpoint["config"], stage, dataset)
 

@@ -246,13 +246,18 @@ def provenance(device, launcher="python"):
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None  # not a clone, or no git
-    versions = {"python": platform.python_version()}
-    for package in ("torch", "torchvision", "triton", "numpy", "pillow"):
-        with contextlib.suppress(PackageNotFoundError):
-            versions[package] = version(package)
     return {
         "command": f"{launcher} {shlex.join(sys.argv)}",
         "commit": commit,
-        "versions": versions,
+        "versions": versions(),
         "device": device_name(device),
     }
+
+
+def versions():
+    """Of Python and of the packages on which numbers and speed depend, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for package in ("torch", "torchvision", "triton", "numba", "numpy", "pillow"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found

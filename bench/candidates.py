@@ -324,6 +324,7 @@ def serve(job):
     """
     device = choose_device(job["device"])
     times = STEPS if device.type == "cuda" and job["task"] == "steps" else 1
+    torch.backends.cudnn.allow_tf32 = False  # whoever is called fp32 computes in fp32
     if job["candidate"] in BLOCKS:  # as train.py does
         set_up_device(device)
         torch.backends.cudnn.benchmark = True

@@ -162,7 +162,7 @@ def best_seconds(function, device, times=8):
         start = time.perf_counter()
         function()
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         found.append(time.perf_counter() - start)
     return min(found)
 

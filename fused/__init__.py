@@ -26,6 +26,7 @@ everywhere, and in kernels.py for CUDA in bf16 and fp16. Batch norms that use th
 place of μ and σ²; where all do, as in evaluation, none are computed.
 """
 
+import functools
 import sys
 from typing import NamedTuple
 
@@ -49,6 +50,8 @@ def dense_block(layers, x):
     if any(layer.drop_rate > 0 and layer.training for layer in layers):
         raise ValueError("block 'fused' has no dropout: train with block 'naive' or 'checkpoint', or with drop rate 0")
     parameters = [parameter for layer in layers for parameter in layer_parameters(layer)]
+    if not len(x):  # for which no kernel can be launched
+        return torch.cat((x, x.new_empty(0, len(layers) * parameters[-1].shape[0], *x.shape[2:])), 1)
     return SharedBuffer.apply(x, layers, torch.is_grad_enabled(), *parameters)
 
 
@@ -65,20 +68,31 @@ def steps_for(x):
 
     The kernels' tiles are made for tensor cores. In float32, exact products of that size do not fit into registers.
     """
-    if x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16):
-        from fused import kernels
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    return (half and x.device.type == "cuda" and kernels_for(x.device)) or sys.modules[__name__]
 
-        return kernels
-    return sys.modules[__name__]
+
+@functools.cache
+def kernels_for(device):
+    """The module kernels, or None without Triton (on Windows) or below compute capability 8.0, where it is slow."""
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    try:
+        from fused import kernels
+    except ImportError:
+        return None
+    return kernels
 
 
 def norm_relu(module, x):
     """relu(module(x)), of a BatchNorm2d and x (N, C, H, W): between the blocks, by the same passes as within them.
 
-    On a CPU that is a pass over memory each for statistics and result, and two backward; the module's hooks are not
-    called. Elsewhere it is what torch does.
+    That is on a CPU, where nobody asks for what the module alone returns; elsewhere it is what torch does.
     """
-    if passes_for(x) is not loops or torch.compiler.is_compiling():
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    if torch.compiler.is_compiling() or type(module) is not torch.nn.BatchNorm2d or hooks or not module.affine:
+        return F.relu(module(x))
+    if passes_for(x) is not loops or not len(x):
         return F.relu(module(x))
     return NormReLU.apply(x, module, torch.is_grad_enabled(), module.weight, module.bias)
 
@@ -110,9 +124,9 @@ class SharedBuffer(torch.autograd.Function):
                 kept, weight = [], layer.conv1.weight
                 if bottleneck:
                     h = buf.new_empty(len(buf), weight.shape[0])
-                    of_h = new_statistics(h, weight.shape[0]) if uses_batch(layer.norm2) else None
-                    steps.bn_relu_conv1x1(inputs, norms[0], weight, h, of_h)
-                    norms.append(take_norm(layer.norm2, h, of_h, slice(None), keep))
+                    h_statistics = new_statistics(h, weight.shape[0]) if uses_batch(layer.norm2) else None
+                    steps.bn_relu_conv1x1(inputs, norms[0], weight, h, h_statistics)
+                    norms.append(take_norm(layer.norm2, h, h_statistics, slice(None), keep))
                     kept, inputs, weight = [h], h, layer.conv2.weight
                 new = slice(end, end + growth_rate)
                 steps.bn_relu_conv3x3(inputs, norms[-1], weight, shape, buf[:, new], columns[:, new] if asked else None)
@@ -137,15 +151,13 @@ class SharedBuffer(torch.autograd.Function):
         with torch.autocast(out.device.type, enabled=False), torch.cuda.device_of(out):
             d = to_rows(grad).to(out.dtype, copy=True).contiguous()
             buffer = Buffer(to_rows(out), d, columns[0], *torch.zeros_like(columns))
-            passes = passes_for(d)
+            latest = d.new_empty(2, len(d), growth_rate) if bottleneck and passes_for(d) is loops else None
             for i in reversed(range(layers)):
                 end = ctx.start + i * growth_rate
                 new = buffer.select(slice(end, end + growth_rate))
-                if buffer.latest is not None:
-                    new = new._replace(x=buffer.latest[1], d=buffer.latest[0])
-                if passes is loops and bottleneck:
-                    buffer = buffer._replace(latest=d.new_empty(2, len(d), growth_rate))
-                read = buffer.select(slice(end))
+                if latest is not None and i < layers - 1:
+                    new = new._replace(d=latest[0], x=latest[1])
+                read = buffer.select(slice(end))._replace(latest=latest if i > 0 else None)
                 grads = [*layer_backward(read, new, saved[i], parameters[i], ctx.norms[i], out.shape), *grads]
             dx = to_images(buffer.select(slice(ctx.start)).gradient(), out.shape).to(ctx.x_dtype)
         needed = ctx.needs_input_grad[3:]
@@ -229,10 +241,6 @@ class Norm(NamedTuple):
     def scale(self):
         return self.weight * self.rstd
 
-    @property
-    def shift(self):
-        return self.bias - self.mean * self.scale
-
     def input_gradient(self, d_weight, d_bias, count):
         """Three coefficients (C,), u, v and w: dx = u·dR + v·x + w, from dγ and dβ over ``count`` rows."""
         scale = self.scale
@@ -301,8 +309,7 @@ class Buffer(NamedTuple):
     latest: torch.Tensor | None = None
 
     def select(self, columns):
-        vectors = self.mean[columns], self.p[columns], self.q[columns]
-        return Buffer(self.x[:, columns], self.d[:, columns], *vectors, self.latest)
+        return Buffer(self.x[:, columns], self.d[:, columns], self.mean[columns], self.p[columns], self.q[columns])
 
     def defer(self, norm, d_weight, d_bias):
         """Note what the batch's mean and variance contribute, to be applied when a column is complete."""
@@ -370,7 +377,7 @@ def conv1x1_backward(d_relu, h, norm2, d_weight2, d_bias2, read, norm, weight):
     a, d_weight, d_bias = passes.relu_backward_add(da, read.x, norm, read.d, read.latest)
     read.defer(norm, d_weight, d_bias)
     d_conv = (dh.t() @ a).to(weight.dtype)
-    return d_weight, d_bias, d_conv.contiguous().as_strided(weight.shape, weight.stride())  # as DDP expects it
+    return d_weight, d_bias, torch.empty_like(weight).copy_(d_conv.view(weight.shape))  # strides as DDP expects them
 
 
 def passes_for(x):
@@ -382,8 +389,8 @@ def passes_for(x):
 
 def bn_relu(x, norm):
     """relu(x·s + t) in x's dtype, (M, C)."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return torch.addcmul(norm.shift, x, norm.scale, out=out).relu_()
+    out, scale = torch.empty_like(x, memory_format=torch.contiguous_format), norm.scale
+    return torch.addcmul(norm.bias - norm.mean * scale, x, scale, out=out).relu_()
 
 
 def statistics(x):

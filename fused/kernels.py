@@ -5,8 +5,8 @@ accumulate in float32, offsets along rows are int64. Scale and shift of a batch 
 weights are read as the optimiser keeps them: nothing is prepared by launches of its own.
 
 A program takes a span of rows. One that sums over rows writes a partial sum, and a second, small launch adds those in a
-fixed order and finishes what depends on them: no atomics, so that runs repeat bit for bit. That makes four launches a
-layer forward and five backward.
+fixed order and finishes what depends on them: no atomics, so that runs repeat bit for bit. In training, a layer with a
+bottleneck makes four launches forward and five backward.
 """
 
 import math
@@ -23,10 +23,11 @@ def power_of_2(n, least=16):
 
 # Tile sizes: rows of a tile, input columns of a tile, output columns of a tile at most.
 ROWS, COLUMNS, MOST_OUTPUTS = 64, 32, 64
-# Programs of a launch that sums over rows: enough for a large GPU, few enough that their partial sums stay small.
-PROGRAMS = 264
-# Partial sums that are added at once, columns of them that one program finishes.
-PARTS, FINISHED = 32, 64
+# Programs of a launch that sums over rows: enough for a large GPU, few enough to be added soon; fewer where a partial
+# sum is a matrix.
+PROGRAMS, MATRIX_PROGRAMS = 528, 264
+# How many partial sums of statistics, and of gradients, are added at once, and columns of them that a program finishes.
+STATISTICS, GRADIENTS = {"BP": 128, "BC": 16}, {"BP": 64, "BC": 64}
 
 
 def vector(*sizes):
@@ -37,11 +38,10 @@ def vector(*sizes):
     return math.gcd(8, *sizes)
 
 
-def share_rows(rows, others=1, tile=None):
-    """(rows of a program, programs), beside ``others`` programs that share something else."""
-    tile = tile or ROWS
+def share_rows(rows, most, others=1, tile=ROWS):
+    """(rows of a program, programs), at most so many beside ``others`` that share something else."""
     tiles = triton.cdiv(rows, tile)
-    span = triton.cdiv(tiles, min(tiles, triton.cdiv(PROGRAMS, others))) * tile
+    span = triton.cdiv(tiles, min(tiles, triton.cdiv(most, others))) * tile
     return span, triton.cdiv(rows, span)
 
 
@@ -92,7 +92,7 @@ def store_pair(partial, first, second, program, cols, C):
 @triton.jit
 def bn_relu_conv1x1_kernel(
     x, x_stride, mean, var, gamma, beta, eps, weight, h, partial, span, M, C, J,
-    BM: tl.constexpr, BC: tl.constexpr, BJ: tl.constexpr, V: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, BJ: tl.constexpr, V: tl.constexpr, ASKED: tl.constexpr,
 ):  # fmt: skip
     x_stride, C = x_stride // V * V, C // V * V
     program = tl.program_id(0).to(tl.int64)
@@ -110,20 +110,22 @@ def bn_relu_conv1x1_kernel(
             acc = tl.dot(a, w.to(a.dtype), acc, input_precision="ieee")
         value = acc.to(h.dtype.element_ty)
         tl.store(h + rows[:, None] * J + outs[None, :], value, mask=(rows < M)[:, None] & (outs < J)[None, :])
-        n, m, q = tile_statistics(value.to(tl.float32), rows, M)
-        count, average, square = merge_statistics(count, average, square, n, m, q)
-    store_pair(partial, average, square, program, outs, J)
+        if ASKED:
+            n, m, q = tile_statistics(value.to(tl.float32), rows, M)
+            count, average, square = merge_statistics(count, average, square, n, m, q)
+    if ASKED:
+        store_pair(partial, average, square, program, outs, J)
 
 
 def bn_relu_conv1x1(x, norm, weight, out, statistics):
     """x (M, C), weight (J, C, 1, 1): writes out (M, J) and, where asked to, mean and variance of its columns (2, J)."""
     (m, c), j = x.shape, len(weight)
     bj = min(MOST_OUTPUTS, power_of_2(j))
-    span, programs = share_rows(m, triton.cdiv(j, bj))
+    span, programs = share_rows(m, PROGRAMS, triton.cdiv(j, bj))
     partial = x.new_empty(programs, 2, j, dtype=torch.float32)
     bn_relu_conv1x1_kernel[(programs, triton.cdiv(j, bj))](
         x, x.stride(0), *norm[:5], weight.flatten(1).contiguous(), out, partial, span, m, c, j,
-        BM=ROWS, BC=COLUMNS, BJ=bj, V=vector(c, x.stride(0)),
+        BM=ROWS, BC=COLUMNS, BJ=bj, V=vector(c, x.stride(0)), ASKED=statistics is not None,
     )  # fmt: skip
     finish_statistics(partial, statistics, span, m)
 
@@ -134,7 +136,7 @@ def bn_relu_conv1x1(x, norm, weight, out, statistics):
 def bn_relu_conv3x3_kernel(
     x, x_stride, mean, var, gamma, beta, eps, weight, wk, wj, wy, wx, out, out_stride, partial,
     span, M, height, width, J, K,
-    BM: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr,
+    BM: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr, ASKED: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     outs = tl.arange(0, BK)
@@ -143,12 +145,13 @@ def bn_relu_conv3x3_kernel(
         rows = row + tl.arange(0, BM)
         row_y, row_x = rows // width % height, rows % width
         acc = tl.zeros((BM, BK), tl.float32)
-        for tap in range(9):
-            dy, dx = tap // 3 - 1, tap % 3 - 1
-            inside = (rows < M) & (row_y + dy >= 0) & (row_y + dy < height) & (row_x + dx >= 0) & (row_x + dx < width)
-            for first in range(0, J, BJ):
-                cols = first + tl.arange(0, BJ)
-                _mu, _r, s, t = load_norm(mean, var, gamma, beta, eps, cols, J)
+        for first in range(0, J, BJ):
+            cols = first + tl.arange(0, BJ)
+            _mu, _r, s, t = load_norm(mean, var, gamma, beta, eps, cols, J)
+            for tap in range(9):
+                dy, dx = tap // 3 - 1, tap % 3 - 1
+                source_y, source_x = row_y + dy, row_x + dx
+                inside = (rows < M) & (source_y >= 0) & (source_y < height) & (source_x >= 0) & (source_x < width)
                 a, _value = load_bn_relu(x, x_stride, s, t, rows + dy * width + dx, cols, inside, J)  # (BM, BJ)
                 mask = (cols < J)[:, None] & (outs < K)[None, :]
                 place = weight + tap // 3 * wy + tap % 3 * wx + cols[:, None] * wj + outs[None, :] * wk
@@ -157,19 +160,21 @@ def bn_relu_conv3x3_kernel(
         value = acc.to(out.dtype.element_ty)
         mask = (rows < M)[:, None] & (outs < K)[None, :]
         tl.store(out + rows[:, None] * out_stride + outs[None, :], value, mask=mask)
-        n, m, q = tile_statistics(value.to(tl.float32), rows, M)
-        count, average, square = merge_statistics(count, average, square, n, m, q)
-    store_pair(partial, average, square, program, outs, K)
+        if ASKED:
+            n, m, q = tile_statistics(value.to(tl.float32), rows, M)
+            count, average, square = merge_statistics(count, average, square, n, m, q)
+    if ASKED:
+        store_pair(partial, average, square, program, outs, K)
 
 
 def bn_relu_conv3x3(x, norm, weight, shape, out, statistics):
     """x (M, J), weight (K, J, 3, 3): writes out (M, K) and, where asked to, its columns' mean and variance (2, K)."""
     (m, j), k = x.shape, len(weight)
-    span, programs = share_rows(m)
+    span, programs = share_rows(m, PROGRAMS)
     partial = x.new_empty(programs, 2, k, dtype=torch.float32)
     bn_relu_conv3x3_kernel[(programs,)](
         x, x.stride(0), *norm[:5], weight, *weight.stride(), out, out.stride(0), partial,
-        span, m, shape[2], shape[3], j, k,         BM=ROWS, BJ=COLUMNS, BK=power_of_2(k),
+        span, m, shape[2], shape[3], j, k, BM=ROWS, BJ=COLUMNS, BK=power_of_2(k), ASKED=statistics is not None,
     )  # fmt: skip
     finish_statistics(partial, statistics, span, m)
 
@@ -199,8 +204,8 @@ def finish_statistics(partial, statistics, span, rows):
     """Writes (2, C) from the partial statistics (programs, 2, C) of spans of rows, where it is asked to."""
     if statistics is not None:
         programs, _, columns = partial.shape
-        finish_statistics_kernel[(triton.cdiv(columns, FINISHED),)](
-            partial, statistics[0], statistics[1], programs, span, rows, columns, BP=PARTS, BC=FINISHED
+        finish_statistics_kernel[(triton.cdiv(columns, STATISTICS["BC"]),)](
+            partial, statistics[0], statistics[1], programs, span, rows, columns, **STATISTICS
         )
 
 
@@ -285,7 +290,7 @@ def conv3x3_backward(new, x, norm, weight, shape):
     (m, j), k = x.shape, len(weight)
     d_relu, bj = x.new_empty(m, j), min(MOST_OUTPUTS, power_of_2(j))
     column_tiles = triton.cdiv(j, bj)
-    span, programs = share_rows(m, column_tiles)
+    span, programs = share_rows(m, PROGRAMS, column_tiles)
     out = new.x, new.x.stride(0), new.d, new.d.stride(0), new.mean, new.p, new.q
     bn, size = (x, x.stride(0), *norm[:5]), (m, shape[2], shape[3], j, k)
     sums = x.new_empty(programs, 2, j, dtype=torch.float32)
@@ -294,7 +299,7 @@ def conv3x3_backward(new, x, norm, weight, shape):
     )
     bq = 64
     tap_tiles = triton.cdiv(9 * k, bq)
-    span, programs = share_rows(m, tap_tiles * column_tiles)
+    span, programs = share_rows(m, MATRIX_PROGRAMS, tap_tiles * column_tiles)
     partial = x.new_empty(programs, 9, k, j, dtype=torch.float32)
     conv3x3_weight_kernel[(programs, tap_tiles, column_tiles)](
         *out, *bn, partial, span, *size, BM=ROWS, BQ=bq, BJ=bj, num_warps=8
@@ -359,7 +364,7 @@ def conv1x1_backward(d_relu, h, norm2, d_weight2, d_bias2, read, norm, weight):
     bj = power_of_2(j)
     bm = max(16, min(ROWS, ROWS * MOST_OUTPUTS // bj))  # all j outputs are in one tile: a wider one has fewer rows
     column_tiles = triton.cdiv(c, COLUMNS)
-    span, programs = share_rows(m, column_tiles, bm)
+    span, programs = share_rows(m, MATRIX_PROGRAMS, column_tiles, bm)
     sums = x.new_empty(programs, 2, c, dtype=torch.float32)
     partial = x.new_empty(programs, 1, j, c, dtype=torch.float32)
     conv1x1_backward_kernel[(programs, column_tiles)](
@@ -415,12 +420,12 @@ def finish_gradients(sums, partial, weight, norm, rows, read=None):
     ``read``: the Buffer of the columns that the norm normalised, in which to defer what they contribute.
     """
     columns, size = sums.shape[2], partial[0].numel()
-    d_weight, d_bias = torch.empty_like(norm.weight), torch.empty_like(norm.bias)
+    d_weight, d_bias = sums.new_empty(2, columns)
     d_conv = torch.empty_like(weight)  # with the strides of the weight, as DDP expects it
     p, q = (read.p, read.q) if read else (d_weight, d_bias)
-    finish_gradients_kernel[(triton.cdiv(columns, FINISHED) + triton.cdiv(size, FINISHED),)](
+    finish_gradients_kernel[(triton.cdiv(columns, GRADIENTS["BC"]) + triton.cdiv(size, GRADIENTS["BC"]),)](
         sums, len(sums), d_weight, d_bias, partial, len(partial), d_conv, *d_conv.stride(),
         norm.var, norm.weight, norm.eps, p, q, rows, size, partial.shape[2], columns,
-        BP=PARTS, BC=FINISHED, DEFER=read is not None and norm.batch,
+        **GRADIENTS, DEFER=read is not None and norm.batch,
     )  # fmt: skip
     return d_weight, d_bias, d_conv

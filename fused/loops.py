@@ -56,14 +56,14 @@ def statistics(x):
 
 def relu_backward(da, x, norm):
     sums = slices_of(x)
-    d_weight, d_bias = torch.empty_like(sums[:, 0])
+    d_weight, d_bias = sums.new_empty(2, x.shape[1])
     run(relu_backward_loop, da, x, *vectors(norm), norm.eps, *sums, d_weight, d_bias)
     return da, d_weight, d_bias
 
 
 def relu_backward_add(da, x, norm, d, latest=None):
     sums = slices_of(x)
-    d_weight, d_bias = torch.empty_like(sums[:, 0])
+    d_weight, d_bias = sums.new_empty(2, x.shape[1])
     latest = x.new_empty(2, 0, 0) if latest is None else latest
     run(relu_backward_add_loop, da, x, *vectors(norm), norm.eps, *sums, d_weight, d_bias, d, *latest)
     return da, d_weight, d_bias

@@ -86,6 +86,37 @@ def test_evaluation_mode(block):
         torch.testing.assert_close(with_block(model, block)(x), model(x), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("amp", [False, True])
+def test_an_empty_batch_in_evaluation(block, amp):
+    model = make(torch.float32, block=block).eval()
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        out = model(torch.empty(0, 3, 8, 8))
+    assert out.shape == (0, 10)
+    out.float().sum().backward()
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_hooks_and_replaced_modules_outside_of_blocks(block):
+    model, seen = make(block=block), []
+    model.transitions[0].norm.register_forward_hook(lambda module, inputs, output: seen.append(output.min().item()))
+    model.norm = nn.Identity()
+    model(torch.randn(2, 3, 8, 8, dtype=torch.float64))
+    assert len(seen) == 1 and seen[0] < 0  # before ReLU
+
+
+@pytest.mark.parametrize("block", OTHERS)
+def test_gradients_have_the_strides_of_weights_that_are_laid_out_differently(block):
+    model, x = make(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    for weight in model.parameters():
+        if weight.dim() == 4:
+            weight.data = weight.data.transpose(0, 1).contiguous().transpose(0, 1)
+    ours = with_block(model, block)
+    assert_same(step(ours, x), step(with_block(model, "naive"), x))
+    strided = [p for p in ours.blocks.parameters() if p.dim() == 4]
+    assert all(p.grad.stride() == p.stride() for p in strided if p.shape[2] == 1)
+
+
 @pytest.mark.parametrize("block", OTHERS)
 def test_frozen_parameters_and_frozen_batch_norms(block):
     model, x = make(), torch.randn(2, 3, 8, 8, dtype=torch.float64)

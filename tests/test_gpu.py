@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from conftest import TINY, assert_same_run
 from test_blocks import OTHERS, assert_as_exact_as_naive, make, step, with_block
 
+import measure
 import train
 from densenet import BLOCKS
 
@@ -86,3 +87,28 @@ def test_gradients_of_cat_and_convolution(cudnn):
     with torch.backends.cudnn.flags(enabled=cudnn, allow_tf32=False):
         for ours, exact in zip(gradients("cuda", torch.float32), gradients("cpu", torch.float64), strict=True):
             torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "rmsprop"])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_cuda_graph_trains_like_eager_steps(tiny, block, optimizer):
+    """With an odd last batch, and a learning rate that falls."""
+    flags = [*TINY, "--device", "cuda", "--block", block, "--opt", optimizer, "--schedule", "cosine", "--image-size", "16"]
+    for name in ("eager", "graph"):
+        more = ["--cuda-graph"] if name == "graph" else []
+        assert tiny("--limit-train", "1437", "--epochs", "6", "--save", name, *more, args=flags) == 0
+    eager, graph = (pd.read_csv(f"{name}/train.csv").loss for name in ("eager", "graph"))
+    assert graph.iloc[-1] == pytest.approx(eager.iloc[-1], rel=0.3) and graph.iloc[-1] < 0.8 * graph.iloc[0]
+
+
+@pytest.mark.parametrize(("first", "then"), [([], ["--cuda-graph"]), (["--cuda-graph"], ["--no-cuda-graph"])])
+def test_a_run_goes_on_with_or_without_a_graph(tiny, first, then):
+    assert tiny("--device", "cuda", "--save", "run", *first) == 0
+    assert tiny("--save", "run", "--resume", "--epochs", "6", *then, args=[]) == 0
+    assert len(pd.read_csv("run/train.csv")) == 6
+
+
+def test_what_auto_measures():
+    job = {"model": {"depth": 22}, "batch_size": 16, "image_size": 32, "precision": "bf16", "device": "cuda"}
+    found = measure.measure_apart(job | {"blocks": list(BLOCKS)}, 300)
+    assert set(found["seconds"]) == set(BLOCKS) and found["refused"] == {} and found["graph"] > 0

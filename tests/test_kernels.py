@@ -45,7 +45,11 @@ def poison(monkeypatch):
         monkeypatch.setattr(owner, name, poisoned)
 
 
-def inputs(image, channels, growth_rate, bottleneck=True, dtype=torch.float32, spare=5):
+# In float32, tiles made for tensor cores need more shared memory than some GPUs have; there they run in bf16 alone.
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+
+
+def inputs(image, channels, growth_rate, bottleneck=True, dtype=DTYPE, spare=5):
     """Random arguments of the steps of one layer that reads ``channels`` columns of a wider buffer.
 
     ``spare`` columns of it are neither read nor written.
@@ -92,7 +96,7 @@ def run(step, v):
         place, statistics = matrix[:, 3 : 3 + v["out"].shape[1]], nan((2, v["out"].shape[1]), dtype=wide)
         step(v["h"], v["norm2"], v["conv2"], v["shape"], place.fill_(float("nan")), statistics)
         return matrix, *statistics
-    buffer = Buffer(*(value.clone() for value in v["buffer"]))
+    buffer = Buffer(*(value.clone() for value in v["buffer"][:5]))
     if name == "conv3x3_backward":
         new = buffer.select(slice(columns, columns + len(v["conv2"])))
         return *step(new, v["h"], v["norm2"], v["conv2"], v["shape"]), buffer.d
@@ -154,6 +158,7 @@ def test_without_bottleneck(name):
 def test_half_precision(name, channels, growth_rate, monkeypatch):
     """bf16 on a GPU. The interpreter cannot multiply bf16 matrices: there float16, whose rounding is finer."""
     monkeypatch.setattr(kernels, "PROGRAMS", 1)  # which then has two tiles
+    monkeypatch.setattr(kernels, "MATRIX_PROGRAMS", 1)
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16
     assert_as_exact_as_torch(name, inputs((2, 6, 6), channels, growth_rate, dtype=dtype))
 
@@ -161,6 +166,15 @@ def test_half_precision(name, channels, growth_rate, monkeypatch):
 @pytest.mark.parametrize("name", STEPS)
 def test_many_tiles_per_program(name, monkeypatch):
     monkeypatch.setattr(kernels, "PROGRAMS", 2)
+    monkeypatch.setattr(kernels, "MATRIX_PROGRAMS", 2)
+    assert_as_exact_as_torch(name, inputs((5, 9, 9), 24, 12))
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_more_partial_sums_than_are_added_at_once(name, monkeypatch):
+    """7 of them, by twos."""
+    for tile in (kernels.STATISTICS, kernels.GRADIENTS):
+        monkeypatch.setitem(tile, "BP", 2)
     assert_as_exact_as_torch(name, inputs((5, 9, 9), 24, 12))
 
 
@@ -174,12 +188,13 @@ def test_weights_are_read_and_their_gradient_written_as_they_lie(name):
 
 
 @pytest.mark.parametrize("name", ["conv3x3_backward", "conv1x1_backward"])
-def test_statistics_of_earlier_batches_have_no_gradient(name):
+@pytest.mark.parametrize("frozen", ["norm1", "norm2"])
+def test_statistics_of_earlier_batches_have_no_gradient(name, frozen):
     v = inputs((2, 5, 7), 24, 12)
-    v |= {norm: v[norm]._replace(batch=False) for norm in ("norm1", "norm2")}
+    v[frozen] = v[frozen]._replace(batch=False)
     assert_as_exact_as_torch(name, v)
-    if name == "conv1x1_backward":
-        assert all(torch.equal(a, b) for a, b in zip(run(kernels.conv1x1_backward, v)[-2:], v["buffer"][-2:], strict=True))
+    if (name, frozen) == ("conv1x1_backward", "norm1"):
+        assert all(torch.equal(a, b) for a, b in zip(run(kernels.conv1x1_backward, v)[-2:], v["buffer"][3:5], strict=True))
 
 
 def test_nan_is_not_rectified_away():
@@ -197,19 +212,20 @@ def test_whole_block(monkeypatch, bottleneck, training, count):
     model = make(torch.float32, depth=16, growth_rate=12, bottleneck=bottleneck).train(training).to(DEVICE)
     x = torch.randn(count, 3, 8, 8, device=DEVICE)
     exact = step(with_block(model, "naive").double(), x.double())
-    naive = step(with_block(model, "naive"), x)
+    amp = DEVICE == "cuda"  # in bf16, as above
+    naive = step(with_block(model, "naive"), x, amp)
     monkeypatch.setattr(fused, "steps_for", lambda x: kernels)
-    assert_as_exact_as_naive(step(with_block(model, "fused"), x), naive, exact)
+    assert_as_exact_as_naive(step(with_block(model, "fused"), x, amp), naive, exact)
 
 
 @pytest.mark.slow
 def test_kernels_compile_for_gpus_without_spills():
-    """For every launch of DenseNet-BC-100-12, -250-24 and -190-40 in bf16, on sm_80 and sm_90. Needs no GPU."""
+    """For every launch of DenseNet-BC-100-12, -250-24 and -190-40 in bf16, on every GPU that runs them. Needs none."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, ROOT / "bench/compile_kernels.py"]
-    out = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
-    rows = re.findall(r"^\| densenet_\w+ \| sm_(80|90) \| \w+_kernel \| \d+ \| (\d+) \| (\d+) \| (\d+) \|$", out, re.MULTILINE)
-    assert len(rows) == 3 * 2 * 7
-    for target, registers, stack, shared in rows:
-        assert int(registers) <= 255 and int(stack) == 0
-        assert int(shared) <= {"80": 163, "90": 227}[target] * 1024  # bytes that a block may have
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    row = r"^\| densenet_\w+ \| sm_\d+ \| \w+_kernel \| \d+ \| (\d+) \| (\d+) \| ([\d,]+) \| ([\d,]+) \|$"
+    rows = [[int(number.replace(",", "")) for number in found] for found in re.findall(row, result.stdout, re.MULTILINE)]
+    assert (result.returncode, len(rows)) == (0, 6 * (3 * 7 + 5)), result.stderr
+    for registers, stack, shared, limit in rows:
+        assert registers <= 255 and stack == 0 and shared <= limit

@@ -44,26 +44,36 @@ def test_every_block_that_can_run_is_checked_and_timed(capfd, precision, options
     assert [json.loads(line)["begins"] for line in capfd.readouterr().out.splitlines()] == ["reference", *blocks * 5]
 
 
-@pytest.mark.parametrize("kind", ["output", "gradients", "statistics", "nan", "crash", "memory"])
+@pytest.mark.parametrize("kind", ["output", "gradients", "statistics", "nan", "memory"])
 def test_a_block_that_is_not_right_is_refused(monkeypatch, kind):
-    right = measure.outcome
+    right, calls = measure.outcome, []
 
     def outcome(model, *args):
         result = right(model, *args)
         if model.block == "fused":
-            if kind == "crash":
-                raise RuntimeError("CUDA error: misaligned address\nand more")
             if kind == "memory":
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
             name = "gradients" if kind == "nan" else kind
-            result[name] = result[name] * (float("nan") if kind == "nan" else 1.001)
+            calls.append(kind)
+            once = kind == "nan" and len(calls) > 1  # a race, say, that shows in one draw
+            result[name] = result[name] * (1 if once else float("nan") if kind == "nan" else 1.001)
         return result
 
     monkeypatch.setattr(measure, "outcome", outcome)
     found = measure.measure(JOB | {"checked_images": 4})
     assert list(found["seconds"]) == ["naive", "checkpoint"]
-    words = {"crash": "CUDA error: misaligned address", "memory": "out of memory"}.get(kind, "computes something else")
-    assert found["refused"]["fused"].startswith(words)
+    assert found["refused"]["fused"].startswith("out of memory" if kind == "memory" else "computes something else")
+
+
+def test_an_error_that_may_leave_the_gpu_unusable_ends_the_process(monkeypatch, capfd):
+    def check(job, block, *args):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nand more")
+
+    monkeypatch.setattr(measure, "check", check)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        measure.measure(JOB | {"checked_images": 4})
+    last = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert last == {"begins": "naive", "error": "CUDA error: an illegal memory access was encountered"}
 
 
 def test_a_block_is_not_its_own_reference(monkeypatch):
@@ -85,7 +95,7 @@ def test_a_block_is_not_its_own_reference(monkeypatch):
     [
         ([1.0, 1.0, 1.0, 1.0, 1.0], "fused"),
         ([1.92, 1.92, 1.92, 1.92, 1.92], "naive"),  # 4 %
-        ([1.0, 1.9, 1.8, 3.0, 1.1], "naive"),  # 11 %, but less than the spread
+        ([1.3, 1.8, 1.8, 2.1, 2.2], "naive"),  # 11 %, but slower in two turns
         ([1.8, 1.8, 1.85, 1.75, 1.8], "fused"),
     ],
 )
@@ -132,7 +142,7 @@ print(json.dumps({FOUND!r}).replace("None", "null"))
 def test_a_block_that_kills_the_process_is_left_out(monkeypatch):
     monkeypatch.setattr(measure, "run_process", process(DIES))
     found = measure.measure_apart(JOB, 60)
-    assert found == FOUND | {"refused": {"fused": "ended the process that tried it"}}
+    assert found == FOUND | {"refused": {"fused": "ended the process (-9)"}}
 
 
 def test_a_reference_that_does_not_fit_is_made_of_fewer_images(monkeypatch):
@@ -146,13 +156,58 @@ print(json.dumps({FOUND!r}).replace("None", "null"))
     assert measure.measure_apart(JOB, 60) == FOUND
 
 
-@pytest.mark.parametrize("source", ["time.sleep(60)", "os._exit(1)", "print('no JSON')"])
-def test_without_an_answer_the_default_stands(monkeypatch, capsys, source):
+@pytest.fixture
+def quick(monkeypatch):
+    """A run of which 2 % are a second."""
+    monkeypatch.setattr(measure, "expected_seconds", lambda job, device: 50e-6)
+    monkeypatch.setitem(measure.START, "cpu", 0.4)
+
+
+@pytest.mark.parametrize("source", ["time.sleep(60)", "os._exit(1)", "print('no JSON')\nprint(0)"])
+def test_without_an_answer_the_default_stands(monkeypatch, quick, cache, source):
     monkeypatch.setattr(measure, "run_process", process(source))
-    monkeypatch.setattr(measure, "expected_seconds", lambda job, steps, device: 50)
-    monkeypatch.setattr(measure, "START", 0.04)
-    block, line = measure.fastest_block(JOB, "naive", 10**6)
-    assert block == "naive" and line.startswith("--block auto could not measure")
+    assert measure.fastest_block(JOB, "fused", 10**6) == ("fused", "--block auto could not measure; it takes fused")
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("end", ["time.sleep(60)", "os.kill(os.getpid(), 11)", "os._exit(3)"])
+def test_a_default_that_hangs_or_dies_is_not_taken(monkeypatch, quick, end):
+    source = f"""
+for block in job["blocks"]:
+    print(json.dumps({{"begins": block}}), flush=True)
+    if block == "fused":
+        {end}
+time.sleep(60)
+"""
+    monkeypatch.setattr(measure, "run_process", process(source))
+    block, line = measure.fastest_block(JOB, "fused", 10**6)
+    assert block == "naive" and "fused: " in line and line.endswith("it takes naive")
+
+
+def test_what_was_measured_holds_although_the_graph_fails(monkeypatch):
+    source = f"""
+print(json.dumps({FOUND!r}).replace("None", "null"), flush=True)
+print(json.dumps({{"begins": "graph"}}), flush=True)
+os._exit(1)
+"""
+    monkeypatch.setattr(measure, "run_process", process(source))
+    assert measure.measure_apart(JOB, 60) == FOUND
+
+
+def test_what_may_not_happen_again_is_not_kept(monkeypatch, quick, cache):
+    found = FOUND | {"refused": {"fused": "out of memory"}}
+    monkeypatch.setattr(measure, "run_process", lambda job, timeout: ([found], 0))
+    assert measure.fastest_block(JOB, "fused", 10**6)[0] == "checkpoint" and not cache.exists()
+    found["refused"] = {"fused": "computes something else (relative errors …)"}
+    assert measure.fastest_block(JOB, "fused", 10**6)[0] == "checkpoint" and cache.exists()
+
+
+def test_a_process_that_cannot_be_started_is_no_mistake(monkeypatch, quick):
+    def run(*args):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(measure, "run_process", run)
+    assert measure.fastest_block(JOB, "fused", 10**6)[0] == "fused"
 
 
 def test_a_short_run_does_not_measure(monkeypatch):
@@ -160,7 +215,7 @@ def test_a_short_run_does_not_measure(monkeypatch):
         raise AssertionError
 
     monkeypatch.setattr(measure, "run_process", refuse)
-    monkeypatch.setattr(measure, "expected_seconds", lambda *args: 450)  # of which 2 % are 9 s, less than a start takes
+    monkeypatch.setattr(measure, "expected_seconds", lambda *args: 0.45e-3)  # 450 s: 2 % are 9 s, less than a start takes
     assert measure.fastest_block(JOB, "fused", 10**6) == ("fused", None)
     monkeypatch.setattr(measure, "expected_seconds", refuse)
     assert measure.fastest_block(JOB, "fused", 2000) == ("fused", None)  # 60 of them would be 3 %
@@ -168,8 +223,8 @@ def test_a_short_run_does_not_measure(monkeypatch):
 
 def test_the_answer_is_kept(monkeypatch, capsys, cache):
     calls = []
-    monkeypatch.setattr(measure, "run_process", lambda job, timeout: calls.append(job) or ([FOUND], True))
-    monkeypatch.setattr(measure, "expected_seconds", lambda *args: 1e6)
+    monkeypatch.setattr(measure, "run_process", lambda job, timeout: calls.append(job) or ([FOUND], 0))
+    monkeypatch.setattr(measure, "expected_seconds", lambda *args: 1.0)
     answers = [measure.fastest_block(JOB, "naive", 10**6) for _ in range(2)]
     assert answers[0] == answers[1] and answers[0][0] == "checkpoint" and len(calls) == 1
     measure.fastest_block(JOB | {"batch_size": 8}, "naive", 10**6)
@@ -177,7 +232,7 @@ def test_the_answer_is_kept(monkeypatch, capsys, cache):
     measure.fastest_block(JOB, "naive", 10**6)
     assert len(calls) == 3
     for path in cache.iterdir():
-        path.write_text("{" if path.stat().st_size % 2 else '{"seconds": 1}')
+        path.write_text('{"seconds": {"naive": "soon"}, "refused": {}}')
     measure.fastest_block(JOB, "naive", 10**6)  # damaged: measured again, and mended
     measure.fastest_block(JOB, "naive", 10**6)
     assert len(calls) == 4
@@ -187,8 +242,8 @@ def test_the_answer_is_kept(monkeypatch, capsys, cache):
 def test_a_cache_that_cannot_be_written_is_no_mistake(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setattr(measure.platformdirs, "user_cache_path", lambda name: tmp_path / "file" / "cache")
-    monkeypatch.setattr(measure, "run_process", lambda job, timeout: ([FOUND], True))
-    monkeypatch.setattr(measure, "expected_seconds", lambda *args: 1e6)
+    monkeypatch.setattr(measure, "run_process", lambda job, timeout: ([FOUND], 0))
+    monkeypatch.setattr(measure, "expected_seconds", lambda *args: 1.0)
     assert measure.fastest_block(JOB, "naive", 10**6)[0] == "checkpoint"
 
 
@@ -211,8 +266,8 @@ def test_a_graph_that_forgets_the_learning_rate_is_noticed():
 def measured(monkeypatch):
     """train.py with every run long enough, and a process that finds checkpoint to be the fastest. Yields the jobs."""
     jobs = []
-    monkeypatch.setattr(measure, "SHARE", 1e6)
-    monkeypatch.setattr(measure, "run_process", lambda job, timeout: jobs.append(job) or ([FOUND], True))
+    monkeypatch.setattr(measure, "SHARE", 1e9)
+    monkeypatch.setattr(measure, "run_process", lambda job, timeout: jobs.append(job) or ([FOUND], 0))
     return jobs
 
 
@@ -230,6 +285,8 @@ def test_train_takes_what_was_measured_and_a_resumed_run_keeps_it(tiny, measured
     capsys.readouterr()
     assert tiny("--save", "run", "--resume", "--epochs", "2", args=[]) == 0
     assert "block checkpoint" in capsys.readouterr().out and len(measured) == 1
+    assert tiny("--save", "pinned", "--resume", "--block", "auto", "--epochs", "2", args=[]) == 0
+    assert "--block auto took checkpoint" in capsys.readouterr().out  # the user asked for it
     monkeypatch.setattr(train, "device_name", lambda device: "another processor")
     monkeypatch.setattr(measure, "device_name", lambda device: "another processor")
     assert tiny("--save", "run", "--resume", "--epochs", "3", args=[]) == 0
@@ -247,10 +304,10 @@ def test_rank_0_decides_for_all(tmp_path):
     """Two ranks that would choose differently train with one block: that of rank 0."""
     program = (
         "import os, measure, train, distributed\n"
-        "measure.SHARE = 1e6\n"
+        "measure.SHARE = 1e9\n"
         "block = 'checkpoint' if os.environ['RANK'] == '0' else 'naive'\n"
         "found = {'seconds': {block: [1.0] * 3}, 'refused': {}, 'graph': None}\n"
-        "measure.run_process = lambda job, timeout: ([found], True)\n"
+        "measure.run_process = lambda job, timeout: ([found], 0)\n"
         "train.distributed.exit_from(train.main)\n"
     )
     (tmp_path / "ranks.py").write_text(program)
