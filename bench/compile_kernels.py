@@ -56,7 +56,7 @@ def compile_kernel(kernel, types, even, ones, constants, capability):
 
 @command
 def main(argv=None):
-    """Compile what three networks of the paper launch in training at batch 64; a row is the most that a kernel takes."""
+    """Compile what the paper's three BC networks launch in training; a row is the most that a kernel takes."""
     Parser(prog="compile_kernels.py", description=__doc__).parse_args(argv)
     os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"
     os.environ.pop("TRITON_INTERPRET", None)  # the interpreter's kernels cannot be compiled
