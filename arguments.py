@@ -265,6 +265,8 @@ def check_args(args):
         raise Mistake("--momentum 0 excludes Nesterov momentum: add --no-nesterov")
     if args.block == "fused" and args.drop_rate > 0:
         raise Mistake("--block fused has no dropout: choose naive or checkpoint, or leave out --drop-rate")
+    if args.block == "fused" and args.compile:
+        raise Mistake("--block fused leaves --compile nothing to fuse: choose naive or checkpoint, or leave it out")
     ranks, size, device = distributed.world_size(), args.image_size, choose_device(args.device)
     if args.batch_size < ranks:
         raise Mistake(f"--batch-size {args.batch_size}: each of {ranks} processes needs an image of it")

@@ -21,7 +21,7 @@ import psutil
 import torch
 import torch.nn.functional as F
 
-from cli import written_whole
+from cli import Parser, command, written_whole
 from densenet import DenseNet
 from device import choose_precision, device_name, set_up_device
 from step import GraphedStep, Step
@@ -127,9 +127,9 @@ def make_step(job, block, device, kind=Step, **options):
     return (lambda: step(images, labels, len(labels))), step
 
 
-def seconds(function, device):
-    """Of one call, on a GPU of one of STEPS calls."""
-    times = STEPS if device.type == "cuda" else 1
+def seconds(function, device, times=None):
+    """Of one call out of so many, on a GPU of STEPS."""
+    times = times or (STEPS if device.type == "cuda" else 1)
     start = time.perf_counter()
     for _ in range(times):
         function()
@@ -389,11 +389,14 @@ def write_cache(path, found):
         pass
 
 
-def main():
-    job = json.loads(sys.argv[1])
+@command
+def main(argv=None):
+    parser = Parser(prog="measure.py", description=__doc__)
+    parser.add_argument("job", type=json.loads, help="as JSON; train.py makes them")
+    job = parser.parse_args(argv).job
     limit_memory(torch.device(job["device"]))
     say(**measure(job))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -142,7 +142,7 @@ def pick_block(args, checkpoint, dataset, options, device, precision):
     """How dense blocks run, and a line about it or None; --block auto measures where it can and it pays."""
     if args.block != "auto":
         return args.block, None
-    default = choose_block(args.drop_rate, device)
+    default = "naive" if args.compile else choose_block(args.drop_rate, device)
     if args.deterministic or args.compile or device.type not in ("cpu", "cuda"):
         return default, None
     if checkpoint and checkpoint["config"]["arguments"]["block"] == "auto":

@@ -10,7 +10,6 @@ import importlib.util
 import itertools
 import json
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -33,7 +32,6 @@ from step import Step
 
 CHECKED_IMAGES = 4
 DRAWS = 5  # of images to check with
-STEPS = 20  # of a turn on a GPU
 
 
 def bamos(ours):
@@ -323,7 +321,6 @@ def serve(job):
     On a GPU a word means several steps, of which one alone would be too short to time; the seconds are those of one.
     """
     device = choose_device(job["device"])
-    times = STEPS if device.type == "cuda" and job["task"] == "steps" else 1
     torch.backends.cudnn.allow_tf32 = False  # whoever is called fp32 computes in fp32
     if job["candidate"] in BLOCKS:  # as train.py does
         set_up_device(device)
@@ -332,19 +329,15 @@ def serve(job):
         print(json.dumps({"check": check, "profile": profile}[job["task"]](job, device)))
         return
     if job["task"] == "epochs":
-        train, infer = epoch_functions(job, device)
+        (train, infer), times = epoch_functions(job, device), 1
     else:
-        train, infer = step_functions(job, device)
+        (train, infer), times = step_functions(job, device), None
     print(json.dumps(job), flush=True)
     for word in sys.stdin:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        start = time.perf_counter()
-        for _ in range(times):
-            {"train": train, "infer": infer}[word.strip()]()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        print(json.dumps([(time.perf_counter() - start) / times, peak_memory_mib(device)]), flush=True)
+        spent = measure.seconds({"train": train, "infer": infer}[word.strip()], device, times)
+        print(json.dumps([spent, peak_memory_mib(device)]), flush=True)
 
 
 @command

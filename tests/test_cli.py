@@ -17,7 +17,7 @@ import evaluate
 import plot
 import train
 
-SCRIPTS = [*(f"{name}.py" for name in ("train", "evaluate", "plot", "make_graph", "publish", "data"))]
+SCRIPTS = [*(f"{name}.py" for name in ("train", "evaluate", "plot", "make_graph", "publish", "data", "measure"))]
 SCRIPTS += [f"{folder}/{path.name}" for folder in ("bench", "attic") for path in sorted((ROOT / folder).glob("*.py"))]
 SCRIPTS.remove("attic/checks.py")  # what the other scripts of attic/ share
 
@@ -166,3 +166,22 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         file.write(b"new")
         assert path.read_text() == "old"
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_replacing_a_file_that_another_process_reads(tmp_path, monkeypatch):
+    """Windows refuses it for a while."""
+    refusals, real = [PermissionError(13, "Access is denied")] * 3, os.replace
+
+    def refuse(source, target):
+        if refusals:
+            raise refusals.pop()
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(PermissionError), cli.written_whole(tmp_path / "a") as file:
+        file.write(b"new")
+    assert not (tmp_path / "a").exists() and len(refusals) == 2
+    monkeypatch.setattr(cli.sys, "platform", "win32")
+    with cli.written_whole(tmp_path / "a") as file:
+        file.write(b"new")
+    assert (tmp_path / "a").read_bytes() == b"new" and refusals == []

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import device
 import fused
 from cli import Mistake
 from device import choose_block, choose_device, choose_precision, has_bf16, set_up_device
@@ -32,6 +33,31 @@ def test_without_an_override_the_hardware_answers(monkeypatch):
 def test_a_device_that_is_not_here():
     with pytest.raises(Mistake, match="device 'cuda:99' is not available here"):
         choose_device("cuda:99")
+
+
+@pytest.fixture
+def old_gpu(monkeypatch):
+    """A GPU that is found, but that the build of torch has no code for."""
+
+    def ones(*size, device):
+        if device.type == "cuda":
+            raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nand more")
+        return real(*size, device=device)
+
+    real = torch.ones
+    device.usable.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", ones)
+    yield
+    device.usable.cache_clear()
+
+
+def test_a_gpu_that_cannot_compute_is_passed_over_and_named_once(old_gpu, capsys):
+    assert [choose_device("auto") for _ in range(2)] == [CPU, CPU]
+    reason = "CUDA error: no kernel image is available for execution on the device"
+    assert capsys.readouterr().err == f"device cuda cannot be used ({reason}): computing on the CPU\n"
+    with pytest.raises(Mistake, match=r"device 'cuda' is not available here \(CUDA error: no kernel image"):
+        choose_device("cuda")
 
 
 def test_the_block_where_none_is_measured(monkeypatch):

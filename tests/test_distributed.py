@@ -211,3 +211,22 @@ def test_more_processes_than_gpus(monkeypatch):
 
 if __name__ == "__main__":
     train_and_evaluate()
+
+
+def test_an_unexpected_exception_ends_a_rank_at_once(tmp_path):
+    """With its traceback, and without waiting for threads that talk to other ranks."""
+    program = """
+import os, threading, time
+import distributed
+
+def main():
+    if os.environ["RANK"] == "0":
+        threading.Thread(target=time.sleep, args=(600,)).start()  # the interpreter's own end would wait for it
+        raise ZeroDivisionError("unexpected")
+    time.sleep(600)
+
+distributed.exit_from(main)
+"""
+    (tmp_path / "rank.py").write_text(program)
+    output = finished(torchrun(2, "rank.py"), 1)
+    assert "ZeroDivisionError: unexpected" in output
