@@ -351,14 +351,14 @@ def set_up_torch(args):
 
 @contextlib.contextmanager
 def interruptible():
-    """Raise Interrupted on SIGINT and SIGTERM."""
+    """Raise Interrupted on SIGINT and SIGTERM, until the function that this yields is called: then ignore them."""
 
     def interrupt(number, frame):
         raise Interrupted(number)
 
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield lambda: [signal.signal(number, signal.SIG_IGN) for number in before]
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -367,17 +367,19 @@ def interruptible():
 @command
 def main(argv=None):
     run = None
-    try:
-        with interruptible(), distributed.process_group():
-            args, checkpoint = distributed.on_rank_0(parse_args, argv, __doc__)
-            run = Run(args.save)
-            with run:
-                train(args, checkpoint, run)
-    except (distributed.FailedElsewhere, Interrupted, Mistake, NotFinite, OSError, RuntimeError) as error:
-        status, message = ending(error, run)
-        if message:
-            print(f"train.py: {message}", file=sys.stderr)
-        return status
+    with interruptible() as ignore_signals:
+        try:
+            with distributed.process_group():
+                args, checkpoint = distributed.on_rank_0(parse_args, argv, __doc__)
+                run = Run(args.save)
+                with run:
+                    train(args, checkpoint, run)
+        except (distributed.FailedElsewhere, Interrupted, Mistake, NotFinite, OSError, RuntimeError) as error:
+            ignore_signals()  # torchrun sends SIGTERM to those that are left when one has died, while they report it
+            status, message = ending(error, run)
+            if message:
+                print(f"train.py: {message}", file=sys.stderr)
+            return status
 
 
 def ending(error, run):
