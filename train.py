@@ -304,7 +304,8 @@ def train(args, checkpoint, run):
         distributed.on_every_rank(check_data, checkpoint, args, dataset, options)
     distributed.on_rank_0(claim, args, checkpoint, run)
     block, note = distributed.on_rank_0(pick_block, args, checkpoint, dataset, options, device, precision)
-    dataset.notes.extend([note] if note else [])
+    if note:
+        dataset.notes.append(note)
     model = make_model(options, device, block)
     optimizer = make_optimizer(args, model.parameters())
     stage = provenance(device, distributed.launcher()) | {"precision": precision, "block": block}
@@ -356,9 +357,13 @@ def interruptible():
     def interrupt(number, frame):
         raise Interrupted(number)
 
+    def ignore():
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)
+
     before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: [signal.signal(number, signal.SIG_IGN) for number in before]
+        yield ignore
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -153,19 +153,18 @@ def check(job, device):
     reference = make_model("naive", job["depth"]).double()
     model, layout = place(make_model(job["candidate"], job["depth"]), job["candidate"], device)
 
-    def errors(model, dtype, amp, seed):
+    def errors(reference, model, dtype, amp, seed):
         exact = measure.outcome(reference, *make_images(CHECKED_IMAGES, seed, "cpu", torch.float64), exact_amp)
         images, labels = make_images(CHECKED_IMAGES, seed, device, dtype)
         found = measure.outcome(model, images.to(memory_format=layout), labels, amp, our_name)
         kinds = exact if job["candidate"] in BLOCKS else ("output", "gradients")
         return measure.errors(found, {kind: exact[kind] for kind in kinds})
 
-    reference_state = copy.deepcopy(reference.state_dict())
-    in_double = errors(copy.deepcopy(model).double(), torch.float64, exact_amp, 0)
-    reference.load_state_dict(reference_state)
+    in_double = errors(copy.deepcopy(reference), copy.deepcopy(model).double(), torch.float64, exact_amp, 0)
     if job["compiled"]:
         model.compile()
-    return {"float64": in_double, "draws": [errors(model, torch.float32, amp, seed) for seed in range(DRAWS)]}
+    draws = [errors(reference, model, torch.float32, amp, seed) for seed in range(DRAWS)]
+    return {"float64": in_double, "draws": draws}
 
 
 def step_functions(job, device):

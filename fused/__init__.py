@@ -90,9 +90,8 @@ def norm_relu(module, x):
     That is on a CPU, where nobody asks for what the module alone returns; elsewhere it is what torch does.
     """
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    if torch.compiler.is_compiling() or type(module) is not torch.nn.BatchNorm2d or hooks or not module.affine:
-        return F.relu(module(x))
-    if passes_for(x) is not loops or not len(x):
+    usual = type(module) is torch.nn.BatchNorm2d and module.affine and not hooks
+    if torch.compiler.is_compiling() or not usual or passes_for(x) is not loops or not len(x):
         return F.relu(module(x))
     return NormReLU.apply(x, module, torch.is_grad_enabled(), module.weight, module.bias)
 
@@ -120,13 +119,13 @@ class SharedBuffer(torch.autograd.Function):
                 columns[:, :start] = passes_for(buf).statistics(buf[:, :start])
             for i, layer in enumerate(layers):
                 end = start + i * growth_rate
-                inputs, norms = buf[:, :end], [take_norm(layer.norm1, buf, columns, slice(end), keep)]
+                inputs, norms = buf[:, :end], [take_norm(layer.norm1, buf, columns[:, :end], keep)]
                 kept, weight = [], layer.conv1.weight
                 if bottleneck:
                     h = buf.new_empty(len(buf), weight.shape[0])
                     h_statistics = new_statistics(h, weight.shape[0]) if uses_batch(layer.norm2) else None
                     steps.bn_relu_conv1x1(inputs, norms[0], weight, h, h_statistics)
-                    norms.append(take_norm(layer.norm2, h, h_statistics, slice(None), keep))
+                    norms.append(take_norm(layer.norm2, h, h_statistics, keep))
                     kept, inputs, weight = [h], h, layer.conv2.weight
                 new = slice(end, end + growth_rate)
                 steps.bn_relu_conv3x3(inputs, norms[-1], weight, shape, buf[:, new], columns[:, new] if asked else None)
@@ -171,7 +170,7 @@ class NormReLU(torch.autograd.Function):
     def forward(ctx, x, module, keep, weight, bias):
         rows = to_rows(x)
         statistics = loops.statistics(rows) if uses_batch(module) else None
-        norm = take_norm(module, rows, statistics, slice(None), keep)
+        norm = take_norm(module, rows, statistics, keep)
         update_running_statistics([(module, norm)], len(rows))
         ctx.save_for_backward(x, norm.mean, norm.var, weight, bias)
         ctx.norm = norm.eps, norm.batch
@@ -260,13 +259,13 @@ def new_statistics(x, columns):
     return x.new_empty(2, columns, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def take_norm(module, x, statistics, columns, keep):
-    """The Norm of a BatchNorm2d for columns of x, whose batch has the ``statistics`` (2, C)."""
+def take_norm(module, x, statistics, keep):
+    """The Norm of a BatchNorm2d for columns of x, whose batch has the ``statistics`` (2, C), if it uses them."""
     batch = uses_batch(module)
     if batch and len(x) == 1:
         raise ValueError("batch norm needs more than one value per channel while training: use a larger batch or image")
     if batch:
-        mean, var = statistics[:, columns]
+        mean, var = statistics
     else:
         wide = torch.promote_types(x.dtype, torch.float32)  # a copy where it is kept: the next step may change them
         mean, var = (value.to(wide, copy=keep) for value in (module.running_mean, module.running_var))
