@@ -11,7 +11,7 @@ import data
 import distributed
 from cli import Mistake, Parser, natural, positive, positive_number
 from densenet import ARCHITECTURES, BLOCKS, DenseNet
-from device import choose_device
+from device import PRECISIONS, choose_device, choose_precision
 from reader import STREAM_FROM
 from workdir import Run, read_checkpoint
 
@@ -139,8 +139,8 @@ def add_run_flags(add):
     add("--overwrite", action="store_true", help="replace the run in the run directory (default: off)")
     add("--device", default="auto", metavar="NAME",
         help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-        help="auto is bf16 where the hardware has it, else fp32 (default: %(default)s)")
+    add("--precision", choices=("auto", *PRECISIONS), default="auto",
+        help="auto is bf16 where the hardware has it, fp16 on GPUs without, else fp32 (default: %(default)s)")
     add("--compile", action=switch, default=False, help="use torch.compile (default: off)")
     add("--cuda-graph", action=switch, default=False,
         help="launch a training step as one CUDA graph: on one GPU, without --compile (default: off)")
@@ -274,6 +274,8 @@ def check_args(args):
         raise Mistake("--block fused runs on CPUs and CUDA GPUs: choose naive or checkpoint")
     if args.cuda_graph and (device.type != "cuda" or ranks > 1 or args.compile):
         raise Mistake("--cuda-graph is for one process on a CUDA GPU, without --compile: leave it out")
+    if args.cuda_graph and choose_precision(args.precision, device)[1] == "fp16":
+        raise Mistake("--cuda-graph cannot leave out an update, as fp16 needs: leave it out, or add --precision fp32")
     downloaded = args.dataset not in ("digits", "folder")  # whose images are as they are
     if size != 32 and downloaded:
         raise Mistake(f"--image-size {size}: the images of {args.dataset} have 32×32 pixels")

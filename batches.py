@@ -96,11 +96,19 @@ class Batches:
         return self.normalized(batch) * inside[:, None]
 
 
+def memory_format(device):
+    """That of images and convolutions: channels last, in which all but MPS is faster.
+
+    There, batch norm's backward pass in channels-last memory is wrong, or fails, in many releases of torch.
+    """
+    return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
+
+
 def normalizer(normalize, device):
-    """A function (B, H, W, C) uint8 → (B, C, H, W) float32, channels last, from per-channel (mean, std) of 255."""
+    """A function (B, H, W, C) uint8 → (B, C, H, W) float32, from per-channel (mean, std) of 255."""
     mean, std = torch.tensor(normalize, device=device)  # (C,) each
-    scale, shift = 1 / std, -mean / std
-    return lambda pixels: torch.addcmul(shift, pixels, scale).permute(0, 3, 1, 2)
+    scale, shift, layout = 1 / std, -mean / std, memory_format(device)
+    return lambda pixels: torch.addcmul(shift, pixels, scale).permute(0, 3, 1, 2).contiguous(memory_format=layout)
 
 
 def batch_positions(count, batch_size, share):

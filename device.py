@@ -11,9 +11,12 @@ from pathlib import Path
 
 import psutil
 import torch
+import torch.nn as nn
 
 import fused
 from cli import Mistake
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Large tensors in pages of 2 MiB: passes over memory are faster. torch asks when it makes its first tensor.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -22,7 +25,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 def choose_device(name):
     """A torch.device for "auto", "cpu", "cuda", "cuda:N" or "mps". Raises Mistake where this machine lacks it.
 
-    "auto" is the CPU, and says so once, where there is a GPU that this build of torch cannot use.
+    "auto" is the CPU, and says so once, where there is a GPU that this build of torch cannot use, or not rightly.
     """
     if name != "auto":
         if problem := problem_of(name):
@@ -34,7 +37,7 @@ def choose_device(name):
 
 @functools.cache
 def usable(name):
-    problem = problem_of(name)
+    problem = problem_of(name) or (name == "mps" and training_problem(name))
     if problem:
         print(f"device {name} cannot be used ({problem}): computing on the CPU", file=sys.stderr)
     return not problem
@@ -47,6 +50,39 @@ def problem_of(name):
     except (RuntimeError, AssertionError) as error:
         return str(error).partition("\n")[0]
     return None
+
+
+def training_problem(name):
+    """Why not to train on a device whose batch norm has been wrong in many releases of torch; None where it is right.
+
+    It is asked for the gradients of two layers, and so is the CPU.
+    """
+    try:
+        found, exact = gradients_of_two_layers(name), gradients_of_two_layers("cpu")
+    except RuntimeError as error:
+        return str(error).partition("\n")[0]
+    error = ((found - exact).norm() / exact.norm()).item()
+    return None if error < 1e-3 else f"its gradients differ from the CPU's by {error:.1e}"
+
+
+def gradients_of_two_layers(device):
+    """All gradients of BN-ReLU-Conv1×1-BN-ReLU-Conv3×3, in one vector on the CPU, from fixed numbers."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=[]):  # the draws of a run stay as they are
+        first = nn.BatchNorm2d(24), nn.ReLU(), nn.Conv2d(24, 48, 1)
+        network = nn.Sequential(*first, nn.BatchNorm2d(48), nn.ReLU(), nn.Conv2d(48, 12, 3))
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.1, generator=generator)
+    images = torch.randn(8, 24, 16, 16, generator=generator)
+    out = network.to(device)(images.to(device))
+    (out * torch.randn(out.shape, generator=generator).to(device)).sum().backward()
+    return torch.cat([parameter.grad.cpu().flatten() for parameter in network.parameters()])
+
+
+def synchronize(device):
+    """Wait until a device has computed all that it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def set_up_device(device):
@@ -80,10 +116,15 @@ def has_bf16(device):
 
 
 def choose_precision(name, device):
-    """A function that makes the autocast context for "fp32", "bf16" or "auto", and the name of what was chosen."""
-    if name == "auto":
-        name = "bf16" if has_bf16(device) else "fp32"
-    amp = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=name == "bf16")
+    """A function that makes the autocast context for one of PRECISIONS or "auto", and the name of what was chosen.
+
+    "auto" is bf16 where the hardware has it, fp16 on GPUs whose tensor cores have that alone (V100, T4, RTX 20).
+    """
+    if name == "auto" and has_bf16(device):
+        name = "bf16"
+    elif name == "auto":
+        name = "fp16" if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0) else "fp32"
+    amp = functools.partial(torch.autocast, device.type, PRECISIONS[name], enabled=name != "fp32")
     return amp, name
 
 

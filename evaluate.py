@@ -7,7 +7,7 @@ Example: python evaluate.py work/digits.base/latest.pth
 import sys
 
 from cli import Parser, command
-from device import choose_device, choose_precision, set_up_device
+from device import PRECISIONS, choose_device, choose_precision, set_up_device
 from inference import classify, confusion_matrix, load_test_images, predictions, wilson
 from workdir import read_checkpoint
 
@@ -45,7 +45,7 @@ def main(argv=None):
     parser.add_argument("images", nargs="*", default=[], help="image files to classify (default: the test set)")
     parser.add_argument("--data", metavar="DIR", help="where the data set lives (default: as in training)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
-    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="(default: %(default)s)")
+    parser.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto", help="(default: %(default)s)")
     args = parser.parse_args(argv)
     checkpoint = read_checkpoint(args.checkpoint)
     device = choose_device(args.device)

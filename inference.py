@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 import data
 import distributed
+from batches import memory_format
 from cli import Mistake
 from densenet import DenseNet
 from files import unlabelled
@@ -70,7 +71,7 @@ def load_test_images(checkpoint, directory=None):
 
 def predictions(checkpoint, images, device="cpu", amp=contextlib.nullcontext):
     """What ``predict`` yields for images of the data module and the trained network of a checkpoint."""
-    model = load_model(checkpoint).to(device, memory_format=torch.channels_last)
+    model = load_model(checkpoint).to(device, memory_format=memory_format(device))
     batch_size = checkpoint["config"]["arguments"]["batch_size"]
     return predict(model, images.to(device).batches(batch_size, checkpoint["normalize"]), amp)
 

@@ -11,11 +11,15 @@ WARM_UP = 3  # eager steps before one is captured: libraries set themselves up, 
 class Step:
     """Calling it trains ``model`` on a batch; ``ranks`` processes share each batch.
 
-    ``amp`` makes the autocast context. Nothing is read back from the device.
+    ``amp`` makes the autocast context. Nothing is read back from the device, but with ``scaled``: for fp16, in which
+    small gradients would be 0, ``scaler`` multiplies the loss, and leaves out an update where that was too much.
+    ``skipped`` counts those.
     """
 
-    def __init__(self, model, optimizer, amp, ranks=1):
+    def __init__(self, model, optimizer, amp, ranks=1, scaled=False):
         self.model, self.optimizer, self.amp, self.ranks = model, optimizer, amp, ranks
+        # Where it is not enabled, its methods do nothing.
+        self.scaler, self.skipped = torch.amp.GradScaler(next(model.parameters()).device.type, enabled=scaled), 0
         set_capturable(optimizer, False)
 
     def set_learning_rate(self, value):
@@ -31,8 +35,12 @@ class Step:
         with self.amp():
             logits = self.model(images)
         loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-        (loss * (self.ranks / count)).backward()  # the gradient of the mean loss, once averaged over the ranks
-        self.optimizer.step()
+        scale = self.scaler.get_scale()
+        # The gradient of the mean loss, once averaged over the ranks.
+        self.scaler.scale(loss * (self.ranks / count)).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.skipped += self.scaler.get_scale() < scale
         counted = labels != IGNORE_INDEX
         wrong = counted & (logits.detach().argmax(1) != labels)
         return torch.stack((loss.detach(), wrong.sum(), counted.sum()))

@@ -18,7 +18,7 @@ from tqdm import tqdm
 import data
 import distributed
 from arguments import model_options, parse_args, try_out
-from batches import batch_positions
+from batches import batch_positions, memory_format
 from cli import Mistake, command
 from densenet import BLOCKS, DenseNet
 from device import choose_block, choose_device, choose_precision, device_name, peak_memory_mib, set_up_device
@@ -162,13 +162,14 @@ def pick_block(args, checkpoint, dataset, options, device, precision):
 
 
 def make_model(options, device, block):
-    return DenseNet(**options, block=block).to(device, memory_format=torch.channels_last)
+    return DenseNet(**options, block=block).to(device, memory_format=memory_format(device))
 
 
-def make_step(args, model, optimizer, amp):
+def make_step(args, model, optimizer, amp, precision):
     if args.cuda_graph:
         return GraphedStep(model, optimizer, amp)
-    return Step(distributed.data_parallel(model), optimizer, amp, distributed.world_size())
+    parallel = distributed.data_parallel(model)
+    return Step(parallel, optimizer, amp, distributed.world_size(), scaled=precision == "fp16")
 
 
 def first_checkpoint(args, dataset, model, options, stage):
@@ -224,7 +225,7 @@ def train_and_test(args, epoch, model, step, batches):
     # cuDNN's trials in the first epoch need more memory than any step after them. A CUDA graph allocates only there.
     if device.type == "cuda" and not args.cuda_graph:
         torch.cuda.reset_peak_memory_stats(device)
-    start = time.monotonic()
+    start, step.skipped = time.monotonic(), 0
     with progress_bar(args, epoch, batches["train"]) as bar:
         steps = train_epoch(step, batches["train"].shuffled(epoch_seed), schedule, bar)
     distributed.average_statistics(model)
@@ -258,13 +259,14 @@ def print_start(args, config, stage, dataset):
     print(f"{stage['device']}; writing {args.save}", flush=True)
 
 
-def print_epoch(args, rows, seconds):
+def print_epoch(args, rows, skipped, seconds):
     """A line per epoch; ``seconds`` is what the epoch took, its evaluations included."""
     train = rows["train"][-1]
     parts = [f"epoch {train['epoch']:3}/{args.epochs}", f"loss {train['loss']:.4f}", f"error {train['error']:5.2f} %"]
     parts += [f"{name} {rows[name][0]['error']:5.2f} %" for name in ("valid", "test") if name in rows]
     left = datetime.timedelta(seconds=round(seconds * (args.epochs - train["epoch"])))
     parts += [f"lr {train['lr']:.3g}", f"{train['images_per_second']:.0f} images/s", f"{left} left"]
+    parts += [f"{skipped} updates skipped, their gradients too large for fp16"] if skipped else []
     print("  ".join(parts), flush=True)
 
 
@@ -317,10 +319,13 @@ def train(args, checkpoint, run):
         optimizer.load_state_dict(checkpoint["optimizer"])
     if args.compile:
         model.compile()
-    step = make_step(args, model, optimizer, amp)
+    step = make_step(args, model, optimizer, amp, precision)
+    if checkpoint.get("scaler"):  # nothing, of a run in another precision
+        step.scaler.load_state_dict(checkpoint["scaler"])
 
     def state(epoch):
-        return checkpoint | {"epoch": epoch, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        parts = {"model": model, "optimizer": optimizer, "scaler": step.scaler}
+        return checkpoint | {"epoch": epoch} | {name: part.state_dict() for name, part in parts.items()}
 
     def start():
         run.start(state(checkpoint["epoch"]), clear=args.overwrite)
@@ -336,7 +341,7 @@ def train(args, checkpoint, run):
                 seconds = time.monotonic() - begin
                 checkpoint["seconds"] += seconds
                 run.finish_epoch(state(epoch), rows)
-                print_epoch(args, rows, seconds)
+                print_epoch(args, rows, step.skipped, seconds)
                 figures.redraw()
     if main_process:
         print_end(args, first_epoch, run, checkpoint["seconds"])

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts o
 import arguments
 import data
 import measure
-from batches import ImageTensors
+from batches import ImageTensors, memory_format
 from cli import Parser, command
 from densenet import BLOCKS, FROM_TORCHVISION, DenseNet, rename
 from device import choose_block, choose_device, choose_precision, peak_memory_mib, set_up_device
@@ -135,7 +135,7 @@ def make_model(name, depth):
 def place(model, name, device):
     """On the device, in the memory format that the candidate's users have."""
     ours = name in BLOCKS or name.endswith(CHANNELS_LAST)
-    layout = torch.channels_last if ours else torch.contiguous_format
+    layout = memory_format(device) if ours else torch.contiguous_format
     return model.to(device, memory_format=layout), layout
 
 
@@ -155,12 +155,13 @@ def check(job, device):
 
     def errors(reference, model, dtype, amp, seed):
         exact = measure.outcome(reference, *make_images(CHECKED_IMAGES, seed, "cpu", torch.float64), exact_amp)
-        images, labels = make_images(CHECKED_IMAGES, seed, device, dtype)
+        images, labels = make_images(CHECKED_IMAGES, seed, next(model.parameters()).device, dtype)
         found = measure.outcome(model, images.to(memory_format=layout), labels, amp, our_name)
         kinds = exact if job["candidate"] in BLOCKS else ("output", "gradients")
         return measure.errors(found, {kind: exact[kind] for kind in kinds})
 
-    in_double = errors(copy.deepcopy(reference), copy.deepcopy(model).double(), torch.float64, exact_amp, 0)
+    double = copy.deepcopy(model).to("cpu" if device.type == "mps" else device).double()  # which MPS has not
+    in_double = errors(copy.deepcopy(reference), double, torch.float64, exact_amp, 0)
     if job["compiled"]:
         model.compile()
     draws = [errors(reference, model, torch.float32, amp, seed) for seed in range(DRAWS)]
@@ -178,7 +179,7 @@ def step_functions(job, device):
     if job["compiled"]:
         model.compile()
 
-    step = Step(model, optimizer, amp)
+    step = Step(model, optimizer, amp, scaled=job["precision"] == "fp16")
 
     def train():
         model.train()
@@ -220,7 +221,7 @@ def profile(job, device):
     with profile(activities=activities) as profiler:
         train()
     kind = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    operations = [o for o in profiler.key_averages() if device.type == "cpu" or o.device_type == DeviceType.CUDA]
+    operations = [o for o in profiler.key_averages() if device.type != "cuda" or o.device_type == DeviceType.CUDA]
     operations.sort(key=lambda operation: -getattr(operation, kind))
     total = sum(getattr(operation, kind) for operation in operations)
     lines = [f"| {job['candidate']}, {job['precision']}: operation | calls | ms | share |", "|---|---|---|---|"]
@@ -300,11 +301,11 @@ def our_epochs(job, tensors, device):
     args, _ = arguments.parse_args([*map(str, itertools.chain(*flags.items())), "--save", "never-written"])
     set_up_device(device)
     train.set_up_torch(args)
-    amp, _ = choose_precision(args.precision, device)
+    amp, precision = choose_precision(args.precision, device)
     dataset = data.Dataset(tensors, tensors, [str(i) for i in range(10)], data.NORMALIZE["cifar10"]).to(device)
     batches = train.make_batches(args, dataset)
     model = train.make_model(arguments.model_options(args, 10), device, choose_block(args.drop_rate, device))
-    step = train.make_step(args, model, train.make_optimizer(args, model.parameters()), amp)
+    step = train.make_step(args, model, train.make_optimizer(args, model.parameters()), amp, precision)
     epochs = itertools.count(1)
 
     def epoch():

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import measure
 from cli import Mistake, Parser, command, positive
 from densenet import BLOCKS, DenseNet, layers_per_block
-from device import choose_device, choose_precision
+from device import PRECISIONS, choose_device, choose_precision, synchronize
 from workdir import provenance
 
 TURNS = 5  # timed, after one that is not
@@ -74,10 +74,13 @@ def answer(job, task):
 def assert_right(job, naive):
     """Errors of a candidate in its precision, as columns of its row.
 
-    Raises CandidateError where it is another function in float64, or in its precision twice as far off as naive may be.
+    Raises CandidateError where it is another function in float64, or in its precision twice as far off as naive may be;
+    and where naive is off by more than rounding.
     """
     ours = answer(job, "check")
     exact = all(error <= 1e-8 for error in ours["float64"].values())  # NaN fails, too
+    if not measure.is_rounding(naive["draws"], job["precision"]):
+        raise CandidateError(f"naive, the measure of rounding, is off by more than that: {naive['draws']}")
     if not exact or not measure.is_as_exact(ours["draws"], naive["draws"]):
         raise CandidateError(f"{job['candidate']} computes something else (relative errors {ours}): not timed")
     median = {kind: statistics.median(draw[kind] for draw in ours["draws"]) for kind in ("output", "gradients")}
@@ -148,8 +151,7 @@ def print_row(row):
 
 def hardware(device, precision):
     """Bytes per second that a copy moves, reading and writing, and FLOP per second of a matrix product."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    matrix = torch.randn(4096, 4096, device=device).to(dtype)
+    matrix = torch.randn(4096, 4096, device=device).to(PRECISIONS[precision])
     source, target = torch.ones(2, 64 * 2**20, device=device)
     copied = best_seconds(lambda: target.copy_(source), device)
     multiplied = best_seconds(lambda: matrix @ matrix, device)
@@ -161,8 +163,7 @@ def best_seconds(function, device, times=8):
     for _ in range(times):
         start = time.perf_counter()
         function()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         found.append(time.perf_counter() - start)
     return min(found)
 
@@ -175,7 +176,7 @@ def make_floor(device, precisions):
 
     def floor(job):
         copy, matrix = rates[job["precision"]]
-        size = 2 if job["precision"] == "bf16" else 4
+        size = PRECISIONS[job["precision"]].itemsize
         seconds = max(moved_elements(job["depth"]) * size / copy, flops(job["depth"]) / matrix)
         return 1000 * seconds * job["batch_size"]
 
@@ -272,15 +273,15 @@ def plot_speed(rows, figure):
 def parse_args(argv=None):
     parser = Parser(prog="speed.py", description=__doc__)
     names = [*BLOCKS, *candidates.available()]
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
     parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images (default: %(default)s)")
     parser.add_argument("--depths", type=int, nargs="+", default=[100], metavar="L", help="(default: 100)")
     parser.add_argument("--candidates", nargs="+", choices=names, default=names, metavar="NAME",
         help=f"of {', '.join(names)} (default: all)")  # fmt: skip
     parser.add_argument("--reference", choices=names, default="bamos", metavar="NAME",
         help="the others take turns with it; bamos and gpleiss always in fp32 (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), metavar="NAME",
-        help="fp32, bf16 (default: fp32, and bf16 where the hardware has it)")  # fmt: skip
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, metavar="NAME",
+        help=f"of {', '.join(PRECISIONS)} (default: fp32, and what auto is for train.py)")  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="measure with torch.compile, too (minutes)")
     parser.add_argument("--whole-epochs", type=positive, metavar="N", help="time epochs of N images instead of steps")
     parser.add_argument("--profile", action="store_true", help="print where a training step's time goes instead")

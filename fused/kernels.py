@@ -136,8 +136,9 @@ def bn_relu_conv1x1(x, norm, weight, out, statistics):
 def bn_relu_conv3x3_kernel(
     x, x_stride, mean, var, gamma, beta, eps, weight, wk, wj, wy, wx, out, out_stride, partial,
     span, M, height, width, J, K,
-    BM: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr, ASKED: tl.constexpr,
+    BM: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, ASKED: tl.constexpr,
 ):  # fmt: skip
+    x_stride, J = x_stride // V * V, J // V * V
     program = tl.program_id(0).to(tl.int64)
     outs = tl.arange(0, BK)
     count, average, square = 0.0, tl.zeros((BK,), tl.float32), tl.zeros((BK,), tl.float32)
@@ -174,7 +175,8 @@ def bn_relu_conv3x3(x, norm, weight, shape, out, statistics):
     partial = x.new_empty(programs, 2, k, dtype=torch.float32)
     bn_relu_conv3x3_kernel[(programs,)](
         x, x.stride(0), *norm[:5], weight, *weight.stride(), out, out.stride(0), partial,
-        span, m, shape[2], shape[3], j, k, BM=ROWS, BJ=COLUMNS, BK=power_of_2(k), ASKED=statistics is not None,
+        span, m, shape[2], shape[3], j, k, BM=ROWS, BJ=COLUMNS, BK=power_of_2(k),
+        V=vector(j, x.stride(0)), ASKED=statistics is not None,
     )  # fmt: skip
     finish_statistics(partial, statistics, span, m)
 
@@ -234,8 +236,9 @@ def load_taps(y, y_stride, d, d_stride, mean, p, q, rows, columns, M, height, wi
 def conv3x3_backward_kernel(
     y, y_stride, d, d_stride, y_mean, p, q, x, x_stride, mean, var, gamma, beta, eps, weight, wk, wj, wy, wx,
     d_relu, sums, span, M, height, width, J, K,
-    BM: tl.constexpr, BQ: tl.constexpr, BJ: tl.constexpr,
+    BM: tl.constexpr, BQ: tl.constexpr, BJ: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
+    x_stride, J = x_stride // V * V, J // V * V
     program = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BJ + tl.arange(0, BJ)
     mu, r, s, t = load_norm(mean, var, gamma, beta, eps, cols, J)
@@ -266,8 +269,9 @@ def conv3x3_backward_kernel(
 def conv3x3_weight_kernel(
     y, y_stride, d, d_stride, y_mean, p, q, x, x_stride, mean, var, gamma, beta, eps,
     partial, span, M, height, width, J, K,
-    BM: tl.constexpr, BQ: tl.constexpr, BJ: tl.constexpr,
+    BM: tl.constexpr, BQ: tl.constexpr, BJ: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
+    x_stride, J = x_stride // V * V, J // V * V
     program = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BQ + tl.arange(0, BQ)
     cols = tl.program_id(2) * BJ + tl.arange(0, BJ)
@@ -292,17 +296,17 @@ def conv3x3_backward(new, x, norm, weight, shape):
     column_tiles = triton.cdiv(j, bj)
     span, programs = share_rows(m, PROGRAMS, column_tiles)
     out = new.x, new.x.stride(0), new.d, new.d.stride(0), new.mean, new.p, new.q
-    bn, size = (x, x.stride(0), *norm[:5]), (m, shape[2], shape[3], j, k)
+    bn, size, v = (x, x.stride(0), *norm[:5]), (m, shape[2], shape[3], j, k), vector(j, x.stride(0))
     sums = x.new_empty(programs, 2, j, dtype=torch.float32)
     conv3x3_backward_kernel[(programs, column_tiles)](
-        *out, *bn, weight, *weight.stride(), d_relu, sums, span, *size, BM=ROWS, BQ=COLUMNS, BJ=bj, num_warps=8
+        *out, *bn, weight, *weight.stride(), d_relu, sums, span, *size, BM=ROWS, BQ=COLUMNS, BJ=bj, V=v, num_warps=8
     )
     bq = 64
     tap_tiles = triton.cdiv(9 * k, bq)
     span, programs = share_rows(m, MATRIX_PROGRAMS, tap_tiles * column_tiles)
     partial = x.new_empty(programs, 9, k, j, dtype=torch.float32)
     conv3x3_weight_kernel[(programs, tap_tiles, column_tiles)](
-        *out, *bn, partial, span, *size, BM=ROWS, BQ=bq, BJ=bj, num_warps=8
+        *out, *bn, partial, span, *size, BM=ROWS, BQ=bq, BJ=bj, V=v, num_warps=8
     )
     return d_relu, *finish_gradients(sums, partial, weight, norm, m)
 

@@ -95,6 +95,13 @@ def test_augmentation_does_not_depend_on_the_batch_size():
     assert torch.equal(small, large)
 
 
+def test_on_mps_nothing_is_channels_last(monkeypatch):
+    assert batches.memory_format("mps") is torch.contiguous_format
+    monkeypatch.setattr(batches, "memory_format", lambda device: torch.contiguous_format)
+    images, _ = next(random_images(8).batches(8, NORMALIZE).in_order())
+    assert images.is_contiguous()
+
+
 def test_normalized_batches_are_channels_last_floats():
     images = random_images(8)
     x, _ = next(images.batches(8, NORMALIZE).in_order())

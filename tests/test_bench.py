@@ -35,6 +35,13 @@ def test_a_wrong_candidate_is_not_timed(monkeypatch, wrong, place):
         speed.assert_right(job("fused"), naive)
 
 
+def test_naive_itself_is_held_to_rounding(monkeypatch):
+    in_tf32 = {"float64": errors(0.0, 0.0), "draws": [errors(5.5e-4, 1e-3)] * 5}
+    monkeypatch.setattr(speed, "answer", lambda job, task: in_tf32)
+    with pytest.raises(speed.CandidateError, match="naive, the measure of rounding"):
+        speed.assert_right(job("naive"), in_tf32)
+
+
 def test_floor_of_the_default_network():
     assert speed.flops(100) == pytest.approx(1.726e9, rel=0.01)
     assert speed.moved_elements(100) == pytest.approx(18.3e6, rel=0.01)

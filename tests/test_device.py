@@ -22,6 +22,13 @@ def test_precision_auto_follows_the_hardware(monkeypatch, answer, precision):
     assert [choose_precision(given, CPU)[1] for given in ("fp32", "bf16")] == ["fp32", "bf16"]
 
 
+@pytest.mark.parametrize(("capability", "precision"), [((7, 5), "fp16"), ((7, 0), "fp16"), ((6, 1), "fp32")])
+def test_a_gpu_without_bf16_computes_in_fp16_where_it_has_tensor_cores(monkeypatch, capability, precision):
+    monkeypatch.setenv("DENSENET_BF16", "0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert choose_precision("auto", torch.device("cuda"))[1] == precision
+
+
 def test_without_an_override_the_hardware_answers(monkeypatch):
     monkeypatch.delenv("DENSENET_BF16", raising=False)
     for answer in (True, False):
@@ -58,6 +65,27 @@ def test_a_gpu_that_cannot_compute_is_passed_over_and_named_once(old_gpu, capsys
     assert capsys.readouterr().err == f"device cuda cannot be used ({reason}): computing on the CPU\n"
     with pytest.raises(Mistake, match=r"device 'cuda' is not available here \(CUDA error: no kernel image"):
         choose_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("factor", "words"), [(1.0, None), (1.1, "its gradients differ from the CPU's by 1.0e-01"), (0.0, "differ"), (None, "no kernel")]
+)
+def test_auto_leaves_an_mps_device_whose_gradients_are_wrong(monkeypatch, capsys, factor, words):
+    def gradients(name):
+        if factor is None and name == "mps":
+            raise RuntimeError("no kernel for this\nand more")
+        return real("cpu") * (factor if name == "mps" else 1)
+
+    real = device.gradients_of_two_layers
+    device.usable.cache_clear()
+    monkeypatch.setattr(device, "gradients_of_two_layers", gradients)
+    monkeypatch.setattr(device, "problem_of", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert choose_device("auto") == torch.device("cpu" if words else "mps")
+    err = capsys.readouterr().err
+    assert words in err if words else not err
+    device.usable.cache_clear()
 
 
 def test_the_block_where_none_is_measured(monkeypatch):

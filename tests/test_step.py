@@ -41,10 +41,10 @@ class Replayed(GraphedStep):
         return [t.data_ptr() for t in (*self.model.parameters(), *self.model.buffers(), *self.static, *momenta, *rates)]
 
 
-def train(kind, batches):
+def train(kind, batches, **options):
     torch.manual_seed(0)
     model = DenseNet(depth=10, growth_rate=4).double()
-    step = kind(model, sgd(model.parameters()), no_amp)
+    step = kind(model, sgd(model.parameters()), no_amp, **options)
     log = []
     for i, (images, labels) in enumerate(batches):
         step.set_learning_rate(0.5 ** (3 + i))  # exact in float32, which a graph has it in
@@ -60,6 +60,25 @@ def test_replayed_steps_are_eager_steps():
     torch.testing.assert_close(replayed_log, log, rtol=1e-12, atol=1e-12)
     for name, value in eager.items():
         torch.testing.assert_close(replayed[name], value, rtol=1e-10, atol=1e-12)
+
+
+def test_a_scaled_step_is_the_same_step():
+    batches = [(torch.randn(6, 3, 8, 8, dtype=torch.float64), torch.randint(10, (6,))) for _ in range(3)]
+    (plain, log), (scaled, scaled_log) = train(Step, batches), train(Step, batches, scaled=True)
+    assert torch.equal(log, scaled_log)
+    assert all(torch.equal(scaled[name], value) for name, value in plain.items())
+
+
+def test_an_update_whose_gradients_overflow_is_left_out():
+    model = DenseNet(depth=10, growth_rate=4)
+    step = Step(model, sgd(model.parameters()), no_amp, scaled=True)
+    step.scaler.load_state_dict(step.scaler.state_dict() | {"scale": 2.0**127, "backoff_factor": 2.0**-100})
+    before = copy.deepcopy(list(model.parameters()))
+    images, labels = torch.randn(6, 3, 8, 8), torch.randint(10, (6,))
+    assert step(images, labels, 1e-6).isfinite().all() and step.skipped == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    step(images, labels, 6)
+    assert step.skipped == 1 and not torch.equal(before[0], next(model.parameters()))
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop])

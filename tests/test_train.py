@@ -1,5 +1,6 @@
 """Training: what a run writes, its schedule, its averages, what ends it."""
 
+import functools
 import json
 import math
 import re
@@ -128,6 +129,20 @@ def test_optimisers_and_schedules(tiny, opt, schedule):
 def test_variants_train(tiny, flags):
     assert tiny("--save", "run", "--epochs", "1", *flags) == 0
     assert math.isfinite(pd.read_csv("run/train.csv").loss[0])
+
+
+def test_fp16_counts_updates_that_it_left_out_and_resumes(tiny, capsys, monkeypatch):
+    """The first factors of the loss are too large on purpose."""
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**20, growth_interval=3))
+    assert tiny("--save", "whole", "--precision", "fp16", "--epochs", "2", "--schedule", "constant") == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
+    assert re.search(r"left  (\d+) updates skipped, their gradients too large for fp16$", lines[0])
+    tiny("--save", "run", "--precision", "fp16", "--epochs", "1", "--schedule", "constant")
+    assert tiny("--save", "run", "--resume", "--epochs", "2") == 0
+    assert_same_run("whole", "run")
+    scalers = [torch.load(f"{name}/latest.pth", weights_only=True)["scaler"] for name in ("whole", "run")]
+    assert scalers[0] == scalers[1] and scalers[0]["scale"] < 2.0**20
+    assert tiny("--save", "run", "--resume", "--epochs", "3", "--precision", "fp32") == 0
 
 
 def test_imagenet_network_on_a_streamed_folder(tmp_path):
