@@ -11,7 +11,7 @@ import data
 import distributed
 from cli import Mistake, Parser, natural, positive, positive_number
 from densenet import ARCHITECTURES, BLOCKS, DenseNet
-from device import PRECISIONS, choose_device, choose_precision
+from device import PRECISIONS, choose_device, choose_precision, compiler_problem
 from reader import STREAM_FROM
 from workdir import Run, read_checkpoint
 
@@ -276,6 +276,8 @@ def check_args(args):
         raise Mistake("--cuda-graph is for one process on a CUDA GPU, without --compile: leave it out")
     if args.cuda_graph and choose_precision(args.precision, device)[1] == "fp16":
         raise Mistake("--cuda-graph cannot leave out an update, as fp16 needs: leave it out, or add --precision fp32")
+    if args.compile and (problem := compiler_problem(device)):
+        raise Mistake(f"--compile does not work here ({problem}): leave it out")
     downloaded = args.dataset not in ("digits", "folder")  # whose images are as they are
     if size != 32 and downloaded:
         raise Mistake(f"--image-size {size}: the images of {args.dataset} have 32×32 pixels")

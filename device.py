@@ -85,6 +85,16 @@ def synchronize(device):
         torch.accelerator.synchronize(device)
 
 
+def compiler_problem(device):
+    """Why torch.compile does not work here, in a line; None where it does."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(2, device=device))
+    except Exception as error:  # of any kind: a compiler is missing, or Triton, or it fails
+        lines = [line for line in str(error).splitlines() if line]
+        return lines[0] if lines else type(error).__name__
+    return None
+
+
 def set_up_device(device):
     """What a process does once for the device that it computes on."""
     if device.type == "cpu":

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,7 +51,7 @@ class ImageFiles:
 
 
 class StreamedBatches:
-    """Batches decoded from files by a DataLoader; the same interface as Batches.
+    """Batches decoded from files by a DataLoader, whose workers live on; the same interface as Batches.
 
     Augmentation and evaluation follow ImageNet practice: RandomResizedCrop and a flip; resize to 8/7 and centre crop.
     """
@@ -59,35 +60,39 @@ class StreamedBatches:
         self.files, self.batch_size, self.augment, self.share = files, batch_size, augment, share
         self.normalized = normalizer(normalize, files.device)
         self.num_images = len(files)
-        if augment:  # before there are workers, which would each take seconds to import it in every epoch
+        self.plan = []  # positions and seed of each batch of a pass
+        self.loader = torch.utils.data.DataLoader(
+            DecodedFiles(Paths(files.paths), files.labels, files.reader),
+            batch_size=None,
+            sampler=self.plan,
+            num_workers=files.reader.workers,
+            persistent_workers=files.reader.workers > 0,
+            pin_memory="cuda" in str(files.device),
+            worker_init_fn=leave_signals_to_parent,
+            collate_fn=unchanged,
+            generator=torch.Generator(),  # not torch's own: dropout must not depend on when the workers were started
+        )
+        if augment:  # before there are workers, which would each take seconds to import it
             import torchvision.transforms  # noqa: F401
 
     def __len__(self):
         return -(-self.num_images // self.batch_size)
 
     def in_order(self):
-        parts = [list(part) for part, _ in batch_positions(self.num_images, self.batch_size, self.share) if part]
-        yield from self._load(DecodedFiles(self.files), parts)
+        parts = [part for part, _ in batch_positions(self.num_images, self.batch_size, self.share) if part]
+        yield from self._load([(list(part), None) for part in parts])
 
     def shuffled(self, seed):
         order = torch.randperm(self.num_images, generator=torch.Generator().manual_seed(seed)).tolist()
         parts = list(batch_positions(len(order), self.batch_size, self.share))
-        positions = [[order[i] for i in part or [0]] for part, _ in parts]
-        batches = self._load(DecodedFiles(self.files, seed if self.augment else None), positions)
+        augmented = seed if self.augment else None
+        batches = self._load([([order[i] for i in part or [0]], augmented) for part, _ in parts])
         for (part, batch_length), (batch, labels) in zip(parts, batches, strict=True):
             yield batch, labels if part else torch.full_like(labels, IGNORE_INDEX), batch_length
 
-    def _load(self, files, positions):
-        device, reader = self.files.device, self.files.reader
-        loader = torch.utils.data.DataLoader(
-            files,
-            batch_sampler=positions,
-            num_workers=reader.workers,
-            pin_memory="cuda" in str(device),
-            worker_init_fn=leave_signals_to_parent,
-            collate_fn=collate,
-        )
-        for pixels, labels in loader:
+    def _load(self, plan):
+        self.plan[:], device = plan, self.files.device
+        for pixels, labels in self.loader:
             if isinstance(labels, Mistake):
                 raise self._all_unreadable(labels) if isinstance(labels, Unreadable) else labels
             yield self.normalized(pixels.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
@@ -98,39 +103,47 @@ class StreamedBatches:
         return unreadable([str(problem) for problem in found if isinstance(problem, Unreadable)] or [str(first)])
 
 
+class Paths(Sequence):
+    """Paths as one array of bytes: a million objects would be copied to every worker, one by one."""
+
+    def __init__(self, paths):
+        names = [os.fsencode(path) for path in paths]
+        self.names = np.frombuffer(b"".join(names), np.uint8)
+        self.ends = np.cumsum([0, *map(len, names)])
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, i):
+        return os.fsdecode(self.names[self.ends[i] : self.ends[i + 1]].tobytes())
+
+
 class DecodedFiles(torch.utils.data.Dataset):
-    """(S, S, C) uint8 and label of each file; a Mistake in place of the label where it cannot be read.
+    """Item (positions, seed): pixels (B, S, S, C) uint8 and labels (B,) of those files, or None and a Mistake.
 
     With a seed, images are augmented: what is random for image i depends on (seed, i) alone, not on workers.
     """
 
-    def __init__(self, files, seed=None):
-        self.files, self.seed = files, seed
+    def __init__(self, paths, labels, reader):
+        self.paths, self.labels, self.reader = paths, labels, reader
 
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, i):
-        reader, path, label = self.files.reader, self.files.paths[i], self.files.labels[i]
+    def __getitem__(self, batch):
+        positions, seed = batch
         try:
-            if self.seed is None:
-                return reader.read(path, centre(reader.image_size)), label
-            with torch.random.fork_rng(devices=[]):
-                # torch.manual_seed would seed the GPU, too, where the masks of dropout are drawn.
-                torch.default_generator.manual_seed((self.seed * 1_000_003 + i) % 2**63)
-                pixels = reader.read(path, random_box)
-                return (pixels[:, ::-1] if torch.rand(1) < 0.5 else pixels), label
+            pixels = [self.read(i, seed) for i in positions]
         except Mistake as error:  # raised here, it would reach the parent with this process's traceback in its message
             return None, error
+        return torch.from_numpy(np.stack(pixels)), self.labels[positions]
 
-
-def collate(items):
-    """Pixels and labels of a batch, or the first Mistake in place of its labels."""
-    mistakes = [label for _, label in items if isinstance(label, Mistake)]
-    if mistakes:
-        return None, mistakes[0]
-    pixels, labels = zip(*items, strict=True)
-    return torch.from_numpy(np.stack(pixels)), torch.stack(labels)
+    def read(self, i, seed):
+        reader, path = self.reader, self.paths[i]
+        if seed is None:
+            return reader.read(path, centre(reader.image_size))
+        with torch.random.fork_rng(devices=[]):
+            # torch.manual_seed would seed the GPU, too, where the masks of dropout are drawn.
+            torch.default_generator.manual_seed((seed * 1_000_003 + i) % 2**63)
+            pixels = reader.read(path, random_box)
+            return pixels[:, ::-1] if torch.rand(1) < 0.5 else pixels
 
 
 def leave_signals_to_parent(worker):

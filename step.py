@@ -95,6 +95,17 @@ class GraphedStep(Step):
         return graph.replay, result
 
 
+def compile_model(model):
+    """Compile a model's forward pass once for all batch sizes, not anew for the odd last batch."""
+    compiled = torch.compile(model.forward)
+
+    def forward(images):
+        torch._dynamo.maybe_mark_dynamic(images, 0)
+        return compiled(images)
+
+    model.forward = forward
+
+
 def set_capturable(optimizer, capturable):
     """Let an optimiser keep on the device what a CUDA graph has to find there, or not, whatever state it has loaded.
 

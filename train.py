@@ -25,7 +25,7 @@ from device import choose_block, choose_device, choose_precision, device_name, p
 from inference import evaluate
 from measure import fastest_block
 from reader import Reader
-from step import GraphedStep, Step
+from step import GraphedStep, Step, compile_model
 from workdir import Figures, Run, provenance, read_checkpoint
 
 
@@ -318,7 +318,7 @@ def train(args, checkpoint, run):
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
     if args.compile:
-        model.compile()
+        compile_model(model)
     step = make_step(args, model, optimizer, amp, precision)
     if checkpoint.get("scaler"):  # nothing, of a run in another precision
         step.scaler.load_state_dict(checkpoint["scaler"])

@@ -28,7 +28,7 @@ from cli import Parser, command
 from densenet import BLOCKS, FROM_TORCHVISION, DenseNet, rename
 from device import choose_block, choose_device, choose_precision, peak_memory_mib, set_up_device
 from inference import evaluate
-from step import Step
+from step import Step, compile_model
 
 CHECKED_IMAGES = 4
 DRAWS = 5  # of images to check with
@@ -163,7 +163,7 @@ def check(job, device):
     double = copy.deepcopy(model).to("cpu" if device.type == "mps" else device).double()  # which MPS has not
     in_double = errors(copy.deepcopy(reference), double, torch.float64, exact_amp, 0)
     if job["compiled"]:
-        model.compile()
+        compile_model(model)
     draws = [errors(reference, model, torch.float32, amp, seed) for seed in range(DRAWS)]
     return {"float64": in_double, "draws": draws}
 
@@ -177,7 +177,7 @@ def step_functions(job, device):
     images = images.to(memory_format=layout)
     job["saved_mib"] = round(saved_bytes(lambda: model(images), model, amp) / 2**20, 1)
     if job["compiled"]:
-        model.compile()
+        compile_model(model)
 
     step = Step(model, optimizer, amp, scaled=job["precision"] == "fp16")
 

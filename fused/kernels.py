@@ -21,8 +21,9 @@ def power_of_2(n, least=16):
     return max(least, triton.next_power_of_2(n))
 
 
-# Tile sizes: rows of a tile, input columns of a tile, output columns of a tile at most.
-ROWS, COLUMNS, MOST_OUTPUTS = 64, 32, 64
+# Tile sizes: rows of a tile, input columns of a tile, output columns of a tile at most; of a 1×1 convolution, whose
+# input is wide, at most so many that it is read once. A wider tile has fewer rows: registers are what limits all.
+ROWS, COLUMNS, MOST_OUTPUTS, MOST_OUTPUTS_OF_1X1 = 64, 32, 64, 256
 # Programs of a launch that sums over rows: enough for a large GPU, few enough to be added soon; fewer where a partial
 # sum is a matrix.
 PROGRAMS, MATRIX_PROGRAMS = 528, 264
@@ -120,12 +121,14 @@ def bn_relu_conv1x1_kernel(
 def bn_relu_conv1x1(x, norm, weight, out, statistics):
     """x (M, C), weight (J, C, 1, 1): writes out (M, J) and, where asked to, mean and variance of its columns (2, J)."""
     (m, c), j = x.shape, len(weight)
-    bj = min(MOST_OUTPUTS, power_of_2(j))
-    span, programs = share_rows(m, PROGRAMS, triton.cdiv(j, bj))
+    bj = min(MOST_OUTPUTS_OF_1X1, power_of_2(j))
+    bm = min(ROWS, 2 * ROWS * MOST_OUTPUTS // bj)
+    span, programs = share_rows(m, PROGRAMS, triton.cdiv(j, bj), bm)
     partial = x.new_empty(programs, 2, j, dtype=torch.float32)
     bn_relu_conv1x1_kernel[(programs, triton.cdiv(j, bj))](
         x, x.stride(0), *norm[:5], weight.flatten(1).contiguous(), out, partial, span, m, c, j,
-        BM=ROWS, BC=COLUMNS, BJ=bj, V=vector(c, x.stride(0)), ASKED=statistics is not None,
+        BM=bm, BC=COLUMNS, BJ=bj, V=vector(c, x.stride(0)), ASKED=statistics is not None,
+        num_warps=4 if bj <= MOST_OUTPUTS else 8,
     )  # fmt: skip
     finish_statistics(partial, statistics, span, m)
 
@@ -171,12 +174,12 @@ def bn_relu_conv3x3_kernel(
 def bn_relu_conv3x3(x, norm, weight, shape, out, statistics):
     """x (M, J), weight (K, J, 3, 3): writes out (M, K) and, where asked to, its columns' mean and variance (2, K)."""
     (m, j), k = x.shape, len(weight)
-    span, programs = share_rows(m, PROGRAMS)
+    (span, programs), bk = share_rows(m, PROGRAMS), power_of_2(k)
     partial = x.new_empty(programs, 2, k, dtype=torch.float32)
     bn_relu_conv3x3_kernel[(programs,)](
         x, x.stride(0), *norm[:5], weight, *weight.stride(), out, out.stride(0), partial,
-        span, m, shape[2], shape[3], j, k, BM=ROWS, BJ=COLUMNS, BK=power_of_2(k),
-        V=vector(j, x.stride(0)), ASKED=statistics is not None,
+        span, m, shape[2], shape[3], j, k, BM=ROWS, BJ=COLUMNS, BK=bk,
+        V=vector(j, x.stride(0)), ASKED=statistics is not None, num_warps=4 if bk < MOST_OUTPUTS else 8,
     )  # fmt: skip
     finish_statistics(partial, statistics, span, m)
 
@@ -299,14 +302,15 @@ def conv3x3_backward(new, x, norm, weight, shape):
     bn, size, v = (x, x.stride(0), *norm[:5]), (m, shape[2], shape[3], j, k), vector(j, x.stride(0))
     sums = x.new_empty(programs, 2, j, dtype=torch.float32)
     conv3x3_backward_kernel[(programs, column_tiles)](
-        *out, *bn, weight, *weight.stride(), d_relu, sums, span, *size, BM=ROWS, BQ=COLUMNS, BJ=bj, V=v, num_warps=8
-    )
-    bq = 64
+        *out, *bn, weight, *weight.stride(), d_relu, sums, span, *size, BM=ROWS, BQ=COLUMNS, BJ=bj, V=v,
+        num_warps=8, num_stages=2,
+    )  # fmt: skip
+    bm, bq = 32, 64
     tap_tiles = triton.cdiv(9 * k, bq)
-    span, programs = share_rows(m, MATRIX_PROGRAMS, tap_tiles * column_tiles)
+    span, programs = share_rows(m, MATRIX_PROGRAMS, tap_tiles * column_tiles, bm)
     partial = x.new_empty(programs, 9, k, j, dtype=torch.float32)
     conv3x3_weight_kernel[(programs, tap_tiles, column_tiles)](
-        *out, *bn, partial, span, *size, BM=ROWS, BQ=bq, BJ=bj, V=v, num_warps=8
+        *out, *bn, partial, span, *size, BM=bm, BQ=bq, BJ=bj, V=v, num_warps=8
     )
     return d_relu, *finish_gradients(sums, partial, weight, norm, m)
 
@@ -366,7 +370,7 @@ def conv1x1_backward(d_relu, h, norm2, d_weight2, d_bias2, read, norm, weight):
     x, d = read.x, read.d
     (m, c), j = x.shape, len(weight)
     bj = power_of_2(j)
-    bm = max(16, min(ROWS, ROWS * MOST_OUTPUTS // bj))  # all j outputs are in one tile: a wider one has fewer rows
+    bm = max(16, min(ROWS // 2, ROWS * MOST_OUTPUTS // bj))  # all j outputs are in one tile
     column_tiles = triton.cdiv(c, COLUMNS)
     span, programs = share_rows(m, MATRIX_PROGRAMS, column_tiles, bm)
     sums = x.new_empty(programs, 2, c, dtype=torch.float32)

@@ -5,6 +5,7 @@ import torch
 
 import device
 import fused
+from arguments import parse_args
 from cli import Mistake
 from device import choose_block, choose_device, choose_precision, has_bf16, set_up_device
 
@@ -86,6 +87,19 @@ def test_auto_leaves_an_mps_device_whose_gradients_are_wrong(monkeypatch, capsys
     err = capsys.readouterr().err
     assert words in err if words else not err
     device.usable.cache_clear()
+
+
+def test_a_compiler_that_is_missing_is_named_in_a_line(monkeypatch):
+    def compile(function):
+        def call(x):
+            raise RuntimeError("\nNo working C++ compiler found\nand more")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile)
+    assert device.compiler_problem(CPU) == "No working C++ compiler found"
+    with pytest.raises(Mistake, match=r"--compile does not work here \(No working C\+\+ compiler found\): leave it out"):
+        parse_args(["--compile", "--device", "cpu"])
 
 
 def test_the_block_where_none_is_measured(monkeypatch):

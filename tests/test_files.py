@@ -1,6 +1,8 @@
 """Image files: listed, decoded, cached and streamed."""
 
+import multiprocessing
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -146,6 +148,27 @@ def test_large_images_are_streamed_behind_the_same_interface(tmp_path):
     assert labels.tolist() == [0, 1, 0]
     held = dataset.hold_out(2, seed=1)
     assert (len(held.train), len(held.valid)) == (4, 2)
+
+
+def test_workers_live_on_from_epoch_to_epoch(tmp_path):
+    dataset = data.load("folder", write_folder(tmp_path, size=(130, 130)), Reader(128, workers=2))
+    batches, before = dataset.train.batches(2, dataset.normalize), set(multiprocessing.active_children())
+    state, passes, workers = torch.get_rng_state(), [], []
+    for _ in range(2):
+        passes.append(torch.cat([x for x, _ in batches.in_order()]))
+        workers.append(set(multiprocessing.active_children()) - before)
+    next(batches.in_order())  # left before its end
+    assert torch.equal(torch.cat([x for x, _ in batches.in_order()]), passes[0])
+    assert torch.equal(*passes) and workers[0] == workers[1] and len(workers[0]) == 2
+    assert torch.equal(torch.get_rng_state(), state)  # the masks of dropout are drawn from it
+
+
+def test_a_worker_gets_paths_in_one_array():
+    names = ["a/b.png", "ä/ü.png", os.fsdecode(b"\xff.png"), ""]
+    assert list(files.Paths(map(Path, names[:3]))) == names[:3] and files.Paths(names)[3] == ""
+    paths = [f"train/class{i % 1000}/image{i}.jpeg" for i in range(10_000)]
+    assert list(files.Paths(paths)) == paths
+    assert len(pickle.dumps(files.Paths(paths))) < sum(map(len, paths)) + 9 * len(paths)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -6,10 +6,11 @@ import functools
 import pytest
 import torch
 import torch.nn as nn
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from densenet import DenseNet
-from step import WARM_UP, GraphedStep, Step, set_capturable
+from step import WARM_UP, GraphedStep, Step, compile_model, set_capturable
 
 sgd = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
 no_amp = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=False)
@@ -101,6 +102,19 @@ def test_an_optimiser_goes_from_graph_to_eager_and_back(kind):
     parameter.grad = torch.ones(3)
     resumed.step()
     assert parameter.isfinite().all() and (parameter < 1).all()
+
+
+def test_the_compiler_makes_one_program_for_all_batch_sizes(monkeypatch):
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    model = DenseNet(depth=10, growth_rate=4)
+    plain = copy.deepcopy(model)
+    compile_model(model)
+    for n in (6, 6, 4, 3):
+        images = torch.randn(n, 3, 8, 8).to(memory_format=torch.channels_last)
+        torch.testing.assert_close(model(images), plain(images))
+    assert counter.frame_count == 1
+    assert model.state_dict().keys() == plain.state_dict().keys()
 
 
 def test_a_step_reads_nothing_back():
