@@ -3,7 +3,8 @@
 Shuffling, cropping and flipping are one gather per batch: no worker processes and no Python loop over images.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,20 +14,25 @@ IGNORE_INDEX = -100  # the label that F.cross_entropy passes over
 
 @dataclass(frozen=True)
 class ImageTensors:
-    """Pixels (N, H, W, C) uint8 and labels (N,) int64, on any device."""
+    """Pixels (N, H, W, C) uint8 and labels (N,) int64, on any device.
+
+    ``names`` are the paths of the files, or else the positions in the set that ``select`` was first called on.
+    """
 
     pixels: torch.Tensor
     labels: torch.Tensor
+    names: Sequence | None = None
 
     def __len__(self):
         return len(self.labels)
 
     def select(self, index):
         """The images at ``index``, a slice or a tensor of positions."""
-        return ImageTensors(self.pixels[index], self.labels[index])
+        names = range(len(self)) if self.names is None else self.names
+        return ImageTensors(self.pixels[index], self.labels[index], chosen(names, index))
 
     def to(self, device):
-        return ImageTensors(self.pixels.to(device), self.labels.to(device))
+        return replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device))
 
     def batches(self, batch_size, normalize, crop_fill=None, share=(0, 1)):
         return Batches(self, batch_size, normalize, crop_fill, share)
@@ -102,6 +108,11 @@ def memory_format(device):
     There, batch norm's backward pass in channels-last memory is wrong, or fails, in many releases of torch.
     """
     return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
+
+
+def chosen(names, index):
+    """The items of a sequence at ``index``, a slice or a tensor of positions."""
+    return names[index] if isinstance(index, slice) else [names[i] for i in index.tolist()]
 
 
 def normalizer(normalize, device):

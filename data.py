@@ -112,6 +112,14 @@ def load(name, root, reader=DEFAULT_READER, test_size=0, layout=None):
     return dataset
 
 
+def load_run(arguments, root, reader, layout=None):
+    """``load`` as the arguments of a run say, images held out and limits included."""
+    dataset = load(arguments["dataset"], root, reader, arguments.get("test_size", 0), layout)
+    if arguments["valid_size"]:
+        dataset = dataset.hold_out(arguments["valid_size"], arguments["seed"])
+    return dataset.limit(arguments["limit_train"], arguments["limit_test"])
+
+
 def load_test(name, root, reader, classes, layout=FIRST_LAYOUT):
     """The test images alone, where they are apart from the training images, and lines to print. As ``load``.
 
@@ -200,12 +208,12 @@ def load_folder(root, reader, test_size=0, layout=None):
     classes = list(listed["train"])
     if not reader.streams:
         check_memory(sum(len(paths) for found in listed.values() for paths in found.values()), reader)
-    images, paths = read_splits(root, folders, listed, reader, notes)
+    images = read_splits(root, folders, listed, reader, notes)
     test_files = layout["test_files"] if layout else []
     if test_size and not layout:
-        test_files = draw_test(images["train"], paths["train"], root, test_size)
+        test_files = draw_test(images["train"], root, test_size)
     if test_files:
-        images["train"], images["test"] = divide(images["train"], paths["train"], root, test_files)
+        images["train"], images["test"] = divide(images["train"], root, test_files)
     notes += [line for split in images for line in absent_classes(split, images[split], classes)]
     notes += check_range(images["train"])
     mean, std = imagenet_normalize(reader.channels) if reader.streams else measure(images["train"].pixels)
@@ -227,11 +235,11 @@ def check_memory(count, reader):
 
 
 def read_splits(root, folders, listed, reader, notes):
-    """{split: images} and {split: paths} of the files listed by class, without those that are to be skipped."""
-    images, paths, problems, classes = {}, {}, {}, list(listed["train"])
+    """{split: images} of the files listed by class, without those that are to be skipped."""
+    images, problems, classes = {}, {}, list(listed["train"])
     for split, found in listed.items():
-        paths[split], labels = interleave([found.get(name, []) for name in classes])
-        images[split], problems[split] = read_split(root, folders[split], paths[split], labels, reader)
+        paths, labels = interleave([found.get(name, []) for name in classes])
+        images[split], problems[split] = read_split(root, folders[split], paths, labels, reader)
     damaged = [problem for found in problems.values() for problem in found.values()]
     if damaged and not reader.skip_unreadable:
         raise unreadable(damaged)
@@ -240,10 +248,10 @@ def read_splits(root, folders, listed, reader, notes):
             skipped = Counter(classes[images[split].labels[i]] for i in found)
             by_class = ", ".join(f"{name} {skipped[name]}" for name in classes if skipped[name])
             notes.append(f"{folders[split]}: skipped {len(found)} unreadable images: {by_class}")
-        images[split], paths[split] = without(images[split], paths[split], found)
-        if not paths[split]:
+        images[split] = without(images[split], found)
+        if not len(images[split]):
             raise Mistake(f"{folders[split]} holds no image in a class folder that can be read: fill it or delete it")
-    return images, paths
+    return images
 
 
 def load_test_folder(root, reader, classes, layout):
@@ -254,8 +262,8 @@ def load_test_folder(root, reader, classes, layout):
     found = list_images(folder, passed)
     check_classes(folder, found, "the training", classes)
     by_class, notes = {name: found.get(name, []) for name in classes}, passed_over(passed)
-    images, _ = read_splits(root, {"train": folder}, {"train": by_class}, reader, notes)
-    return images["train"], notes + absent_classes("test", images["train"], classes)
+    images = read_splits(root, {"train": folder}, {"train": by_class}, reader, notes)["train"]
+    return images, notes + absent_classes("test", images, classes)
 
 
 def load_test_files(root, reader, classes, layout):
@@ -267,7 +275,7 @@ def load_test_files(root, reader, classes, layout):
     images, problems = read_split(root, root / "set-apart", paths, labels, reader)
     if problems and not reader.skip_unreadable:
         raise unreadable(problems.values())
-    return without(images, paths, problems)[0], []
+    return without(images, problems), []
 
 
 def check_found(root, names, found):
@@ -283,18 +291,18 @@ def passed_over(passed):
     return [f"passed over {sum(passed.values())} files: {kinds}"] if passed else []
 
 
-def draw_test(images, paths, root, count):
+def draw_test(images, root, count):
     """Names of ``count`` files to test on, the same share of each class; always the same ones, whatever the seed."""
     chosen = stratified(images.labels, count, seed=0, flag="--test-size")[1]
-    return [Path(paths[i]).relative_to(root).as_posix() for i in chosen]
+    return [Path(images.names[i]).relative_to(root).as_posix() for i in chosen]
 
 
-def divide(images, paths, root, test_files):
+def divide(images, root, test_files):
     """Training and test images, from all images and the names of the files to test on."""
-    position = {Path(path).relative_to(root).as_posix(): i for i, path in enumerate(paths)}
+    position = {Path(path).relative_to(root).as_posix(): i for i, path in enumerate(images.names)}
     check_found(root, test_files, position)
     test = [position[name] for name in test_files]
-    train = sorted(set(range(len(paths))) - set(test))
+    train = sorted(set(range(len(images))) - set(test))
     return images.select(torch.tensor(train)), images.select(torch.tensor(test))
 
 

@@ -1,63 +1,166 @@
-"""Test error of a trained network, or its class probabilities for image files.
+"""Test error of a trained network and what it mistakes, or its class probabilities for image files.
 
-Example: python evaluate.py work/digits.base/latest.pth
-         python evaluate.py work/cifar10.base/latest.pth cat.jpg dog.png
+Example: python evaluate.py work/digits.bc16/weights.pth --mistakes mistakes.png
+         python evaluate.py work/cifar10-jpeg.bc40/weights.pth cat.jpg photos --csv photos.csv
 """
 
+import argparse
 import sys
+from collections import Counter
+from itertools import islice
+from pathlib import Path
 
-from cli import Parser, command
+import torch
+from tqdm import tqdm
+
+from cli import Mistake, Parser, command, natural, positive, positive_number
+from data import passed_over
 from device import PRECISIONS, choose_device, choose_precision, set_up_device
-from inference import classify, confusion_matrix, load_test_images, predictions, wilson
+from folders import find_images
+from inference import (
+    classifier,
+    classify_each,
+    confusion_matrix,
+    load_split,
+    most_confident,
+    predictions,
+    reader_of,
+)
+from report import csv_table, headline, likeliest, print_scores
 from workdir import read_checkpoint
 
-
-def print_test_error(matrix, classes):
-    count, wrong = int(matrix.sum()), int(matrix.sum() - matrix.trace())
-    error = 100 * wrong / count
-    low, high = wilson(error, count)
-    print(f"test error {error:.2f} % (95 % interval {low:.2f} … {high:.2f} %), {wrong} of {count} images wrong")
-    width = max(map(len, classes))
-    print(f"\n{'class':{width}}  error %  taken for")
-    for i, name in enumerate(classes):
-        row = matrix[i].clone()
-        total, right = int(row.sum()), int(row[i])
-        row[i] = 0
-        rate = f"{100 * (1 - right / total):.2f}" if total else "–"
-        confused = [f"{classes[j]} {int(row[j])}" for j in row.argsort(descending=True)[:3].tolist() if row[j]]
-        print(f"{name:{width}}  {rate:>7}  {', '.join(confused)}")
-    if len(classes) <= 20:
-        print("\nconfusion matrix (row: class, column: taken for)")
-        for name, row in zip(classes, matrix.tolist(), strict=True):
-            print(f"{name:{width}}", *(f"{value:5}" for value in row))
+KINDS = {"train": "training", "valid": "validation", "test": "test"}
+PICTURES = (".png", ".pdf", ".svg")
+DRAWN = 32  # mistakes, at most
 
 
-def print_probabilities(paths, probabilities, classes):
-    for path, row in zip(paths, probabilities, strict=True):
-        best = row.argsort(descending=True)[:5].tolist()
-        print(f"{path}:", ", ".join(f"{classes[i]} {100 * row[i]:.1f} %" for i in best))
+def parse_args(argv=None):
+    parser = Parser(prog="evaluate.py", description=__doc__)
+    add = parser.add_argument
+    add("checkpoint", help="latest.pth, best.pth or weights.pth of a run")
+    add("paths", nargs="*", metavar="PATH",
+        help="image files to classify, and folders, searched at any depth (default: the test set)")
+    add("--split", choices=KINDS,
+        help="the images that the run was trained on, without augmentation, held out, or tests on (default: test)")
+    add("--data", metavar="DIR", help="where the data set lives (default: as in training)")
+    add("--csv", type=Path, metavar="FILE", help="write a row per image: its class, and the probability of each class")
+    add("--top", type=natural, metavar="N", help="classes to print of each file (default: 5; with --csv none)")
+    add("--mistakes", type=Path, metavar="FILE.png", help=f"draw the {DRAWN} most confident mistakes")
+    add("--confusion", type=Path, metavar="FILE.png", help="draw the confusion matrix")
+    add("--white", type=positive_number, metavar="X",
+        help="the value that is white in files of more than 8 bits (default: as in training)")
+    add("--workers", type=natural, default=0, metavar="N",
+        help="processes that decode image files (default: %(default)s)")
+    add("--batch-size", type=positive, metavar="N", help="images (default: as in training)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
+    add("--precision", choices=("auto", *PRECISIONS), default="auto", help="(default: %(default)s)")
+    add("--progress", action=argparse.BooleanOptionalAction, default=sys.stderr.isatty(),
+        help="progress bars (default: on in a terminal)")
+    args = parser.parse_intermixed_args(argv)
+    check_args(args)
+    return args
+
+
+def check_args(args):
+    """Raises Mistake where a flag means nothing or a file cannot be written; makes the folders of what is written."""
+    for name in ("split", "mistakes", "confusion") if args.paths else ("top", "white"):
+        if getattr(args, name) is not None:
+            meant = "images of the run's data set: leave out the paths" if args.paths else "image files: name some"
+            raise Mistake(f"--{name} is for {meant}")
+    for path in (args.mistakes, args.confusion):
+        if path and path.suffix.lower() not in PICTURES:
+            raise Mistake(f"{path}: a picture is written as {', '.join(PICTURES)}")
+    for path in (args.csv, args.mistakes, args.confusion):
+        if path and path.is_dir():
+            raise Mistake(f"{path} is a directory: name a file in it")
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def classify_files(args, checkpoint, device, amp):
+    """Print the likeliest classes of each file, or write a row of each. Returns 1 where some cannot be read."""
+    passed, taken, classes = Counter(), Counter(), checkpoint["classes"]
+    paths = find_images(args.paths, passed)
+    print(*passed_over(passed), sep="\n", end="\n" * bool(passed), file=sys.stderr)
+    white = {"white": args.white} if args.white else {}
+    reader = reader_of(checkpoint, workers=args.workers, progress=args.progress, **white)
+    batch_size = args.batch_size or checkpoint["config"]["arguments"]["batch_size"]
+    answers = classify_each(classifier(checkpoint, device, amp), paths, reader, batch_size)
+    top = args.top if args.top is not None else 0 if args.csv else 5
+    with csv_table(args.csv, "path", classes) as write:
+        for path, answer in zip(paths, answers, strict=True):
+            if isinstance(answer, Mistake):
+                tqdm.write(f"skipped: {answer}", file=sys.stderr)
+                continue
+            best = int(answer.argmax())
+            taken[classes[best]] += 1
+            if write:
+                write(path, best, answer)
+            if top:
+                tqdm.write(f"{path}: {likeliest(answer, classes, top)}")
+    skipped = len(paths) - taken.total()
+    if args.csv:
+        most = ", ".join(f"{name} {count:,}" for name, count in taken.most_common(10))
+        print(f"{args.csv}: {taken.total():,} images, taken for {most}" if taken else f"{args.csv}: no image")
+    if skipped:
+        print(f"skipped {skipped:,} of {len(paths):,} files", file=sys.stderr)
+    return 1 if skipped else 0
+
+
+def evaluate_split(args, checkpoint, device, amp):
+    """Print error and scores on images of the run's data set, and draw what is asked for."""
+    classes, kind = checkpoint["classes"], KINDS[args.split or "test"]
+    reader = reader_of(checkpoint, workers=args.workers, progress=args.progress)
+    images, notes = load_split(checkpoint, args.split or "test", args.data, reader)
+    print(*notes, sep="\n", end="\n" * bool(notes))
+    labels, taken, confidence = classify_split(args, checkpoint, images, device, amp)
+    matrix = confusion_matrix(labels, taken, len(classes))
+    print_scores(matrix, classes, kind)
+    if args.csv:
+        print(f"\n{args.csv}")
+    title = f"{args.checkpoint}\n{headline(matrix, kind)}"
+    if args.confusion:
+        from pictures import draw_confusion
+
+        draw_confusion(args.confusion, matrix, classes, title)
+        print(args.confusion)
+    worst = most_confident(labels != taken, confidence, DRAWN) if args.mistakes else ()
+    if len(worst):
+        from pictures import draw_mistakes
+
+        captions = [(classes[labels[i]], classes[taken[i]], float(confidence[i])) for i in worst]
+        draw_mistakes(args.mistakes, images.select(worst), captions, title)
+        print(args.mistakes)
+    elif args.mistakes:
+        print(f"no image is wrong: {args.mistakes} is not written")
+
+
+def classify_split(args, checkpoint, images, device, amp):
+    """Labels, classes taken for and their probabilities, (images,) each; writes a row of each image to --csv."""
+    classes, names, answers = checkpoint["classes"], iter(images.names), []
+    column = "path" if isinstance(images.names[0], str) else "index"
+    found = predictions(checkpoint, images, device, amp, args.batch_size)
+    bar = tqdm(total=len(images), desc="classifying images", unit="img", leave=False, disable=not args.progress)
+    with bar, csv_table(args.csv, column, classes, labelled=True) as write:
+        for logits, labels in found:
+            probabilities, taken, labels = logits.softmax(1).cpu(), logits.argmax(1).cpu(), labels.cpu()
+            answers.append((labels, taken, probabilities.amax(1)))
+            if write:
+                batch = islice(names, len(labels)), taken.tolist(), probabilities, labels.tolist()
+                for row in zip(*batch, strict=True):
+                    write(*row)
+            bar.update(len(labels))
+    return [torch.cat(part) for part in zip(*answers, strict=True)]
 
 
 @command
 def main(argv=None):
-    parser = Parser(prog="evaluate.py", description=__doc__)
-    parser.add_argument("checkpoint", help="latest.pth, best.pth or weights.pth of a run")
-    parser.add_argument("images", nargs="*", default=[], help="image files to classify (default: the test set)")
-    parser.add_argument("--data", metavar="DIR", help="where the data set lives (default: as in training)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
-    parser.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto", help="(default: %(default)s)")
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
     checkpoint = read_checkpoint(args.checkpoint)
     device = choose_device(args.device)
     set_up_device(device)
     amp, _ = choose_precision(args.precision, device)
-    classes = checkpoint["classes"]
-    if args.images:
-        print_probabilities(args.images, classify(checkpoint, args.images, device, amp), classes)
-    else:
-        images, notes = load_test_images(checkpoint, args.data)
-        print("\n".join(notes), end="\n" * bool(notes))
-        print_test_error(confusion_matrix(predictions(checkpoint, images, device, amp), len(classes)), classes)
+    return (classify_files if args.paths else evaluate_split)(args, checkpoint, device, amp)
 
 
 if __name__ == "__main__":

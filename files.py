@@ -15,10 +15,10 @@ import PIL
 import torch
 from tqdm import tqdm
 
-from batches import IGNORE_INDEX, ImageTensors, batch_positions, normalizer
+from batches import IGNORE_INDEX, ImageTensors, batch_positions, chosen, normalizer
 from cli import Mistake, written_whole
 from folders import existing, list_images
-from reader import Reader, Unreadable, centre, in_8_bits, opened, orientation, random_box
+from reader import Reader, Unreadable, in_8_bits, opened, orientation, random_box
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,16 @@ class ImageFiles:
         return len(self.paths)
 
     def select(self, index):
-        positions = range(len(self))[index] if isinstance(index, slice) else index.tolist()
-        return replace(self, paths=[self.paths[i] for i in positions], labels=self.labels[index])
+        return replace(self, paths=chosen(self.paths, index), labels=self.labels[index])
+
+    @property
+    def names(self):
+        return self.paths
+
+    @property
+    def pixels(self):
+        """(N, S, S, C) uint8, as in evaluation, decoded anew."""
+        return read_all(self.paths, self.reader)[0]
 
     def to(self, device):
         return replace(self, device=device)
@@ -44,7 +52,7 @@ class ImageFiles:
         """ImageTensors of about so many images, small, evenly spaced, without those that cannot be read."""
         paths = self.paths[:: max(1, len(self) // count)]
         pixels, problems = read_all(paths, replace(self.reader, image_size=32, progress=False))
-        return without(ImageTensors(pixels, torch.zeros(len(paths), dtype=torch.int64)), paths, problems)[0]
+        return without(ImageTensors(pixels, torch.zeros(len(paths), dtype=torch.int64)), problems)
 
     def batches(self, batch_size, normalize, crop_fill=None, share=(0, 1)):
         return StreamedBatches(self, batch_size, normalize, bool(crop_fill), share)
@@ -138,7 +146,7 @@ class DecodedFiles(torch.utils.data.Dataset):
     def read(self, i, seed):
         reader, path = self.reader, self.paths[i]
         if seed is None:
-            return reader.read(path, centre(reader.image_size))
+            return reader.read(path)
         with torch.random.fork_rng(devices=[]):
             # torch.manual_seed would seed the GPU, too, where the masks of dropout are drawn.
             torch.default_generator.manual_seed((seed * 1_000_003 + i) % 2**63)
@@ -165,17 +173,15 @@ def read_split(root, folder, paths, labels, reader):
     if not reader.streams:
         cache = root / f".{name}-{reader.image_size}{'-grey' * (reader.channels == 1)}.cache"
         pixels, problems = read_cached(cache, paths, reader)
-        return ImageTensors(pixels, labels), problems
+        return ImageTensors(pixels, labels, paths), problems
     problems = find_unreadable(root / f".{name}-unreadable.cache", paths, reader) if reader.skip_unreadable else {}
     return ImageFiles(paths, labels, reader), problems
 
 
-def without(images, paths, problems):
-    """Images and their paths without those at the positions of ``problems``."""
-    if not problems:
-        return images, paths
-    kept = [i for i in range(len(paths)) if i not in problems]
-    return images.select(torch.tensor(kept, dtype=torch.int64)), [paths[i] for i in kept]
+def without(images, problems):
+    """Images without those at the positions of ``problems``."""
+    kept = [i for i in range(len(images)) if i not in problems]
+    return images.select(torch.tensor(kept, dtype=torch.int64)) if problems else images
 
 
 def unreadable(problems):
@@ -284,6 +290,7 @@ def read_all(paths, reader):
 
 
 def read_or_problem(path, reader):
+    """(S, S, C) uint8 as in evaluation, or the Mistake that says why there are none."""
     try:
         return reader.read(path)
     except Mistake as error:
@@ -385,14 +392,3 @@ def in_workers(function, paths, reader, label):
 
 def unchanged(item):
     return item
-
-
-def unlabelled(paths, reader):
-    """Image files to classify, read the way a folder's are. Raises Mistake."""
-    labels = torch.zeros(len(paths), dtype=torch.int64)
-    if reader.streams:
-        return ImageFiles(paths, labels, reader)
-    pixels, problems = read_all(paths, reader)
-    if problems:
-        raise Mistake("; ".join(problems.values()))
-    return ImageTensors(pixels, labels)

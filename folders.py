@@ -61,16 +61,32 @@ def list_images(folder, passed):
     Every format that Pillow decodes counts; names that begin with a dot do not. ``passed``, a Counter, is told the
     suffixes of all other files.
     """
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in formats()}
     classes, above = {}, (identity(folder),)
     for entry in scan(folder):
-        files = [entry.path]
         if kind_of(entry) == "folder":
-            files = sorted(walk(entry.path, above))
-            classes[entry.name] = [path for path in files if suffix_of(path) in suffixes]
-        images = set(classes.get(entry.name, ()))
-        passed.update(suffix_of(path) or "no suffix" for path in files if path not in images)
+            classes[entry.name] = images_below(entry.path, passed, above)
+        else:
+            passed[suffix_of(entry.path) or "no suffix"] += 1
     return classes
+
+
+def find_images(paths, passed):
+    """The paths of files to classify: those named and, of folders named, those of ``list_images``. Raises Mistake."""
+    found = []
+    for path in paths:
+        images = images_below(path, passed) if os.path.isdir(path) else [path]
+        if not images:
+            raise Mistake(f"{path} holds no image: name a folder that has some")
+        found += images
+    return found
+
+
+def images_below(folder, passed, above=()):
+    """Sorted paths of the images below a folder, at any depth; ``above`` identifies the folders that it is in."""
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in formats()}
+    files = sorted(walk(folder, above))
+    passed.update(suffix_of(path) or "no suffix" for path in files if suffix_of(path) not in suffixes)
+    return [path for path in files if suffix_of(path) in suffixes]
 
 
 def walk(folder, above):

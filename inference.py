@@ -7,16 +7,17 @@
 """
 
 import contextlib
+import itertools
 
 import torch
 import torch.nn.functional as F
 
 import data
 import distributed
-from batches import memory_format
+from batches import memory_format, normalizer
 from cli import Mistake
 from densenet import DenseNet
-from files import unlabelled
+from files import in_workers, read_or_problem
 from reader import Reader
 
 
@@ -53,26 +54,46 @@ def load_model(checkpoint):
     return model.eval()
 
 
-def load_test_images(checkpoint, directory=None):
-    """The images that the checkpoint's run was tested on, and lines to print about them.
+def reader_of(checkpoint, **options):
+    """The Reader of a checkpoint's run; it decodes in this process and shows no bar, if ``options`` don't say so."""
+    return Reader.of_run(checkpoint["config"]["arguments"], **{"workers": 0, "progress": False} | options)
 
-    ``directory`` says where the data set lives, if not where it was. Raises Mistake where images are missing or have
-    other classes.
+
+def load_split(checkpoint, split="test", directory=None, reader=None):
+    """The images that the checkpoint's run had in a split, not augmented, and lines to print about them.
+
+    ``split`` is "train", "valid" (held out of the training images, or a folder of their own) or "test". ``directory``
+    says where the data set lives, if not where it was. Raises Mistake where images are missing, have other classes, or
+    cannot be the ones that were held out.
     """
-    trained = checkpoint["config"]["arguments"]
-    root, reader = directory or trained["data"], Reader.of_run(trained, workers=0, progress=False)
-    layout = checkpoint.get("layout", data.FIRST_LAYOUT)
+    trained, reader = checkpoint["config"]["arguments"], reader or reader_of(checkpoint)
+    root, layout = directory or trained["data"], checkpoint.get("layout", data.FIRST_LAYOUT)
     try:
-        images, notes = data.load_test(trained["dataset"], root, reader, checkpoint["classes"], layout)
+        if split == "test":
+            images, notes = data.load_test(trained["dataset"], root, reader, checkpoint["classes"], layout)
+            return images.select(slice(trained["limit_test"])), notes
+        dataset = data.load_run(trained, root, reader, layout)
+        check_training_data(checkpoint, dataset, root)
     except Mistake as error:
         raise Mistake(f"{error}; --data says where the data set of the training is") from error
-    return images.select(slice(trained["limit_test"])), notes
+    if split not in dataset.splits:
+        raise Mistake("the run held out no images for validation: choose --split train or test")
+    return dataset.splits[split], dataset.notes
 
 
-def predictions(checkpoint, images, device="cpu", amp=contextlib.nullcontext):
+def check_training_data(checkpoint, dataset, root):
+    """Raises Mistake where a data set is not the one that the checkpoint's run held images out of."""
+    if list(dataset.classes) != checkpoint["classes"]:
+        raise Mistake(f"the images in {root} have other classes than those of the training")
+    # Which images are held out depends on how many there are. Their mean and standard deviation tell, if measured.
+    if checkpoint["config"]["arguments"]["valid_size"] and dataset.normalize != checkpoint["normalize"]:
+        raise Mistake(f"the training images in {root} have changed: which were held out is not known any more")
+
+
+def predictions(checkpoint, images, device="cpu", amp=contextlib.nullcontext, batch_size=None):
     """What ``predict`` yields for images of the data module and the trained network of a checkpoint."""
     model = load_model(checkpoint).to(device, memory_format=memory_format(device))
-    batch_size = checkpoint["config"]["arguments"]["batch_size"]
+    batch_size = batch_size or checkpoint["config"]["arguments"]["batch_size"]
     return predict(model, images.to(device).batches(batch_size, checkpoint["normalize"]), amp)
 
 
@@ -83,17 +104,54 @@ def classify(checkpoint, paths, device="cpu", amp=contextlib.nullcontext):
     """
     if isinstance(paths, str) or not paths:
         raise Mistake(f"{paths!r} is not a list of image files")
-    images = unlabelled(paths, Reader.of_run(checkpoint["config"]["arguments"], workers=0, progress=False))
-    return torch.cat([logits.softmax(1).cpu() for logits, _ in predictions(checkpoint, images, device, amp)])
+    batch_size = checkpoint["config"]["arguments"]["batch_size"]
+    found = list(classify_each(classifier(checkpoint, device, amp), paths, reader_of(checkpoint), batch_size))
+    if problems := [str(answer) for answer in found if isinstance(answer, Mistake)]:
+        raise Mistake("; ".join(problems))
+    return torch.stack(found)
 
 
-def confusion_matrix(predictions, count):
+def classifier(checkpoint, device="cpu", amp=contextlib.nullcontext):
+    """A function from pixels (N, S, S, C) uint8, as of a Reader, to class probabilities (N, classes) float32."""
+    model = load_model(checkpoint).to(device, memory_format=memory_format(device))
+    normalized = normalizer(checkpoint["normalize"], device)
+
+    @torch.no_grad()
+    def probabilities(pixels):
+        with amp():
+            logits = model(normalized(pixels.to(device)))
+        return logits.float().softmax(1).cpu()
+
+    return probabilities
+
+
+def classify_each(probabilities, paths, reader, batch_size):
+    """Yield for each image file its class probabilities (classes,), or the Mistake that says why it cannot be read.
+
+    ``probabilities`` is what ``classifier`` returns. No more than a batch is in memory at once.
+    """
+    decoded = iter(in_workers(read_or_problem, paths, reader, "classifying images"))
+    while batch := list(itertools.islice(decoded, batch_size)):
+        pixels = [torch.from_numpy(item) for item in batch if not isinstance(item, Mistake)]
+        rows = iter(probabilities(torch.stack(pixels)) if pixels else ())
+        yield from (item if isinstance(item, Mistake) else next(rows) for item in batch)
+
+
+def most_confident(wrong, confidence, count):
+    """Positions of the ``count`` highest confidences (N,) among the images that are ``wrong`` (N,) bool."""
+    positions = wrong.nonzero()[:, 0]
+    return positions[confidence[positions].argsort(descending=True, stable=True)[:count]]
+
+
+def confusion_matrix(labels, taken, count):
     """(count, count) int64: images of class row that were taken for class column."""
-    matrix = torch.zeros(count, count, dtype=torch.int64)
-    for logits, labels in predictions:
-        pairs = labels * count + logits.argmax(1)
-        matrix += torch.bincount(pairs.cpu(), minlength=count * count).view(count, count)
-    return matrix
+    return torch.bincount(labels * count + taken, minlength=count * count).view(count, count)
+
+
+def class_scores(matrix):
+    """(3, classes) float64: precision, recall and F1 of each class in percent, NaN where one is zero by zero."""
+    right, images, taken = matrix.diagonal().double(), matrix.sum(1), matrix.sum(0)
+    return 100 * torch.stack((right / taken, right / images, 2 * right / (taken + images)))
 
 
 def wilson(error, count, z=1.96):

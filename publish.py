@@ -17,7 +17,7 @@ import torch
 
 from cli import Mistake, Parser, command
 from device import choose_device, choose_precision, set_up_device
-from inference import load_test_images, predictions, wilson
+from inference import load_split, predictions, wilson
 from workdir import read_checkpoint, read_config, read_rows, write_checkpoint
 
 COLUMNS = (
@@ -47,7 +47,7 @@ def publish(directory, checkpoint, device, folder=None):
 
     ``folder`` says where the data set lives, if not where it was in training.
     """
-    images, _ = load_test_images(checkpoint, folder)
+    images, _ = load_split(checkpoint, directory=folder)
     wrong = mistakes(checkpoint, images, device)
     count, error = len(wrong), checkpoint["metrics"]["test"][-1]["error"]
     if abs(int(wrong.sum()) - error * count / 100) > 1 + count / 5000:  # close cases depend on the hardware

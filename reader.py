@@ -57,12 +57,14 @@ class Reader:
         """Whether images stay on disk until a batch asks for them."""
         return self.image_size >= STREAM_FROM
 
-    def read(self, path, choose_box=lambda size: (0, 0, *size)):
+    def read(self, path, choose_box=None):
         """(S, S, C) uint8 from a file: the part that ``choose_box`` chooses, resized.
 
-        ``choose_box``: (width, height) → (left, top, right, bottom), before anything is decoded. Raises Unreadable, and
+        ``choose_box``: (width, height) → (left, top, right, bottom), before anything is decoded. Without it, the part
+        is the one for evaluation: the centre of an image that is streamed, the whole of another. Raises Unreadable, and
         Mistake where ``white`` is missing.
         """
+        choose_box = choose_box or (centre(self.image_size) if self.streams else whole)
         with opened(path) as image:
             box = decode_reduced(image, choose_box(image.size), self.image_size)
             turn = UPRIGHT.get(orientation(image))
@@ -145,6 +147,10 @@ def in_8_bits(image, channels, white, path):
         image = image.convert("RGB")
     mode = "RGB" if channels == 3 else "L"
     return image if image.mode == mode else image.convert(mode)
+
+
+def whole(size):
+    return 0, 0, *size
 
 
 def centre(image_size):

@@ -114,10 +114,7 @@ def log_row(epoch, loss, error):
 
 def load_data(args, device, layout):
     reader = Reader.of_run(vars(args), progress=args.progress and distributed.rank() == 0)
-    dataset = data.load(args.dataset, args.data, reader, args.test_size, layout)
-    if args.valid_size:
-        dataset = dataset.hold_out(args.valid_size, args.seed)
-    dataset = dataset.limit(args.limit_train, args.limit_test)
+    dataset = data.load_run(vars(args), args.data, reader, layout)
     if len(dataset.train) < distributed.world_size():
         raise Mistake(f"{len(dataset.train)} training images for {distributed.world_size()} processes: use fewer")
     positions = batch_positions(len(dataset.train), args.batch_size, distributed.share())
