@@ -41,7 +41,7 @@ def parse_args(argv=None):
     add("paths", nargs="*", metavar="PATH",
         help="image files to classify, and folders, searched at any depth (default: the test set)")
     add("--split", choices=KINDS,
-        help="the images that the run was trained on, without augmentation, held out, or tests on (default: test)")
+        help="images of the run's data set: trained on (not augmented), held out, or tested on (default: test)")
     add("--data", metavar="DIR", help="where the data set lives (default: as in training)")
     add("--csv", type=Path, metavar="FILE", help="write a row per image: its class, and the probability of each class")
     add("--top", type=natural, metavar="N", help="classes to print of each file (default: 5; with --csv none)")
@@ -90,14 +90,14 @@ def classify_files(args, checkpoint, device, amp):
     with csv_table(args.csv, "path", classes) as write:
         for path, answer in zip(paths, answers, strict=True):
             if isinstance(answer, Mistake):
-                tqdm.write(f"skipped: {answer}", file=sys.stderr)
+                say(f"skipped: {answer}", sys.stderr)
                 continue
             best = int(answer.argmax())
             taken[classes[best]] += 1
             if write:
                 write(path, best, answer)
             if top:
-                tqdm.write(f"{path}: {likeliest(answer, classes, top)}")
+                say(f"{path}: {likeliest(answer, classes, top)}")
     skipped = len(paths) - taken.total()
     if args.csv:
         most = ", ".join(f"{name} {count:,}" for name, count in taken.most_common(10))
@@ -105,6 +105,12 @@ def classify_files(args, checkpoint, device, amp):
     if skipped:
         print(f"skipped {skipped:,} of {len(paths):,} files", file=sys.stderr)
     return 1 if skipped else 0
+
+
+def say(line, stream=None):
+    """Print a line above the progress bar."""
+    with tqdm.external_write_mode():
+        print(line, file=stream)
 
 
 def evaluate_split(args, checkpoint, device, amp):
@@ -115,23 +121,19 @@ def evaluate_split(args, checkpoint, device, amp):
     print(*notes, sep="\n", end="\n" * bool(notes))
     labels, taken, confidence = classify_split(args, checkpoint, images, device, amp)
     matrix = confusion_matrix(labels, taken, len(classes))
-    print_scores(matrix, classes, kind)
-    if args.csv:
-        print(f"\n{args.csv}")
-    title = f"{args.checkpoint}\n{headline(matrix, kind)}"
+    worst = most_confident(labels != taken, confidence, DRAWN)
+    title = f"{Path(*Path(args.checkpoint).parts[-3:])}\n{headline(matrix, kind)}"
     if args.confusion:
         from pictures import draw_confusion
 
         draw_confusion(args.confusion, matrix, classes, title)
-        print(args.confusion)
-    worst = most_confident(labels != taken, confidence, DRAWN) if args.mistakes else ()
-    if len(worst):
+    if args.mistakes and len(worst):
         from pictures import draw_mistakes
 
         captions = [(classes[labels[i]], classes[taken[i]], float(confidence[i])) for i in worst]
         draw_mistakes(args.mistakes, images.select(worst), captions, title)
-        print(args.mistakes)
-    elif args.mistakes:
+    print_scores(matrix, classes, kind)
+    if args.mistakes and not len(worst):
         print(f"no image is wrong: {args.mistakes} is not written")
 
 
@@ -160,7 +162,10 @@ def main(argv=None):
     device = choose_device(args.device)
     set_up_device(device)
     amp, _ = choose_precision(args.precision, device)
-    return (classify_files if args.paths else evaluate_split)(args, checkpoint, device, amp)
+    try:
+        return (classify_files if args.paths else evaluate_split)(args, checkpoint, device, amp)
+    except torch.OutOfMemoryError as error:
+        raise Mistake(f"{device} has too little memory for a batch: choose a smaller --batch-size") from error
 
 
 if __name__ == "__main__":

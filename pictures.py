@@ -18,15 +18,16 @@ def draw_mistakes(path, images, captions, title):
     """Draw images of the data module, each with its caption: (true class, class taken for, probability)."""
     columns = min(PER_ROW, len(images))
     rows = -(-len(images) // columns)
-    figure = Figure(figsize=(max(1.4 * columns, 6), 1.85 * rows + 0.6), layout="constrained")
-    figure.suptitle(f"{title}\ntrue class → class taken for (its probability)", fontsize=10, parse_math=False)
+    figure = Figure(figsize=(max(1.4 * columns, 6), 2 * rows + 0.6), layout="constrained")
+    title = f"{title}\ntrue class → class taken for, and its probability"
+    figure.suptitle(drawable(title), fontsize=10, parse_math=False)
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.axis("off")
     drawn = zip(figure.axes, images.names, images.pixels.numpy(), captions, strict=False)  # of more axes than images
     for axes, name, pixels, (true, taken, probability) in drawn:
         axes.imshow(pixels if pixels.shape[2] == 3 else pixels[..., 0], cmap="gray", vmin=0, vmax=255)
-        taken = f"→ {shown(taken)} ({100 * probability:.1f} %)"
-        axes.set_title(f"{shown(true)}\n{taken}", fontsize=8, parse_math=False)
+        caption = f"{shown(true)}\n→ {shown(taken)}\n{100 * probability:.1f} %"
+        axes.set_title(caption, fontsize=7, parse_math=False)
         name = os.path.basename(name) if isinstance(name, str) else f"index {name}"
         where = {"x": 0.5, "y": -0.03, "ha": "center", "va": "top", "transform": axes.transAxes}
         axes.text(s=shown(name), fontsize=6, color="0.5", parse_math=False, **where)
@@ -40,7 +41,7 @@ def draw_confusion(path, matrix, classes, title):
     right = np.eye(size, dtype=bool)
     side = min(max(size * (0.5 if size <= NUMBERED else 0.13), 4), 20)  # inches
     figure = Figure(figsize=(side + 3, side + 1.5), layout="compressed")
-    figure.suptitle(title, fontsize=10, parse_math=False)
+    figure.suptitle(drawable(title), fontsize=10, parse_math=False)
     axes = figure.subplots()
     blue = axes.imshow(np.ma.array(share, mask=~right), cmap="Blues", vmin=0, vmax=100)
     most = max(share[~right].max(), 5)
@@ -59,10 +60,13 @@ def draw_confusion(path, matrix, classes, title):
     save(figure, path)
 
 
-def shown(name, length=24):
-    """A name as matplotlib can draw it: not too long, and without what is no character."""
-    name = name.encode(errors="replace").decode()
-    return name if len(name) <= length else f"{name[: length - 1]}…"
+def drawable(text):
+    """Text with a question mark for what is no character, such as a stray byte in a file's name."""
+    return text.encode(errors="replace").decode()
+
+
+def shown(name, length=20):
+    return drawable(name if len(name) <= length else f"{name[: length - 1]}…")
 
 
 def save(figure, path):

@@ -361,27 +361,27 @@ def test_a_run_keeps_its_splits(tmp_path, capsys, older):
 
 
 def test_a_run_that_was_tested_on_val_stays_so(tmp_path):
-    import evaluate
+    import inference
 
     root = write_folder(tmp_path / "images")
     (root / "test").rename(root / "val")
     assert train.main(["--dataset", "folder", "--data", str(root), *NETWORK, "--epochs", "1"]) == 0
     shutil.copytree(root / "train", root / "test")
     assert train.main(["--resume", "--save", "run", "--epochs", "2", "--no-plot", "--no-progress"]) == 0
-    images, _ = evaluate.load_test_images(torch.load("run/latest.pth", weights_only=True))
+    images, _ = inference.load_split(torch.load("run/latest.pth", weights_only=True))
     assert len(images) == 4
 
 
 def test_labels_are_those_of_the_run_when_a_class_is_added(tmp_path):
-    import evaluate
+    import inference
 
     root = flat_folder(tmp_path)
     assert train.main(["--dataset", "folder", "--data", str(root), *NETWORK, "--epochs", "1", "--test-size", "4"]) == 0
     checkpoint = torch.load("run/latest.pth", weights_only=True)
-    before, _ = evaluate.load_test_images(checkpoint)
+    before, _ = inference.load_split(checkpoint)
     shutil.copytree(root / "cat", root / "ant")
     (root / "dog/new.png").write_bytes(b"damaged, but not among the test images")
-    images, notes = evaluate.load_test_images(checkpoint)
+    images, notes = inference.load_split(checkpoint)
     assert torch.equal(images.labels, before.labels) and torch.equal(images.pixels, before.pixels) and notes == []
 
 

@@ -127,7 +127,7 @@ def load_test_images(dataset, folder):
     if dataset != "digits" and not (ROOT / folder).exists():
         pytest.skip(f"{folder} is not here")
     run = next(run for run in RUNS if data_of(run) == (dataset, folder))
-    return inference.load_test_images(read_checkpoint(run / "weights.pth"), ROOT / folder)[0]
+    return inference.load_split(read_checkpoint(run / "weights.pth"), directory=ROOT / folder)[0]
 
 
 def data_of(run):

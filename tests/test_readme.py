@@ -20,6 +20,7 @@ from PIL import Image
 
 import arguments
 import densenet
+import evaluate
 from publish import error_cell
 from workdir import read_checkpoint
 
@@ -235,6 +236,12 @@ def test_first_run_s_error_is_the_published_one():
     assert f"a test error of {error:.2f} %" in text and f"epochs took {seconds:.0f} seconds" in text
 
 
+def test_scores_of_the_published_digits_are_what_evaluate_prints(capsys):
+    [text] = blocks(section("Use a trained network"), "text")
+    assert evaluate.main([str(ROOT / "work/digits.bc16/weights.pth"), "--device", "cpu", "--precision", "fp32"]) == 0
+    assert set(text.splitlines()) - {"…"} <= set(capsys.readouterr().out.splitlines())
+
+
 # What stands for python, torchrun, … while the pages' commands run: the real one, on a small network and few images.
 SHORTENED = """#!{python}
 import os, sys
@@ -276,7 +283,7 @@ def test_every_block_of_commands_runs(tmp_path):
     for name in ("python", "torchrun", "pip", "pytest", "git", "srun", "scontrol"):
         (tools / name).write_text(SHORTENED.format(python=sys.executable))
         (tools / name).chmod(0o755)
-    for shade, name in enumerate(("cat.jpg", "dog.png", *(f"DIR/{split}/{kind}/1.png" for split in ("train", "test") for kind in "ab"))):
+    for shade, name in enumerate(("cat.jpg", "dog.png", "photos/1.png", *(f"DIR/{split}/{kind}/1.png" for split in ("train", "test") for kind in "ab"))):
         path = tmp_path / "clone" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((40, 30, 3), 40 * shade, dtype=np.uint8)).save(path)
