@@ -182,8 +182,9 @@ def test_selected_images_keep_their_names(tmp_path):
 @pytest.mark.parametrize(("image_size", "workers"), [(8, 0), (128, 1)])
 def test_files_and_folders_are_read_as_in_evaluation(tmp_path, capsys, image_size, workers):
     """In memory and streamed, images of any size; the test images get the answers that they get as the test set."""
-    root = write_folder(tmp_path / "images", size=(200, 140))
-    Image.new("RGB", (131, 177), (9, 200, 30)).save(root / "test/cat/1.png")
+    root, generator = write_folder(tmp_path / "images"), np.random.default_rng(1)
+    for path, size in zip((root / "test").rglob("*.png"), ((140, 200), (177, 131), (150, 150), (40, 30)), strict=True):
+        Image.fromarray(generator.integers(256, size=(*size, 3), dtype=np.uint8)).save(path)
     checkpoint = write_checkpoint(root, image_size)
     evaluated(capsys, "run.pth", "--csv", "test.csv")
     first = root / "test/dog/1.png"
