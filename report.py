@@ -18,7 +18,10 @@ def headline(matrix, kind="test"):
 
 
 def print_scores(matrix, classes, kind="test"):
-    """Print the error, each class's scores and what it is taken for, their averages and a small matrix itself."""
+    """Print the error, each class's scores and what it is taken for, and the matrix itself where it is small.
+
+    A score that is zero by zero is shown as – and left out of the average over the classes.
+    """
     print(headline(matrix, kind))
     width, scores = max(map(len, (*classes, "macro average"))), class_scores(matrix)
     print(f"\n{'class':{width}}  images  error %  precision %  recall %    F1 %  taken for")
@@ -35,7 +38,7 @@ def print_scores(matrix, classes, kind="test"):
 
 
 def cells(scores):
-    """Error, precision, recall and F1 of a class, in percent, for its line of the table; – for zero by zero."""
+    """Error, precision, recall and F1 of a class, in percent, for its line of the table."""
     precision, recall, f1 = scores.tolist()
     columns = ((100 - recall, 7), (precision, 11), (recall, 8), (f1, 6))
     return "  ".join(f"{'–' if math.isnan(value) else f'{value:.2f}':>{width}}" for value, width in columns)
