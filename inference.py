@@ -86,7 +86,8 @@ def check_training_data(checkpoint, dataset, root):
     if list(dataset.classes) != checkpoint["classes"]:
         raise Mistake(f"the images in {root} have other classes than those of the training")
     # Which images are held out depends on how many there are. Their mean and standard deviation tell, if measured.
-    if checkpoint["config"]["arguments"]["valid_size"] and dataset.normalize != checkpoint["normalize"]:
+    before, now = (torch.tensor(values, dtype=torch.float64) for values in (checkpoint["normalize"], dataset.normalize))
+    if checkpoint["config"]["arguments"]["valid_size"] and not torch.equal(before, now):
         raise Mistake(f"the training images in {root} have changed: which were held out is not known any more")
 
 

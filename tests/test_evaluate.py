@@ -153,7 +153,7 @@ def test_splits_that_are_not_the_run_s(tmp_path, capsys):
     write_checkpoint(root)
     refused("the run held out no images for validation: choose --split train or test")
     normalize = data.load("folder", root, Reader(8)).normalize
-    torch.save(write_checkpoint(root, valid_size=2) | {"normalize": normalize}, "run.pth")
+    torch.save(write_checkpoint(root, valid_size=2) | {"normalize": [*map(list, normalize)]}, "run.pth")  # as of JSON
     assert "of 2 images wrong" in evaluated(capsys, "run.pth", "--split", "valid").out
     Image.new("RGB", (40, 20)).save(root / "train/cat/more.png")
     refused("have changed: which were held out is not known any more; --data says where")
