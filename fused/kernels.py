@@ -21,9 +21,9 @@ def power_of_2(n, least=16):
     return max(least, triton.next_power_of_2(n))
 
 
-# Tile sizes: rows of a tile, input columns of a tile, output columns of a tile at most; of a 1×1 convolution, whose
-# input is wide, at most so many that it is read once. A wider tile has fewer rows: registers are what limits all.
-ROWS, COLUMNS, MOST_OUTPUTS, MOST_OUTPUTS_OF_1X1 = 64, 32, 64, 256
+# Tile sizes: rows of a tile, input columns of a tile, output columns of a tile at most. A 1×1 convolution, whose input
+# is wide, has more of these, to read it less often. Registers are what limits all.
+ROWS, COLUMNS, MOST_OUTPUTS = 64, 32, 64
 # Programs of a launch that sums over rows: enough for a large GPU, few enough to be added soon; fewer where a partial
 # sum is a matrix.
 PROGRAMS, MATRIX_PROGRAMS = 528, 264
@@ -121,13 +121,12 @@ def bn_relu_conv1x1_kernel(
 def bn_relu_conv1x1(x, norm, weight, out, statistics):
     """x (M, C), weight (J, C, 1, 1): writes out (M, J) and, where asked to, mean and variance of its columns (2, J)."""
     (m, c), j = x.shape, len(weight)
-    bj = min(MOST_OUTPUTS_OF_1X1, power_of_2(j))
-    bm = min(ROWS, 2 * ROWS * MOST_OUTPUTS // bj)
-    span, programs = share_rows(m, PROGRAMS, triton.cdiv(j, bj), bm)
+    bj = min(2 * MOST_OUTPUTS, power_of_2(j))
+    span, programs = share_rows(m, PROGRAMS, triton.cdiv(j, bj))
     partial = x.new_empty(programs, 2, j, dtype=torch.float32)
     bn_relu_conv1x1_kernel[(programs, triton.cdiv(j, bj))](
         x, x.stride(0), *norm[:5], weight.flatten(1).contiguous(), out, partial, span, m, c, j,
-        BM=bm, BC=COLUMNS, BJ=bj, V=vector(c, x.stride(0)), ASKED=statistics is not None,
+        BM=ROWS, BC=COLUMNS, BJ=bj, V=vector(c, x.stride(0)), ASKED=statistics is not None,
         num_warps=4 if bj <= MOST_OUTPUTS else 8,
     )  # fmt: skip
     finish_statistics(partial, statistics, span, m)
