@@ -106,12 +106,17 @@ def add_boxes(graph, boxes, ops, colors):
 
 
 def add_arrows(graph, boxes, pairs, colors, sides):
-    """Add the arrows: to the next box straight; others around the boxes between, on one side per box they leave."""
+    """Add the arrows: to the next box straight; others around the boxes between, on one side per box they leave.
+
+    What follows an opened dense block stands beside its end: stairs are less long than one row.
+    """
     order = {name: i for i, name in enumerate(boxes)}
     for tail, head in pairs:
         source, reader = boxes[tail][0], boxes[head][0]
         style = {"color": LINE if (source.part, source.layer) == (reader.part, reader.layer) else colors[tail][1]}
-        if order[head] - order[tail] == 1:
+        if reader.part.startswith("transitions") and tail != source.part != reader.part:
+            style["minlen"] = "0"
+        elif order[head] - order[tail] == 1:
             style["weight"] = "20"
         elif sides:
             side = sides[(order[tail] - order[f"{source.part}.{INPUT}"]) % 2]

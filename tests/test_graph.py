@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import make_graph
 from densenet import ARCHITECTURES, BottleneckLayer, DenseNet, SingleLayer, Transition
@@ -143,6 +144,13 @@ def test_the_suffix_chooses_the_format(tmp_path, kind, start, capsys):
     assert path.read_bytes().startswith(start)
     assert capsys.readouterr().out == f"{path}\n"
     assert list(path.parent.iterdir()) == [path]
+
+
+@needs_dot
+def test_the_default_picture_fits_a_page(tmp_path):
+    assert make_graph.main(["--out", str(tmp_path / "model.png")]) == 0
+    width, height = Image.open(tmp_path / "model.png").size
+    assert width / 2 < height < 2 * width
 
 
 @needs_dot
