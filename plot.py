@@ -2,155 +2,86 @@
 
 Example: python plot.py work/digits.base
          python plot.py work/sgd work/adam --out figures --format svg --smooth 3
-         python plot.py work/sgd work/adam --out sgd-vs-adam.png
+         python plot.py work/sgd work/adam --out sgd-vs-adam.png --labels SGD Adam --only test --ylim 0 20
          python plot.py --mean work/sgd.1 work/sgd.2 work/sgd.3 --mean work/adam.1 work/adam.2 work/adam.3
 
 Reads the logs of train.py, of bamos/densenet.pytorch (train.csv, test.csv without header) and of
 gpleiss/efficient_densenet_pytorch (results.csv).
 """
 
+import argparse
 import io
-import itertools
-import re
+import os
 import sys
+import textwrap
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
+os.environ["MPLBACKEND"] = "agg"  # no window is opened; a notebook's backend may not be installed here
+
 import matplotlib
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from cli import Mistake, Parser, command, written_whole
+from logs import SPLITS, leading, mean_log, read_log
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; of one run, the training curve is the lighter one.
 SPLIT_COLORS = {"train": "#56B4E9", "valid": "#009E73", "test": "#D55E00"}
 RUN_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9")
-SPLIT_STYLES = {"train": "--", "valid": ":", "test": "-"}
+SPLIT_STYLES = {
+    "train": {"linestyle": "--", "linewidth": 1.1},
+    "valid": {"linestyle": ":", "linewidth": 1.8},
+    "test": {"linestyle": "-", "linewidth": 1.8},
+}
+DROP_STYLE = {"color": "0.6", "linestyle": (0, (1, 2)), "linewidth": 1}
 FORMATS = ("png", "pdf", "svg")
 FIGURES = {"loss": ("loss",), "error": ("error",), "loss-error": ("loss", "error")}
+POSSIBLE = {"loss": (0, None), "error": (0, 100)}  # what a band of deviations may not leave
 
 
 @dataclass
-class Log:
-    """The logs of one run: split → table with the columns epoch, loss, error (percent) and, if known, lr.
+class View:
+    """What of the logs is shown, and how. ``smooth``: epochs; ``xlim``, and ``ylim`` of each quantity: (low, high)."""
 
-    ``fine`` holds rows within epochs; ``tables["train"]`` then holds the epochs' averages. Of a mean over several runs,
-    ``deviations`` holds the standard deviations, split → table, and ``runs`` counts the runs.
-    """
+    only: str | None = None
+    smooth: float = 0
+    xlim: tuple | None = None
+    ylim: dict = field(default_factory=dict)
+    scale: dict = field(default_factory=lambda: {"loss": "auto", "error": "linear"})
 
-    name: str
-    tables: dict
-    fine: pd.DataFrame | None = None
-    deviations: dict = field(default_factory=dict)
-    runs: int = 1
+    def splits(self, log):
+        return [split for split in SPLITS if split in log.tables and self.only in (None, split)]
 
-    @property
-    def headline(self):
-        """The split whose error is reported: test, or validation where there is no test error per epoch."""
-        return "test" if len(self.tables.get("test", ())) > 1 or "valid" not in self.tables else "valid"
+    def rows(self, table):
+        return table if self.xlim is None else table[table.epoch.between(*self.xlim)]
 
 
-def read_table(path, names=None):
-    """A CSV file as numbers, without a half-written last line; None where the file is missing or has no row."""
-    try:
-        text = path.read_text()
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise Mistake(f"{path} cannot be read ({error})") from error
-    text = text[: text.rfind("\n") + 1]
-    has_header = text.startswith("epoch")
-    try:
-        table = pd.read_csv(io.StringIO(text), header=0 if has_header else None, names=None if has_header else names)
-        table = table.astype(float)
-    except pd.errors.EmptyDataError:
-        return None
-    except (ValueError, pd.errors.ParserError) as error:
-        raise Mistake(f"{path} is not a log: {str(error).splitlines()[0]}") from error
-    if "epoch" not in table:
-        raise Mistake(f"{path} is not a log: it has no header that begins with epoch")
-    return table if len(table) else None
-
-
-def read_log(directory):
-    """The Log of a run directory. Raises Mistake where it has none, or no row yet."""
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise Mistake(f"{directory} is not a run directory")
-    results = read_table(directory / "results.csv")
-    if results is not None and "train_loss" in results:
-        return read_results(directory.name, results)
-    tables = {}
-    for split in ("train", "valid", "test"):
-        table = read_table(directory / f"{split}.csv", names=["epoch", "loss", "error"])
-        if table is not None:
-            missing = {"loss", "error"} - set(table)
-            if missing:
-                raise Mistake(f"{directory / split}.csv is not a log: it has no column {missing.pop()}")
-            tables[split] = table
-    if not tables:
-        raise Mistake(f"{directory} has no log with a row: train.csv, test.csv or results.csv")
-    fine = None
-    if "train" in tables:
-        whole = tables["train"].epoch == tables["train"].epoch.round()
-        if "lr" not in tables["train"] and not whole.all():
-            fine, tables["train"] = tables["train"], average_epochs(tables["train"])
-        elif not whole.all():
-            fine = tables["train"][~whole]
-            tables["train"] = tables["train"][whole]
-    return Log(directory.name, tables, fine)
-
-
-def average_epochs(table):
-    """One row per epoch of a table with a row per iteration, as bamos writes it: epoch 2.0 begins the third epoch."""
-    epoch = table.epoch.floordiv(1) + 1
-    return table.groupby(epoch)[["loss", "error"]].mean().reset_index(names="epoch")
-
-
-def read_results(name, results):
-    """The Log of gpleiss/efficient_densenet_pytorch: errors are fractions, the last row holds the test error alone."""
-    tables = {}
-    for split in ("train", "valid"):
-        table = results[["epoch", f"{split}_loss", f"{split}_error"]].dropna()
-        table.columns = ["epoch", "loss", "error"]
-        tables[split] = table.assign(error=100 * table.error)
-    test = results.test_error.dropna()
-    if len(test):
-        last = tables["train"].epoch.max()
-        tables["test"] = pd.DataFrame({"epoch": [last], "loss": [float("nan")], "error": [100 * test.iloc[-1]]})
-    return Log(name, tables)
-
-
-def mean_log(logs):
-    """The mean of several runs, over the epochs that all of them have, as a Log."""
-    names = [log.name for log in logs]
-    alike = sum(1 for _ in itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False)))
-    name = re.sub(r"([.\-_ ]+seed)?[.\-_ ]*\d*$", "", names[0][:alike]) or ", ".join(names)
-    tables, deviations = {}, {}
-    for split in ("train", "valid", "test"):
-        parts = [log.tables[split] for log in logs if split in log.tables]
-        if len(parts) < len(logs):
-            continue
-        grouped = pd.concat(parts).groupby("epoch")
-        whole = grouped.size() == len(logs)
-        if not whole.any():
-            raise Mistake(f"{', '.join(names)}: --mean needs runs that have epochs in common")
-        tables[split] = grouped.mean()[whole].reset_index()
-        deviations[split] = grouped[["loss", "error"]].std()[whole].reset_index()
-    return Log(f"{name}, mean of {len(logs)}", tables, deviations=deviations, runs=len(logs))
+def labels(paths):
+    """What tells the paths apart: their parts without those at the beginning and at the end that all of them have."""
+    paths = [Path(os.path.abspath(path)).parts for path in paths]
+    for _ in ("beginning", "end"):
+        alike = min(leading(paths), min(map(len, paths)) - 1)  # so that something is left of each
+        paths = [path[alike:][::-1] for path in paths]
+    return ["/".join(path) for path in paths]
 
 
 def smooth(table, epochs):
     """Rolling mean over the last ``epochs`` epochs."""
     if not epochs:
         return table
-    days = pd.to_timedelta(table.epoch, unit="D")  # pandas rolls over a span only along a time axis
-    rolled = table.set_index(days)[["loss", "error"]].rolling(pd.Timedelta(days=epochs)).mean().reset_index(drop=True)
-    return rolled.assign(epoch=table.epoch.to_numpy())
+    starts = np.searchsorted(table.epoch, table.epoch - epochs, side="right")
+    values = table[["loss", "error"]].to_numpy()
+    means = [values[min(start, i) : i + 1].mean(0) for i, start in enumerate(starts)]
+    return pd.DataFrame(means, columns=["loss", "error"]).assign(epoch=table.epoch)
 
 
-def drops(table):
+def drops(log):
     """Epochs at whose start the learning rate fell to half or less."""
+    table = log.tables.get("train", {})
     if "lr" not in table:
         return []
     before = table.lr.shift()
@@ -161,96 +92,204 @@ def drops(table):
 def summary(log):
     """Final and best error of the log, in words."""
     split = log.headline
-    if split not in log.tables:
-        return log.name
     table = log.tables[split]
+    final, best = table.iloc[-1], table.sort_values("error", kind="stable").iloc[0]
     if log.runs > 1:
-        final, spread = table.iloc[-1], log.deviations[split].iloc[-1]
-        return f"{split} error: final {final.error:.2f} ± {spread.error:.2f} % (epoch {final.epoch:.0f})"
-    final, best = table.iloc[-1], table.loc[table.error.idxmin()]
-    text = f"{split} error: final {final.error:.2f} % (epoch {final.epoch:.0f}), "
-    text += f"best {'on test ' if split == 'test' else ''}{best.error:.2f} % (epoch {best.epoch:.0f})"
+        spread = log.deviations[split].error.iloc[-1]
+        return f"{split} error, mean of {log.runs}: final {final.error:.2f} ± {spread:.2f} % (epoch {final.epoch:.0f})"
+    text = f"{split} error: final {final.error:.2f} % (epoch {final.epoch:.0f})"
+    if split != "train":
+        text += f", best {'on test ' * (split == 'test')}{best.error:.2f} % (epoch {best.epoch:.0f})"
     if split == "valid" and "test" in log.tables:
         text += f"; test {log.tables['test'].error.iloc[-1]:.2f} %"
     return text
 
 
-def draw(axes, logs, quantity, scale, smooth_epochs):
-    """Draw one quantity, "loss" or "error", of all logs."""
+def line_styles(i, count):
+    """Split → style of its line, of the i-th of ``count`` runs. More runs than there are colours differ in markers."""
+    turn, color = divmod(i, len(RUN_COLORS))
+    run = {"color": RUN_COLORS[color], "marker": (turn + 2, 0) if turn else None}  # triangles, then squares, …
+    looks = {split: run if count > 1 else {"color": color} for split, color in SPLIT_COLORS.items()}
+    return {split: style | looks[split] for split, style in SPLIT_STYLES.items()}
+
+
+def draw_log(axes, log, quantity, view, styles):
+    """Draw one quantity, "loss" or "error", of a log."""
+    for split in view.splits(log):
+        table, style = log.tables[split], styles[split]
+        faint = {"color": style["color"], "linewidth": 0.5}
+        if split == "train" and log.fine is not None:
+            fine = view.rows(log.fine)
+            axes.plot(fine.epoch, fine[quantity], alpha=0.3, **faint)
+        if view.smooth and len(table) > 1:
+            raw = view.rows(table)
+            axes.plot(raw.epoch, raw[quantity], alpha=0.4, **faint)
+        line = view.rows(smooth(table, view.smooth))
+        points = {"marker": "o"} if len(table) == 1 else {"markevery": max(1, len(line) // 8)}
+        axes.plot(line.epoch, line[quantity], **(style | points))
+        if log.runs > 1 and split == (view.only or log.headline):
+            band = view.rows(smooth(log.deviations[split], view.smooth))[quantity]
+            edges = [(line[quantity] + side * band).clip(*POSSIBLE[quantity]) for side in (-1, 1)]
+            axes.fill_between(line.epoch, *edges, color=style["color"], alpha=0.2, linewidth=0)
+
+
+def draw(axes, logs, quantity, view):
+    """Draw one quantity of all logs."""
     for i, log in enumerate(logs):
-        for split, table in log.tables.items():
-            color = SPLIT_COLORS[split] if len(logs) == 1 else RUN_COLORS[i % len(RUN_COLORS)]
-            label = split if len(logs) == 1 else f"{log.name}, {split}"
-            style = {"color": color, "linestyle": SPLIT_STYLES[split], "linewidth": 1.1 if split == "train" else 1.8}
-            if split == "train" and log.fine is not None:
-                axes.plot(log.fine.epoch, log.fine[quantity], color=color, linewidth=0.5, alpha=0.3)
-            if smooth_epochs and len(table) > 1:
-                axes.plot(table.epoch, table[quantity], color=color, linewidth=0.5, alpha=0.4)
-            marker = "o" if len(table) == 1 else None
-            line = smooth(table, smooth_epochs)
-            axes.plot(line.epoch, line[quantity], label=label, marker=marker, **style)
-            if split in log.deviations and split == log.headline:
-                band = smooth(log.deviations[split], smooth_epochs)[quantity]
-                low, high = line[quantity] - band, line[quantity] + band
-                axes.fill_between(line.epoch, low, high, color=color, alpha=0.2, linewidth=0)
-    for epoch in sorted({epoch for log in logs for epoch in drops(log.tables.get("train", pd.DataFrame()))}):
-        axes.axvline(epoch, color="0.6", linestyle=(0, (1, 2)), linewidth=1, zorder=0)
+        draw_log(axes, log, quantity, view, line_styles(i, len(logs)))
+    for epoch in sorted({epoch for log in logs for epoch in drops(log)}):
+        axes.axvline(epoch, zorder=0, **DROP_STYLE)
+    scale, limits = view.scale[quantity], view.ylim.get(quantity)
     if scale == "auto":  # less than a decade on a logarithmic axis has hardly a number beside it
-        low, high = axes.dataLim.intervaly
+        low, high = limits or axes.dataLim.intervaly
         scale = "log" if high > 10 * low > 0 else "linear"
     axes.set(xlabel="epoch", ylabel="cross-entropy loss (nats)" if quantity == "loss" else "error (%)", yscale=scale)
+    axes.set(xlim=view.xlim, ylim=limits)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(color="0.9", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def make_figure(logs, quantities, scales, smooth_epochs, title=None):
-    figure = Figure(figsize=(5.6 * len(quantities), 4.2), layout="constrained")
+def plain(text, inches, size):
+    """Text that can be drawn, in lines that are not wider than so many inches in letters of ``size`` points."""
+    text = "".join(letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text)
+    width = max(10, int(inches * 72 / (0.6 * size)))  # letters are 0.6 of their size wide, on average
+    return "\n".join(line for paragraph in text.split("\n") for line in textwrap.wrap(paragraph, width) or [""])
+
+
+def add_legend(owner, entries, columns=1, **options):
+    """A legend of (text, style of its line), in reading order. Nothing in a text is markup: neither $ nor a first _."""
+    entries = [entry for column in range(columns) for entry in entries[column::columns]]  # as Matplotlib fills columns
+    lines = [Line2D([], [], **style) for _, style in entries]
+    legend = owner.legend(lines, [" "] * len(lines), ncols=columns, frameon=False, fontsize=9, **options)
+    for text, (label, _) in zip(legend.get_texts(), entries, strict=True):
+        text.set(text=label, parse_math=False)
+
+
+def split_entries(logs, view):
+    """What a legend says of line styles."""
+    shown = {split for log in logs for split in view.splits(log)}
+    color = {} if len(logs) == 1 else {"color": "0.3"}
+    entries = [(split, style | color) for split, style in line_styles(0, 1).items() if split in shown]
+    return entries + [("learning rate drops", DROP_STYLE)] * any(map(drops, logs))
+
+
+def run_entries(logs):
+    """What a legend says of several runs: label, errors, and network and data unless these are the same for all."""
+    titled = len({log.title for log in logs.values()}) > 1
+    names = [f"{label}, {log.title}" if titled and log.title else label for label, log in logs.items()]
+    texts = [f"{name}: {summary(log)}" for name, log in zip(names, logs.values(), strict=True)]
+    return [(text, line_styles(i, len(logs))["test"]) for i, text in enumerate(texts)]
+
+
+def heading(logs, title):
+    """The lines above a figure: its title, or else network and data if all runs share them; of a single run, errors."""
+    titles = {log.title for log in logs.values()}
+    shared = titles.pop() if len(titles) == 1 else ""
+    if len(logs) > 1:
+        return title or shared
+    [(label, log)] = logs.items()
+    return f"{title or ': '.join(filter(None, (label, shared)))}\n{summary(log)}"
+
+
+def make_figure(logs, quantities, view, title=None, size=None):
+    """A figure with a panel per quantity. ``logs``: label → Log; ``size``: (width, height) in inches."""
+    runs, width = list(logs.values()), size[0] if size else 5.6 * len(quantities)
+    below, columns = split_entries(runs, view), 4
+    if len(runs) > 1:
+        below = [(plain(text, width - 0.6, 9), style) for text, style in run_entries(logs)]
+        columns = max(1, int(width / (0.6 + 0.07 * max(len(text) for text, _ in below))))
+    lines = sum(text.count("\n") + 1 for text, _ in below) / columns
+    figure = Figure(figsize=size or (width, min(4 + 0.2 * lines, 50)), layout="constrained")
     panels = figure.subplots(1, len(quantities), squeeze=False)[0]
     for axes, quantity in zip(panels, quantities, strict=True):
-        draw(axes, logs, quantity, scales[quantity], smooth_epochs)
-    if len(logs) == 1:
-        figure.suptitle(f"{title or logs[0].name}\n{summary(logs[0])}", fontsize=10)
-    else:
-        figure.suptitle("\n".join([title or "", *(f"{log.name}: {summary(log)}" for log in logs)]).strip(), fontsize=8)
-    handles, labels = panels[-1].get_legend_handles_labels()
-    if any(drops(log.tables.get("train", pd.DataFrame())) for log in logs):
-        handles.append(panels[0].axvline(float("nan"), color="0.6", linestyle=(0, (1, 2)), linewidth=1))
-        labels.append("learning rate drops")
-    columns = 4 if len(logs) == 1 else min(4, len(logs))
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+        draw(axes, runs, quantity, view)
+    figure.suptitle(plain(heading(logs, title), width, 10), fontsize=10, parse_math=False)
+    add_legend(figure, below, columns, loc="outside lower center")
+    if len(runs) > 1:
+        add_legend(panels[-1], split_entries(runs, view), loc="upper right")
     return figure
 
 
 def save(figure, path):
-    """Write a figure in one step, the same bytes for the same logs."""
+    """Write a figure in one step, the same bytes for the same logs. Raises Mistake where its texts leave no room."""
     kind = path.suffix[1:].lower()
     metadata = {"png": {"Software": None}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}[kind]
-    with matplotlib.rc_context({"svg.hashsalt": "densenet"}), written_whole(path) as file:
-        figure.savefig(file, format=kind, dpi=150, metadata=metadata)
+    buffer = io.BytesIO()  # drawn in memory first: a drawing that fails or is killed then leaves nothing
+    with matplotlib.rc_context({"svg.hashsalt": "densenet"}), warnings.catch_warnings():
+        warnings.filterwarnings("error", "constrained_layout not applied")
+        try:
+            figure.savefig(buffer, format=kind, dpi=150, metadata=metadata)
+        except UserWarning as error:
+            raise Mistake(f"{path}: the texts leave no room for curves: choose a larger --figsize") from error
+    with written_whole(path, f".{os.getpid()}.tmp") as file:  # another process may draw the same figure
+        file.write(buffer.getbuffer())
+
+
+def between(low, high):
+    """The type of an argument that is a number in low … high."""
+
+    def number(text):
+        if not low <= float(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not in {low:g} … {high:g}")
+        return float(text)
+
+    return number
 
 
 def parse_args(argv=None):
     parser = Parser(prog="plot.py", description=__doc__)
-    parser.add_argument("runs", nargs="*", metavar="DIR", help="run directories; several are drawn over each other")
-    parser.add_argument("--mean", nargs="+", action="append", default=[], metavar="DIR",
+    add, number = parser.add_argument, between(-1e6, 1e6)
+    add("runs", nargs="*", metavar="DIR", help="run directories; several are drawn over each other")
+    add("--mean", nargs="+", action="append", default=[], metavar="DIR",
         help="runs that differ in their seed: draw their mean and a band of one standard deviation")
-    parser.add_argument("--out", metavar="PATH",
+    add("--unlike", action="store_true",
+        help="--mean: also of runs that differ in more, over the epochs that all of them have (default: refuse)")
+    add("--out", metavar="PATH",
         help="where figures go (default: DIR; of several, here); a file such as sgd-vs-adam.png: one figure of both")
-    parser.add_argument("--title", metavar="TEXT", help="a line above the figure: data set, network, …")
-    parser.add_argument("--format", choices=FORMATS, default="png", help="(default: %(default)s)")
-    parser.add_argument("--smooth", type=float, default=0, metavar="EPOCHS", help="rolling mean (default: none)")
-    parser.add_argument("--loss-scale", choices=("auto", "log", "linear"), default="auto",
+    add("--format", choices=FORMATS, default="png", help="(default: %(default)s)")
+    add("--title", metavar="TEXT", help="a line above the figure (default: network and data)")
+    add("--labels", nargs="+", metavar="TEXT",
+        help="names of the runs, then of the means, in this order (default: what differs in their paths)")
+    add("--only", choices=SPLITS, help="draw one curve per run (default: all)")
+    add("--smooth", type=between(0, 1e6), default=0, metavar="EPOCHS", help="rolling mean (default: none)")
+    add("--loss-scale", choices=("auto", "log", "linear"), default="auto",
         help="auto is log from a decade on (default: %(default)s)")
-    parser.add_argument("--error-scale", choices=("log", "linear"), default="linear", help="(default: %(default)s)")
+    add("--error-scale", choices=("log", "linear"), default="linear", help="(default: %(default)s)")
+    add("--xlim", nargs=2, type=number, metavar=("LOW", "HIGH"), help="epochs to show (default: all)")
+    add("--ylim", nargs=2, type=number, metavar=("LOW", "HIGH"), help="errors to show, in %% (default: all)")
+    add("--loss-ylim", nargs=2, type=number, metavar=("LOW", "HIGH"), help="losses to show, in nats (default: all)")
+    add("--figsize", nargs=2, type=between(2, 50), metavar=("W", "H"), help="inches (default: by panels and runs)")
     args = parser.parse_args(argv)
     if not args.runs and not args.mean:
         raise Mistake("name a run directory, such as work/cifar10.base")
+    for flag, limits, scale in (
+        ("--xlim", args.xlim, None), ("--ylim", args.ylim, args.error_scale),
+        ("--loss-ylim", args.loss_ylim, args.loss_scale),
+    ):  # fmt: skip
+        if limits and (limits[0] >= limits[1] or (scale == "log" and limits[0] <= 0)):
+            positive = " above 0" * (scale == "log")
+            raise Mistake(f"{flag} {limits[0]:g} {limits[1]:g}: needs two numbers{positive}, the lower one first")
     return args
 
 
+def read_logs(args, view):
+    """What to draw: {label: Log}."""
+    logs = [read_log(run) for run in args.runs]
+    logs += [mean_log([read_log(run) for run in group], args.unlike) for group in args.mean]
+    names = args.labels or labels([log.path for log in logs])
+    if len(names) != len(logs):
+        raise Mistake(f"--labels {' '.join(names)}: {len(names)} names for {len(logs)} runs and means")
+    for name, log in zip(names, logs, strict=True):
+        if names.count(name) > 1:
+            raise Mistake(f"two runs would be labelled {name}: name each run once, or tell them apart with --labels")
+        if not any(len(view.rows(log.tables[split])) for split in view.splits(log)):
+            raise Mistake(f"{log.path} has nothing to draw with this --only or --xlim")
+    return dict(zip(names, logs, strict=True))
+
+
 def figures(args):
-    """What to draw: {path: quantities}."""
+    """Which figures to write: {path: quantities}."""
     out = Path(args.out or (args.runs[0] if len(args.runs) == 1 and not args.mean else "."))
     kind = out.suffix[1:].lower() if args.out and not out.is_dir() else None
     if kind in FORMATS:
@@ -263,12 +302,12 @@ def figures(args):
 @command
 def main(argv=None):
     args = parse_args(argv)
-    logs = [read_log(run) for run in args.runs]
-    logs += [mean_log([read_log(run) for run in group]) for group in args.mean]
-    scales = {"loss": args.loss_scale, "error": args.error_scale}
+    ylim, scale = {"loss": args.loss_ylim, "error": args.ylim}, {"loss": args.loss_scale, "error": args.error_scale}
+    view = View(args.only, args.smooth, args.xlim, ylim, scale)
+    logs = read_logs(args, view)
     for path, quantities in figures(args).items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        save(make_figure(logs, quantities, scales, args.smooth, args.title), path)
+        save(make_figure(logs, quantities, view, args.title, args.figsize), path)
         print(path)
 
 

@@ -9,7 +9,6 @@ of the last epoch, also of a run with --valid-size. Of a run that has no latest.
 
 import datetime
 import os
-import statistics
 import sys
 from pathlib import Path
 
@@ -18,7 +17,8 @@ import torch
 from cli import Mistake, Parser, command
 from device import choose_device, choose_precision, set_up_device
 from inference import load_split, predictions, wilson
-from workdir import read_checkpoint, read_config, read_rows, write_checkpoint
+from logs import read_table
+from workdir import read_checkpoint, read_config, write_checkpoint
 
 COLUMNS = (
     "run", "command", "hardware", "wall time", "images/s",
@@ -83,24 +83,25 @@ def table_row(directory):
     """The cells of COLUMNS of a published run, from its config.json, logs and weights.pth, as Markdown."""
     weights = read_checkpoint(directory / "weights.pth")
     config = read_config(directory)
-    train, test = (read_rows(directory / f"{name}.csv") for name in ("train", "test"))
-    if not train or not test or (test[-1]["epoch"], test[-1]["error"]) != (weights["epoch"], weights["test"]["error"]):
+    train = read_table(directory / "train.csv", ("epoch", "images_per_second"))
+    test = read_table(directory / "test.csv")
+    last = None if train is None or test is None else (test.epoch.iloc[-1], test.error.iloc[-1])
+    if last != (weights["epoch"], weights["test"]["error"]):
         raise Mistake(f"{directory}: the logs are not those of weights.pth: publish it where latest.pth is")
 
     def each(name):
         return dict.fromkeys(stage[name] or "unknown" for stage in stages(config))
 
     name = Path(os.path.relpath(directory, Path(__file__).with_name("work"))).as_posix()  # as seen from work/README.md
-    best = min(test, key=lambda row: row["error"])
-    speeds = [row["images_per_second"] for row in train if row["epoch"].is_integer()]
+    best = test.loc[test.error.idxmin()]
     return (
         f"[{name}]({name})",
         ", then ".join(f"`{command}`" for command in each("command")),
         ", then ".join(each("device")) + f", {stages(config)[-1]['precision']}",
         str(datetime.timedelta(seconds=round(weights["seconds"]))),
-        f"{statistics.median(speeds):.0f}",
+        f"{train.images_per_second.median():.0f}",
         error_cell(weights["test"]["error"], weights["test"]["images"]),
-        f"{best['error']:.2f} (epoch {best['epoch']:.0f})",
+        f"{best.error:.2f} (epoch {best.epoch:.0f})",
         ", then ".join(f"`{commit[:7]}{commit[40:]}`" for commit in each("commit")),  # 40: where -dirty begins
     )
 

@@ -138,20 +138,6 @@ def write_checkpoint(path, checkpoint):
         file.write(buffer.getbuffer())
 
 
-def read_rows(path):
-    """The rows of a log that a run has written: a list of dicts of floats. Raises Mistake where it is no such log."""
-    try:
-        with open(path, newline="") as file:
-            reader = csv.DictReader(file)
-            if not set(COLUMNS[path.stem]) <= set(reader.fieldnames or ()):
-                raise ValueError(f"its header is not {','.join(COLUMNS[path.stem])}")
-            return [{name: float(value or "nan") for name, value in row.items()} for row in reader]
-    except FileNotFoundError as error:
-        raise Mistake(f"{path} is missing: name the directory of a run") from error
-    except (OSError, ValueError, TypeError, csv.Error) as error:
-        raise Mistake(f"{path} is not a log of train.py ({error})") from error
-
-
 def read_config(directory):
     """The config.json of a run as a dict. Raises Mistake where there is none."""
     path = directory / "config.json"

@@ -1,94 +1,62 @@
+"""What figures show and how they are written."""
+
+import os
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pandas as pd
 import pytest
+from conftest import ROOT
+from test_logs import write_bamos, write_config, write_gpleiss, write_ours, write_seeds
 
+import logs
 import plot
 
-HEADER = "epoch,loss,error,lr,images_per_second,peak_memory_mib\n"
+
+def figure_of(runs, quantities=("loss", "error"), **view):
+    """The figure of {label: run directory}."""
+    return plot.make_figure({label: logs.read_log(run) for label, run in runs.items()}, quantities, plot.View(**view))
 
 
-def write_ours(path, epochs=8, fine=False):
-    path.mkdir(parents=True, exist_ok=True)
-    log, test = HEADER, "epoch,loss,error\n"
-    for epoch in range(1, epochs + 1):
-        lr = 0.1 if epoch < epochs / 2 else 0.01
-        if fine:
-            log += f"{epoch - 0.5},{2.5 / epoch},50,{lr},,\n"
-        log += f"{epoch},{2 / epoch},{40 / epoch},{lr},100,900\n"
-        test += f"{epoch},{2.2 / epoch},{45 / epoch if epoch != epochs else 9.5}\n"
-    (path / "train.csv").write_text(log)
-    (path / "test.csv").write_text(test)
-    return path
+def texts(legend):
+    return [text.get_text() for text in legend.get_texts()]
 
 
-def write_bamos(path, epochs=4):
-    path.mkdir()
-    steps = [i / 10 for i in range(10 * epochs)]  # its epoch 1 goes from 0 to 0.9
-    (path / "train.csv").write_text("".join(f"{e},{2 - e / 9},{90 - 9 * e}\n" for e in steps))
-    (path / "test.csv").write_text("".join(f"{e},{1.5 / e},{60 / e}\n" for e in range(1, epochs + 1)))
-    return path
-
-
-def write_gpleiss(path):
-    path.mkdir()
-    (path / "results.csv").write_text(
-        "epoch,train_loss,train_error,valid_loss,valid_error,test_error\n"
-        "001,1.500000,0.500000,1.40000,0.45000,\n"
-        "002,1.000000,0.300000,1.10000,0.33000,\n"
-        ",,,,,0.34000\n"
-    )
-    return path
-
-
-def test_reads_the_logs_of_train(tmp_path):
-    log = plot.read_log(write_ours(tmp_path / "run", fine=True))
-    assert log.tables["train"].epoch.tolist() == list(range(1, 9))
-    assert len(log.fine) == 8
-    assert plot.drops(log.tables["train"]) == [3]  # epoch 4 is the first at a tenth; it begins at 3
-    assert plot.summary(log) == "test error: final 9.50 % (epoch 8), best on test 6.43 % (epoch 7)"
-
-
-def test_reads_the_logs_of_bamos(tmp_path):
-    log = plot.read_log(write_bamos(tmp_path / "seed"))
-    assert len(log.fine) == 40
-    assert log.tables["train"].epoch.tolist() == [1, 2, 3, 4]
-    assert log.tables["train"].error[0] == pytest.approx(90 - 9 * 0.45)  # the mean of the steps 0 … 0.9
-    assert plot.summary(log) == "test error: final 15.00 % (epoch 4), best on test 15.00 % (epoch 4)"
-
-
-def test_reads_the_logs_of_gpleiss(tmp_path):
-    log = plot.read_log(write_gpleiss(tmp_path / "seed"))
-    assert log.tables["train"].error.tolist() == [50, 30]
-    assert log.tables["valid"].error.tolist() == [45, 33]
-    assert plot.summary(log) == "valid error: final 33.00 % (epoch 2), best 33.00 % (epoch 2); test 34.00 %"
+def reading_order(legend):
+    """The entries of a drawn legend, row by row, by where they stand."""
+    legend.figure.draw_without_rendering()
+    places = [(text.get_window_extent(), text.get_text()) for text in legend.get_texts()]
+    return [text for box, text in sorted(places, key=lambda place: (-round(place[0].y0 / 5), place[0].x0))]
 
 
 def test_a_cosine_has_no_drops():
     cosine = pd.DataFrame({"epoch": [1, 2, 3, 4], "lr": [0.1, 0.07, 0.02, 0.001]})
-    assert plot.drops(cosine) == []
+    assert plot.drops(logs.Log(Path(), {"train": cosine})) == []
     step = pd.DataFrame({"epoch": [1, 2, 3, 4], "lr": [0.1, 0.01, 0.01, 0.001]})
-    assert plot.drops(step) == [1, 3]
+    assert plot.drops(logs.Log(Path(), {"train": step})) == [1, 3]
 
 
 def test_smoothing_is_a_rolling_mean_over_epochs():
     table = pd.DataFrame({"epoch": [1, 2, 3, 4], "loss": [4.0, 2, 6, 8], "error": [4.0, 2, 6, 8]})
     assert plot.smooth(table, 2).loss.tolist() == [4, 3, 4, 7]
+    assert plot.smooth(table, 1e-9).loss.tolist() == table.loss.tolist()
+    assert plot.smooth(table, 1e6).loss.tolist() == [4, 3, 4, 5]
     assert plot.smooth(table, 0) is table
 
 
 @pytest.mark.parametrize("kind", ["png", "pdf", "svg"])
 def test_draws_three_figures_the_same_each_time(tmp_path, kind, capsys):
     run = write_ours(tmp_path / "run")
-    assert plot.main([str(run), "--format", kind, "--smooth", "2", "--error-scale", "log", "--loss-scale", "linear"]) == 0
+    command = [str(run), "--format", kind, "--smooth", "2", "--error-scale", "log", "--loss-scale", "linear"]
+    assert plot.main(command) == 0
     figures = [run / f"{name}.{kind}" for name in ("loss", "error", "loss-error")]
     assert capsys.readouterr().out.split() == [str(path) for path in figures]
     before = [path.read_bytes() for path in figures]
     assert all(len(content) > 5000 for content in before)
-    assert plot.main([str(run), "--format", kind, "--smooth", "2", "--error-scale", "log", "--loss-scale", "linear"]) == 0
-    assert [path.read_bytes() for path in figures] == before
+    assert plot.main([*command, "--out", f"again.{kind}"]) == 0
+    assert Path(f"again.{kind}").read_bytes() == before[-1]
 
 
 def test_overlays_runs_of_all_kinds(tmp_path, monkeypatch):
@@ -99,87 +67,197 @@ def test_overlays_runs_of_all_kinds(tmp_path, monkeypatch):
     assert plot.main([*map(str, runs), "--out", "one/picture.svg", "--title", "three runs"]) == 0
     assert [p.name for p in Path("one").iterdir()] == ["picture.svg"]
     assert plot.main([*map(str, runs), "--out", "picture.jpg"]) == 2 and not Path("picture.jpg").exists()
-    assert "<!-- three runs -->" in Path("one/picture.svg").read_text()  # text is drawn as outlines
-    figure = plot.make_figure([plot.read_log(run) for run in runs], ("loss", "error"), {"loss": "log", "error": "log"}, 0)
-    title = figure.get_suptitle()
-    assert "a: test error: final 9.50 %" in title and "c: valid error: final 33.00 %" in title
+    svg = Path("one/picture.svg").read_text()  # text is drawn as outlines
+    for text in ("three runs", "a: test error: final 9.50 %", "c: valid error: final 33.00 %"):
+        assert f"<!-- {text}" in svg
 
 
 @pytest.mark.parametrize(("first", "scale"), [(0.9, "linear"), (1.1, "log")])
 def test_the_loss_axis_is_logarithmic_from_a_decade_on(tmp_path, first, scale):
     (tmp_path / "test.csv").write_text(f"epoch,loss,error\n1,{first},50\n2,0.1,5\n")
-    figure = plot.make_figure([plot.read_log(tmp_path)], ("loss",), {"loss": "auto"}, 0)
-    assert figure.axes[0].get_yscale() == scale
+    assert figure_of({"run": tmp_path}).axes[0].get_yscale() == scale
 
 
-def test_a_half_written_line_is_left_out(tmp_path):
-    run = write_ours(tmp_path / "run")
-    (run / "test.csv").write_text((run / "test.csv").read_text() + "9,0.1,0.0")
-    assert plot.read_log(run).tables["test"].epoch.max() == 8
-
-
-def test_a_missing_log_is_left_out(tmp_path):
-    run = write_ours(tmp_path / "run")
-    (run / "test.csv").write_text("")
-    (run / "train.csv").write_text(HEADER + "1,2.0,80,0.1,100,900\n")
-    assert list(plot.read_log(run).tables) == ["train"]
-    assert plot.main([str(run)]) == 0
+def test_a_run_has_its_network_and_data_as_title(tmp_path):
+    digits, birds = (write_config(write_ours(tmp_path / name)) for name in ("digits", "birds"))
+    assert figure_of({"run": digits}).get_suptitle().startswith("run: DenseNet-BC-16 (k = 12), digits\ntest error: final 9.50 %")
+    assert figure_of({"a": digits, "b": birds}).get_suptitle() == "DenseNet-BC-16 (k = 12), digits"
+    write_config(birds, dataset="folder", data="data/birds")
+    figure = figure_of({"a": digits, "b": birds}, quantities=("error",))
+    assert figure.get_suptitle() == ""
+    assert " ".join(texts(figure.legends[0])[1].split()).startswith("b, DenseNet-BC-16 (k = 12), birds: test error: final 9.50 %")
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("paths", "expected"),
     [
-        (None, "has no log with a row"),
-        ("", "has no log with a row"),
-        (HEADER, "has no log with a row"),
-        ("epoch,loss,error\n1,x,3\n", "train.csv is not a log: could not convert string to float: 'x'"),
-        ("epoch,time\n1,2\n", "train.csv is not a log: it has no column"),
-        ("\x00\xff\n", "train.csv is not a log"),
+        (["work/sgd", "work/adam"], ["sgd", "adam"]),
+        (["A/run1", "B/run1"], ["A", "B"]),
+        (["a/1/run", "b/2/run", "b/3/run"], ["a/1", "b/2", "b/3"]),
+        (["a", "a/b"], ["a", "a/b"]),
+        (["a/run", "run"], ["a/run", "run"]),
+        (["x/./a/", "x/y/../b"], ["a", "b"]),
+        (["x/run"], ["run"]),
     ],
 )
-def test_what_cannot_be_drawn_is_said_in_one_line(tmp_path, capsys, content, words):
-    if content is not None:
-        (tmp_path / "train.csv").write_text(content)
-    assert plot.main([str(tmp_path)]) == 2
+def test_labels_are_what_differs_in_the_paths(paths, expected):
+    assert plot.labels(paths) == expected
+
+
+def test_the_current_directory_has_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(write_ours(tmp_path / "run"))
+    assert plot.labels(["."]) == ["run"]
+    assert plot.main(["."]) == 0 and Path("loss.png").exists()
+
+
+@pytest.mark.parametrize("count", [2, 3, 7, 8, 15])
+def test_a_legend_tells_any_number_of_runs_apart(tmp_path, count):
+    run = write_ours(tmp_path / "run")
+    figure = figure_of({f"r{i}": run for i in range(count)})
+    below, styles = figure.legends[0], figure.axes[-1].get_legend()
+    assert [text.partition(":")[0] for text in reading_order(below)] == [f"r{i}" for i in range(count)]
+    assert texts(styles) == ["train", "test", "learning rate drops"]
+    looks = {(line.get_color(), line.get_marker()) for line in below.get_lines()}
+    assert len(looks) == count
+    drawn = {(line.get_color(), line.get_marker()) for line in figure.axes[0].lines if line.get_linestyle() == "-"}
+    assert drawn == looks
+
+
+@pytest.mark.parametrize("entries", range(1, 10))
+@pytest.mark.parametrize("columns", [1, 2, 3, 4])
+def test_entries_of_a_legend_stand_in_reading_order(entries, columns):
+    figure = plot.Figure(figsize=(8, 4))
+    plot.add_legend(figure, [(str(i), plot.DROP_STYLE) for i in range(entries)], columns)
+    assert reading_order(figure.legends[0]) == [str(i) for i in range(entries)]
+
+
+NAMES = ["_hidden", "$x$", "$\\frac", "a_b^{", "<&>--", "two\nlines", os.fsdecode(b"x\xff"), os.fsdecode(b"x\xfe")]
+
+
+def test_no_name_is_markup(tmp_path):
+    run = write_ours(tmp_path / "run")
+    figure = figure_of(dict.fromkeys(NAMES, run))
+    shown = [text.rpartition(": test error")[0] for text in texts(figure.legends[0])]
+    assert shown == [*NAMES[:-2], "x\\udcff", "x\\udcfe"]
+    plot.save(figure, tmp_path / "figure.svg")
+    ElementTree.parse(tmp_path / "figure.svg")
+    plot.save(figure_of({"$\\frac": run}), tmp_path / "figure.png")  # in the title
+
+
+def test_labels_can_be_chosen(tmp_path, capsys):
+    a, b = (str(write_ours(tmp_path / name)) for name in "ab")
+    assert plot.main([a, b, "--labels", "SGD", "Adam", "--out", "figure.svg"]) == 0
+    svg = Path("figure.svg").read_text()
+    assert "<!-- SGD: test error" in svg and "<!-- Adam: test error" in svg
+    capsys.readouterr()
+    for flags, words in (
+        ([a, b, "--labels", "SGD"], "--labels SGD: 1 names for 2 runs and means"),
+        ([a, b, "--labels", "SGD", "SGD"], "two runs would be labelled SGD"),
+        ([a, a], "two runs would be labelled a"),
+        ([a, "--only", "valid"], "has nothing to draw with this --only or --xlim"),
+        ([a, "--xlim", "100", "200"], "has nothing to draw with this --only or --xlim"),
+    ):
+        assert plot.main(flags) == 2
+        err = capsys.readouterr().err
+        assert words in err and err.count("\n") == 1
+
+
+def test_shows_what_is_asked_for(tmp_path):
+    run = write_ours(tmp_path / "run")
+    figure = figure_of({"run": run}, only="test", xlim=(2, 5), ylim={"error": (0.5, 20)})
+    loss, error = figure.axes
+    [line] = [line for line in loss.lines if len(line.get_xdata()) > 2]
+    assert list(line.get_xdata()) == [2, 3, 4, 5] and texts(figure.legends[0]) == ["test", "learning rate drops"]
+    assert loss.get_xlim() == error.get_xlim() == (2, 5)
+    assert error.get_ylim() == (0.5, 20) and loss.get_ylim()[1] < 1.2
+    assert plot.main([str(run), "--figsize", "3", "2.5", "--out", "figure.png"]) == 0
+    assert plot.matplotlib.image.imread("figure.png").shape[:2] == (375, 450)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--smooth nan", "argument --smooth: nan is not in 0 … 1e+06"),
+        ("--smooth inf", "argument --smooth: inf is not in 0 … 1e+06"),
+        ("--smooth -1", "argument --smooth: -1 is not in 0 … 1e+06"),
+        ("--smooth x", "argument --smooth: invalid number value: 'x'"),
+        ("--figsize 0 5", "argument --figsize: 0 is not in 2 … 50"),
+        ("--xlim 5 2", "--xlim 5 2: needs two numbers, the lower one first"),
+        ("--ylim 0 20 --error-scale log", "--ylim 0 20: needs two numbers above 0, the lower one first"),
+        ("--loss-ylim 1 nan", "argument --loss-ylim: nan is not in"),
+        ("--only everything", "argument --only: invalid choice"),
+        ("--figsize 2 2", "no room for curves: choose a larger --figsize"),
+    ],
+)
+def test_a_mistake_is_one_line(tmp_path, capsys, flags, words):
+    run = write_ours(tmp_path / "run")
+    try:
+        status = plot.main([str(run), "--title", "a long title " * 50, *flags.split()])
+    except SystemExit as error:  # how argparse ends
+        status = error.code
     err = capsys.readouterr().err
-    assert err.startswith("plot.py: error: ") and err.count("\n") == 1
-    assert words in err
+    assert status == 2 and words in err and err.count("\n") == 1
+    assert sorted(path.name for path in run.iterdir()) == ["test.csv", "train.csv"]
 
 
-def test_a_file_is_no_run_directory(tmp_path, capsys):
-    assert plot.main([str(write_ours(tmp_path) / "train.csv")]) == 2
-    assert "train.csv is not a run directory" in capsys.readouterr().err
+def test_needs_no_torch_and_no_backend():
+    """A notebook passes on the name of its own backend, which may not be installed here."""
+    program = "import sys, plot; sys.exit(plot.main(sys.argv[1:]) or 'torch' in sys.modules)"
+    command = [sys.executable, "-c", program, str(ROOT / "work/digits.bc16"), "--out", "figure.png"]
+    env = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTHONPATH": str(ROOT)}
+    assert subprocess.run(command, env=env).returncode == 0 and Path("figure.png").exists()
 
 
-def test_imports_no_torch():
-    program = "import sys, plot; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], cwd=Path(plot.__file__).parent).returncode == 0
+def test_two_drawings_of_one_run_do_not_meet(tmp_path, monkeypatch):
+    """While one process writes its figure, another one does."""
+    run, real = write_ours(tmp_path / "run"), os.fsync
+    command = [str(run), "--out", str(tmp_path / "figure.svg")]
+
+    def meanwhile(descriptor):
+        monkeypatch.setattr(os, "fsync", real)
+        subprocess.run([sys.executable, ROOT / "plot.py", *command], check=True)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    assert plot.main(command) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "figure.svg"}
 
 
-def write_seeds(folder, count=3):
-    runs = []
-    for seed in range(1, count + 1):
-        run = write_ours(folder / f"sgd.{seed}", epochs=4 + seed)
-        rows = "".join(f"{epoch},1,{10 * seed / epoch}\n" for epoch in range(1, 5 + seed))
-        (run / "test.csv").write_text("epoch,loss,error\n" + rows)
-        runs.append(str(run))
-    return runs
-
-
-def test_mean_and_standard_deviation_over_seeds(tmp_path):
-    log = plot.mean_log([plot.read_log(run) for run in write_seeds(tmp_path)])
-    assert log.name == "sgd, mean of 3"
-    assert plot.mean_log([plot.Log(name, {}) for name in ("black-seed1", "black-seed10")]).name == "black, mean of 2"
-    assert log.tables["test"].epoch.tolist() == [1, 2, 3, 4, 5]  # the shortest run has five
-    assert log.tables["test"].error.tolist() == pytest.approx([20 / e for e in range(1, 6)])
-    assert log.deviations["test"].error.tolist() == pytest.approx([10 / e for e in range(1, 6)])
-    assert plot.summary(log) == "test error: final 4.00 ± 2.00 % (epoch 5)"
+def test_a_drawing_that_is_killed_leaves_nothing(tmp_path):
+    """SIGKILL, as the end of a training gives it, while the figure is being drawn."""
+    run = write_ours(tmp_path / "run")
+    program = "import sys, time, plot; plot.make_figure = lambda *_: Slow(); "
+    program += "Slow = type('Slow', (), {'savefig': lambda self, file, **_: (file.write(b'half'), print('now', flush=True), time.sleep(60))}); "
+    with subprocess.Popen([sys.executable, "-c", program + "plot.main(sys.argv[1:])", str(run)], cwd=ROOT, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"now\n"
+        process.kill()
+    assert sorted(path.name for path in run.iterdir()) == ["test.csv", "train.csv"]
 
 
 def test_draws_means_beside_runs(tmp_path, capsys):
-    one = str(write_ours(tmp_path / "adam"))
-    assert plot.main([one, "--mean", *write_seeds(tmp_path), "--out", str(tmp_path), "--format", "svg"]) == 0
+    one, seeds = str(write_config(write_ours(tmp_path / "adam"))), list(map(str, write_seeds(tmp_path)))
+    assert plot.main([one, "--mean", *seeds, "--out", str(tmp_path), "--format", "svg"]) == 0
     svg = (tmp_path / "error.svg").read_text()
-    assert svg.count("FillBetweenPolyCollection") == 1
+    assert svg.count("FillBetweenPolyCollection") == 1 and "<!-- sgd: test error, mean of 3: final" in svg
     assert plot.main([]) == 2
     assert "name a run directory" in capsys.readouterr().err
+    write_config(Path(seeds[2]), depth=40)
+    assert plot.main(["--mean", *seeds, "--out", "mean.svg"]) == 2
+    err = capsys.readouterr().err
+    assert "they differ in depth (16, 40): leave some out, or add --unlike" in err and err.count("\n") == 1
+    assert plot.main(["--mean", *seeds, "--out", "mean.svg", "--unlike"]) == 0
+
+
+def test_a_band_stays_within_what_is_possible(tmp_path):
+    for seed, errors in ((1, (100, 0.1)), (2, (60, 8))):
+        (tmp_path / f"sgd.{seed}").mkdir()
+        rows = "".join(f"{epoch},{error / 40},{error}\n" for epoch, error in enumerate(errors, start=1))
+        (tmp_path / f"sgd.{seed}/test.csv").write_text("epoch,loss,error\n" + rows)
+    mean = logs.mean_log([logs.read_log(tmp_path / f"sgd.{seed}") for seed in (1, 2)])
+    loss, error = plot.make_figure({"sgd": mean}, ("loss", "error"), plot.View()).axes
+    low, high = error.collections[0].get_datalim(error.transData).intervaly
+    assert (low, high) == (0, 100)
+    assert loss.collections[0].get_datalim(loss.transData).y0 == 0
+    for axes in (loss, error):
+        low, high = axes.collections[0].get_datalim(axes.transData).intervaly
+        assert axes.get_ylim()[0] <= low and high <= axes.get_ylim()[1]
