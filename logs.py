@@ -90,7 +90,7 @@ def read_log(directory):
     tables = tables or read_results(directory / "results.csv")
     if not tables:
         raise Mistake(f"{directory} has no log with a row: train.csv, test.csv or results.csv")
-    tables = {split: check(table, directory) for split, table in tables.items()}
+    tables = {split: check(table, f"{directory}, {split}") for split, table in tables.items()}
     fine = None
     if "train" in tables:
         whole = tables["train"].epoch == tables["train"].epoch.round()
@@ -157,16 +157,16 @@ def parse(path, line, row, wanted, count):
         raise Mistake(f"{path} is not a log: line {line}: {str(error)[:80]}") from error
 
 
-def check(table, directory):
+def check(table, name):
     """The table by epoch; where a resumed run has logged one twice, the last row counts. An infinite loss is a gap.
 
     Raises Mistake where a number cannot be one of a log.
     """
     table = table.replace({"loss": {np.inf: np.nan, -np.inf: np.nan}})
-    for name, (low, high) in LIMITS.items():
-        known = table[name] if name == "epoch" else table[name].dropna()
+    for column, (low, high) in LIMITS.items():
+        known = table[column] if column == "epoch" else table[column].dropna()
         for value in known[~known.between(low, high)]:
-            raise Mistake(f"{directory} has a damaged log: {name} {value:g}, which is not in {low:g} … {high:g}")
+            raise Mistake(f"{name}: a damaged log: {column} {value:g} is not in {low:g} … {high:g}")
     return table.drop_duplicates("epoch", keep="last").sort_values("epoch", ignore_index=True)
 
 
@@ -206,7 +206,7 @@ def mean_log(logs, unlike=False):
     Raises Mistake where they differ in more than their seed, their epochs included; ``unlike`` allows that.
     """
     names = ", ".join(str(log.path) for log in logs)
-    if len({log.path for log in logs}) < max(2, len(logs)):
+    if len({log.path.resolve() for log in logs}) < max(2, len(logs)):
         raise Mistake(f"--mean {names}: needs two runs or more, each of them once")
     different = differences(logs)
     if different and not unlike:

@@ -76,7 +76,7 @@ def smooth(table, epochs):
     starts = np.searchsorted(table.epoch, table.epoch - epochs, side="right")
     values = table[["loss", "error"]].to_numpy()
     means = [values[min(start, i) : i + 1].mean(0) for i, start in enumerate(starts)]
-    return pd.DataFrame(means, columns=["loss", "error"]).assign(epoch=table.epoch)
+    return pd.DataFrame(means, columns=["loss", "error"]).assign(epoch=table.epoch.to_numpy())
 
 
 def drops(log):
@@ -237,7 +237,7 @@ def between(low, high):
     return number
 
 
-def parse_args(argv=None):
+def make_parser():
     parser = Parser(prog="plot.py", description=__doc__)
     add, number = parser.add_argument, between(-1e6, 1e6)
     add("runs", nargs="*", metavar="DIR", help="run directories; several are drawn over each other")
@@ -260,16 +260,18 @@ def parse_args(argv=None):
     add("--ylim", nargs=2, type=number, metavar=("LOW", "HIGH"), help="errors to show, in %% (default: all)")
     add("--loss-ylim", nargs=2, type=number, metavar=("LOW", "HIGH"), help="losses to show, in nats (default: all)")
     add("--figsize", nargs=2, type=between(2, 50), metavar=("W", "H"), help="inches (default: by panels and runs)")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def parse_args(argv=None):
+    args = make_parser().parse_args(argv)
     if not args.runs and not args.mean:
         raise Mistake("name a run directory, such as work/cifar10.base")
-    for flag, limits, scale in (
-        ("--xlim", args.xlim, None), ("--ylim", args.ylim, args.error_scale),
-        ("--loss-ylim", args.loss_ylim, args.loss_scale),
-    ):  # fmt: skip
-        if limits and (limits[0] >= limits[1] or (scale == "log" and limits[0] <= 0)):
-            positive = " above 0" * (scale == "log")
-            raise Mistake(f"{flag} {limits[0]:g} {limits[1]:g}: needs two numbers{positive}, the lower one first")
+    for name, scale in (("xlim", ""), ("ylim", args.error_scale), ("loss_ylim", args.loss_scale)):
+        low, high = getattr(args, name) or (1, 2)
+        if low >= high or (scale == "log" and low <= 0):
+            flag, positive = f"--{name.replace('_', '-')}", " above 0" * (scale == "log")
+            raise Mistake(f"{flag} {low:g} {high:g}: needs two numbers{positive}, the lower one first")
     return args
 
 

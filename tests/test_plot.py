@@ -44,6 +44,7 @@ def test_smoothing_is_a_rolling_mean_over_epochs():
     assert plot.smooth(table, 1e-9).loss.tolist() == table.loss.tolist()
     assert plot.smooth(table, 1e6).loss.tolist() == [4, 3, 4, 5]
     assert plot.smooth(table, 0) is table
+    assert plot.smooth(table[table.epoch > 2], 2).epoch.tolist() == [3, 4]
 
 
 @pytest.mark.parametrize("kind", ["png", "pdf", "svg"])
@@ -248,16 +249,18 @@ def test_draws_means_beside_runs(tmp_path, capsys):
     assert plot.main(["--mean", *seeds, "--out", "mean.svg", "--unlike"]) == 0
 
 
-def test_a_band_stays_within_what_is_possible(tmp_path):
+@pytest.mark.parametrize("scale", ["linear", "log"])
+def test_a_band_stays_within_what_is_possible(tmp_path, scale):
     for seed, errors in ((1, (100, 0.1)), (2, (60, 8))):
         (tmp_path / f"sgd.{seed}").mkdir()
         rows = "".join(f"{epoch},{error / 40},{error}\n" for epoch, error in enumerate(errors, start=1))
         (tmp_path / f"sgd.{seed}/test.csv").write_text("epoch,loss,error\n" + rows)
     mean = logs.mean_log([logs.read_log(tmp_path / f"sgd.{seed}") for seed in (1, 2)])
-    loss, error = plot.make_figure({"sgd": mean}, ("loss", "error"), plot.View()).axes
+    view = plot.View(scale={"loss": "linear", "error": scale})
+    loss, error = plot.make_figure({"sgd": mean}, ("loss", "error"), view).axes
     low, high = error.collections[0].get_datalim(error.transData).intervaly
     assert (low, high) == (0, 100)
     assert loss.collections[0].get_datalim(loss.transData).y0 == 0
     for axes in (loss, error):
         low, high = axes.collections[0].get_datalim(axes.transData).intervaly
-        assert axes.get_ylim()[0] <= low and high <= axes.get_ylim()[1]
+        assert axes.get_ylim()[1] >= high and (axes.get_ylim()[0] <= low or axes.get_yscale() == "log")
