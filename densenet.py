@@ -6,7 +6,9 @@
 """
 
 import contextlib
+import functools
 import re
+import sys
 from collections import OrderedDict
 
 import torch
@@ -43,8 +45,8 @@ class Layer(nn.Module):
         return self.after_conv1(self.up_to_conv1(x))
 
     def up_to_conv1(self, x):
-        # F.relu is not in place: a hook on norm1 must see what norm1 returned.
-        return self.conv1(F.relu(self.norm1(x)))
+        # ReLU is not in place: a hook on norm1 must see what norm1 returned.
+        return self.conv1(self.relu1(self.norm1(x)))
 
 
 class SingleLayer(Layer):
@@ -52,7 +54,7 @@ class SingleLayer(Layer):
 
     def __init__(self, in_channels, growth_rate, drop_rate):
         super().__init__()
-        self.norm1 = nn.BatchNorm2d(in_channels)
+        self.norm1, self.relu1 = nn.BatchNorm2d(in_channels), nn.ReLU()
         self.conv1 = nn.Conv2d(in_channels, growth_rate, 3, padding=1, bias=False)
         self.drop_rate = drop_rate
 
@@ -65,15 +67,15 @@ class BottleneckLayer(Layer):
 
     def __init__(self, in_channels, growth_rate, drop_rate):
         super().__init__()
-        self.norm1 = nn.BatchNorm2d(in_channels)
+        self.norm1, self.relu1 = nn.BatchNorm2d(in_channels), nn.ReLU()
         self.conv1 = nn.Conv2d(in_channels, 4 * growth_rate, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(4 * growth_rate)
+        self.norm2, self.relu2 = nn.BatchNorm2d(4 * growth_rate), nn.ReLU()
         self.conv2 = nn.Conv2d(4 * growth_rate, growth_rate, 3, padding=1, bias=False)
         self.drop_rate = drop_rate
 
     def after_conv1(self, x):
         x = F.dropout(x, self.drop_rate, self.training)
-        x = self.conv2(F.relu(self.norm2(x)))
+        x = self.conv2(self.relu2(self.norm2(x)))
         return F.dropout(x, self.drop_rate, self.training)
 
 
@@ -133,7 +135,10 @@ BLOCKS = {"naive": naive_block, "checkpoint": checkpoint_block, "fused": fused.d
 
 
 class DenseBlock(nn.Module):
-    """L layers, each reading the block's input and the outputs of all layers before it (equation 2)."""
+    """L layers, each reading the block's input and the outputs of all layers before it (equation 2).
+
+    Where somebody is to see what each layer does, through hooks or in a trace of the operations, the block is naive.
+    """
 
     def __init__(self, layers, block):
         super().__init__()
@@ -141,10 +146,27 @@ class DenseBlock(nn.Module):
         self.block = block
 
     def forward(self, x):
+        if self.block != "naive" and fused.watched(x, self.parts()):
+            say_naive(self.block)
+            return naive_block(self.layers, x)
         return BLOCKS[self.block](self.layers, x)
+
+    def parts(self):
+        """The layers and what they are made of; many times as fast as ``modules()``, since every step looks at them."""
+        return (module for layer in self.layers for module in (layer, *layer._modules.values()))
 
     def extra_repr(self):
         return f"block={self.block!r}"
+
+
+def say_naive(block):
+    if not torch.compiler.is_dynamo_compiling():  # which does not print
+        print_once(f"a dense block that has hooks, or is traced or exported, runs as block 'naive', not {block!r}")
+
+
+@functools.cache
+def print_once(line):
+    print(line, file=sys.stderr)
 
 
 class Transition(nn.Module):
@@ -152,19 +174,19 @@ class Transition(nn.Module):
 
     def __init__(self, in_channels, out_channels, drop_rate, block):
         super().__init__()
-        self.norm = nn.BatchNorm2d(in_channels)
+        self.norm, self.relu = nn.BatchNorm2d(in_channels), nn.ReLU()
         self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
         self.drop_rate = drop_rate
         self.block = block
 
     def forward(self, x):
-        x = self.conv(norm_relu(self.norm, x, self.block))
+        x = self.conv(norm_relu(self.norm, self.relu, x, self.block))
         return F.avg_pool2d(F.dropout(x, self.drop_rate, self.training), 2)
 
 
-def norm_relu(norm, x, block):
+def norm_relu(norm, relu, x, block):
     """Batch norm and ReLU of what a dense block returned, as that kind of block does them."""
-    return fused.norm_relu(norm, x) if block == "fused" else F.relu(norm(x))
+    return fused.norm_relu(norm, relu, x) if block == "fused" else relu(norm(x))
 
 
 def make_stem(kind, in_channels, out_channels):
@@ -257,17 +279,27 @@ class DenseNet(nn.Module):
             layers = [make_layer(channels + j * growth_rate, growth_rate, drop_rate) for j in range(num_layers)]
             self.blocks.append(DenseBlock(layers, block))
             channels += num_layers * growth_rate
-        self.norm, self.block = nn.BatchNorm2d(channels), block
+        self.norm, self.relu, self.block = nn.BatchNorm2d(channels), nn.ReLU(), block
         self.classifier = nn.Linear(channels, num_classes)
         self.apply(init_weights)
 
     def forward(self, x):
+        x = F.adaptive_avg_pool2d(self.forward_features(x), 1)
+        return self.classifier(x.flatten(1))
+
+    def forward_features(self, x):
+        """What is pooled for the classifier, after the last norm and ReLU: (N, in_channels, H, W) → (N, C, H', W')."""
         first, *rest = self.blocks
         x = first(self.stem(x))
         for transition, block in zip(self.transitions, rest, strict=True):
             x = block(transition(x))
-        x = F.adaptive_avg_pool2d(norm_relu(self.norm, x, self.block), 1)
-        return self.classifier(x.flatten(1))
+        return norm_relu(self.norm, self.relu, x, self.block)
+
+    def reset_classifier(self, num_classes):
+        """Put a fresh classifier in place of the last one; with 0 classes none: the network returns (N, C) features."""
+        channels, weight = self.norm.num_features, self.norm.weight
+        new = nn.Linear(channels, num_classes, device=weight.device, dtype=weight.dtype) if num_classes else nn.Identity()
+        self.classifier = new.apply(init_weights)
 
     def load_torchvision(self, state_dict):
         """Load weights in torchvision's names, those of its early releases ("norm.1") included.
@@ -301,6 +333,7 @@ def init_weights(module):
 # (pattern, replacement) pairs; a number in angle brackets is shifted by the given offset, since torchvision counts
 # blocks and layers from 1.
 FROM_TORCHVISION = (
+    (r"^module\.", ""),  # of DistributedDataParallel
     (r"^features\.(conv|norm)0\.", r"stem.\1."),
     (r"^features\.denseblock(\d+)\.denselayer(\d+)\.(norm|conv)\.?(\d)\.", r"blocks.<\1-1>.layers.<\2-1>.\3\4."),
     (r"^features\.transition(\d+)\.", r"transitions.<\1-1>."),

@@ -53,13 +53,21 @@ def training_step(model, images, labels, name_of):
         def record(module, inputs, output, key=key):
             found[key] = output.detach().clone()  # torchvision's ReLU works in place
 
-        if name:
+        if is_compared(name, getattr(model, "block", "naive")):
             module.register_forward_hook(record)
     images = images.clone().requires_grad_()
     F.cross_entropy(model(images), labels).backward()
     found["gradient", "images"] = images.grad
     found |= {("gradient", name_of(name)): parameter.grad for name, parameter in model.named_parameters()}
     return found | {("statistics", name_of(name)): value for name, value in model.named_buffers()}
+
+
+def is_compared(name, block):
+    """Whether to hook into a module: not within a block that would run as naive then, nor into what torchvision lacks.
+
+    That is a module for its last ReLU.
+    """
+    return name not in ("", "relu") and (block == "naive" or not re.match(r"blocks\.\d+\.", name))
 
 
 def our_name(name):
@@ -131,7 +139,7 @@ def main(argv=None):
         with checks.bug_of_2017(args.with_bug):
             steps.append(training_step(ours.to(dtype), images.to(dtype), labels, our_name))
         steps.append(training_step(theirs.to(dtype), images.to(dtype), labels, str))
-    # torchvision calls more modules, such as its ReLUs. Blocks other than naive call fewer.
+    # Of ours, those within blocks other than naive are not looked at.
     missing = [f"{kind} of {name}" for kind, name in steps[0] if (kind, name) not in steps[1]]
     common = [key for key in steps[1] if key in steps[0]]
     print("one training step, this repository and torchvision: norms and relative differences\n")

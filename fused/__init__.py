@@ -32,6 +32,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.nn.modules.module import _has_any_global_hook as has_hooks_everywhere
 
 try:
     from fused import loops
@@ -43,7 +44,7 @@ except (ImportError, RuntimeError):  # without Numba, or without a place where N
 def dense_block(layers, x):
     """Run a dense block's layers on x (N, C0, H, W) → (N, C0 + L·k, H, W), channels last.
 
-    ``layers`` are SingleLayer or BottleneckLayer modules, used as containers: their hooks are not called. Under
+    ``layers`` are SingleLayer or BottleneckLayer modules, used as containers: nobody may be ``watched`` there. Under
     autocast the result has autocast's dtype; statistics are float32 or better. Raises ValueError for dropout, and
     RuntimeError in a backward pass that is itself to be differentiated.
     """
@@ -84,16 +85,27 @@ def kernels_for(device):
     return kernels
 
 
-def norm_relu(module, x):
-    """relu(module(x)), of a BatchNorm2d and x (N, C, H, W): between the blocks, by the same passes as within them.
+def watched(x, modules):
+    """Whether somebody is to see what each of the modules does with x: through hooks, or in a trace of the operations.
 
-    That is on a CPU, where nobody asks for what the module alone returns; elsewhere it is what torch does.
+    torch.fx and torch.export trace with stand-ins for tensors.
     """
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    usual = type(module) is torch.nn.BatchNorm2d and module.affine and not hooks
+    if type(x) is not torch.Tensor or torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return True
+    return has_hooks_everywhere() or any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules
+    )
+
+
+def norm_relu(norm, relu, x):
+    """relu(norm(x)), of a BatchNorm2d and x (N, C, H, W): between the blocks, by the same passes as within them.
+
+    That is on a CPU, where nobody asks for what each module returns; elsewhere it is what torch does.
+    """
+    usual = type(norm) is torch.nn.BatchNorm2d and norm.affine and not watched(x, (norm, relu))
     if torch.compiler.is_compiling() or not usual or passes_for(x) is not loops or not len(x):
-        return F.relu(module(x))
-    return NormReLU.apply(x, module, torch.is_grad_enabled(), module.weight, module.bias)
+        return relu(norm(x))
+    return NormReLU.apply(x, norm, torch.is_grad_enabled(), norm.weight, norm.bias)
 
 
 class SharedBuffer(torch.autograd.Function):

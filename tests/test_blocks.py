@@ -201,7 +201,7 @@ def test_norm_relu_gradcheck_in_float64(training):
 
     assert torch.autograd.gradcheck(norm_relu, (x, norm.weight, norm.bias), fast_mode=False)
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
-        torch.autograd.grad(fused.norm_relu(norm, x).sum(), x, create_graph=True)
+        torch.autograd.grad(fused.norm_relu(norm, nn.ReLU(), x).sum(), x, create_graph=True)
 
 
 def test_fused_gradcheck_in_float64():

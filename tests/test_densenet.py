@@ -83,7 +83,7 @@ def test_hooks_see_outputs_that_nothing_overwrites():
         if not list(module.children()):
             module.register_forward_hook(lambda module, inputs, output: seen.append((output, output.clone())))
     model(torch.randn(2, 3, 8, 8))
-    assert len(seen) == 1 + 3 * 4 + 2 * 2 + 2  # stem, layers, transitions, last norm and classifier
+    assert len(seen) == 1 + 3 * 6 + 2 * 3 + 3  # stem, layers, transitions, last norm, ReLU and classifier
     assert all(torch.equal(output, copy) for output, copy in seen)
 
 
