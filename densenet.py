@@ -296,10 +296,10 @@ class DenseNet(nn.Module):
         return norm_relu(self.norm, self.relu, x, self.block)
 
     def reset_classifier(self, num_classes):
-        """Put a fresh classifier in place of the last one; with 0 classes none: the network returns (N, C) features."""
-        channels, weight = self.norm.num_features, self.norm.weight
-        new = nn.Linear(channels, num_classes, device=weight.device, dtype=weight.dtype) if num_classes else nn.Identity()
-        self.classifier = new.apply(init_weights)
+        """Start with a fresh classifier; for 0 classes without one: the network then returns its features, (N, C)."""
+        (channels,), like = self.norm.weight.shape, dict(device=self.norm.weight.device, dtype=self.norm.weight.dtype)
+        self.classifier = nn.Linear(channels, num_classes, **like) if num_classes else nn.Identity()
+        init_weights(self.classifier)
 
     def load_torchvision(self, state_dict):
         """Load weights in torchvision's names, those of its early releases ("norm.1") included.

@@ -11,6 +11,7 @@ import itertools
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import data
 import distributed
@@ -44,10 +45,16 @@ def evaluate(model, batches, amp):
 
 
 def load_model(checkpoint):
-    """The trained network of a checkpoint's dict, in evaluation mode."""
+    """The trained network of a checkpoint's dict, in evaluation mode.
+
+    Its "model" is a state_dict or, where the module export has read the checkpoint, the network itself.
+    """
+    if isinstance(checkpoint["model"], torch.nn.Module):
+        return checkpoint["model"]
     try:
         model = DenseNet(**checkpoint["config"]["model"])
-        model.load_state_dict(checkpoint["model"])
+        weights = {name.removeprefix("module."): value for name, value in checkpoint["model"].items()}  # of DDP
+        model.load_state_dict(weights)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise Mistake(f"the weights in the checkpoint are not of its network: {reason}") from error
@@ -161,3 +168,18 @@ def wilson(error, count, z=1.96):
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * (share * (1 - share) / count + z * z / (4 * count * count)) ** 0.5
     return 100 * max(0.0, centre - half), 100 * min(1.0, centre + half)
+
+
+def preprocess(image, arguments, normalize):
+    """What ``classify`` lets a network see of one image, opened by Pillow or the path of its file: (C, S, S) float32.
+
+    ``arguments`` are those of the network's run. Of a file, no more is decoded than is needed; of an image that Pillow
+    has opened, all. Raises Mistake where it cannot be read.
+    """
+    reader = Reader.of_run(arguments, workers=0, progress=False)
+    if isinstance(image, Image.Image):
+        image.load()  # to decode it at a reduced size would change it
+        pixels = reader.pixels(image, "the image")
+    else:
+        pixels = reader.read(image)
+    return normalizer(normalize, "cpu")(torch.from_numpy(pixels)[None])[0]

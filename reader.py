@@ -66,12 +66,17 @@ class Reader:
         """
         choose_box = choose_box or (centre(self.image_size) if self.streams else whole)
         with opened(path) as image:
-            box = decode_reduced(image, choose_box(image.size), self.image_size)
-            turn = UPRIGHT.get(orientation(image))
-            image = in_8_bits(image, self.channels, self.white, path)
-            if all(isinstance(side, int) for side in box):  # then resizing blends nothing in from outside the box
-                image, box = image.crop(box), None
-            image = image.resize((self.image_size,) * 2, BILINEAR, box)
+            return self.pixels(image, path, choose_box)
+
+    def pixels(self, image, name, choose_box=None):
+        """The same from an image that Pillow has opened, whose ``name`` is for messages."""
+        choose_box = choose_box or (centre(self.image_size) if self.streams else whole)
+        box = decode_reduced(image, choose_box(image.size), self.image_size)
+        turn = UPRIGHT.get(orientation(image))
+        image = in_8_bits(image, self.channels, self.white, name)
+        if all(isinstance(side, int) for side in box):  # then resizing blends nothing in from outside the box
+            image, box = image.crop(box), None
+        image = image.resize((self.image_size,) * 2, BILINEAR, box)
         pixels = np.array(image if turn is None else image.transpose(turn))
         return pixels.reshape(self.image_size, self.image_size, self.channels)
 

@@ -37,8 +37,15 @@ def start_threads():
 
 start_threads()
 
-# Sums may be reordered into vector lanes; NaN and infinity keep their meaning.
-compiled = numba.njit(parallel=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
+
+def compiled(loop):
+    """Compile a loop when it is first called; kept on disk, in a file of the module's full name.
+
+    What Numba keeps imports the module by that name, which is another one where hubconf.py has imported it. Sums may be
+    reordered into vector lanes; NaN and infinity keep their meaning.
+    """
+    loop.__qualname__ = f"{__name__}.{loop.__name__}"
+    return numba.njit(loop, parallel=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
 
 
 def bn_relu(x, norm):
