@@ -16,6 +16,7 @@ from tqdm import tqdm
 from cli import Mistake, Parser, command, natural, positive, positive_number
 from data import passed_over
 from device import PRECISIONS, choose_device, choose_precision, set_up_device
+from export import read_network
 from folders import find_images
 from inference import (
     classifier,
@@ -27,7 +28,6 @@ from inference import (
     reader_of,
 )
 from report import csv_table, headline, likeliest, print_scores
-from workdir import read_checkpoint
 
 KINDS = {"train": "training", "valid": "validation", "test": "test"}
 PICTURES = (".png", ".pdf", ".svg")
@@ -37,7 +37,7 @@ DRAWN = 32  # mistakes, at most
 def parse_args(argv=None):
     parser = Parser(prog="evaluate.py", description=__doc__)
     add = parser.add_argument
-    add("checkpoint", help="latest.pth, best.pth or weights.pth of a run")
+    add("checkpoint", help="latest.pth, best.pth or weights.pth of a run, or an exported file")
     add("paths", nargs="*", metavar="PATH",
         help="image files to classify, and folders, searched at any depth (default: the test set)")
     add("--split", choices=KINDS,
@@ -158,7 +158,7 @@ def classify_split(args, checkpoint, images, device, amp):
 @command
 def main(argv=None):
     args = parse_args(argv)
-    checkpoint = read_checkpoint(args.checkpoint)
+    checkpoint = read_network(args.checkpoint)
     device = choose_device(args.device)
     set_up_device(device)
     amp, _ = choose_precision(args.precision, device)

@@ -1,6 +1,7 @@
 """Make finished runs fit to publish: their weights alone, and a row for each in a table.
 
 Example: python publish.py work/digits.base
+         python publish.py work/digits.base --export onnx    (for other programs, checked against torch)
 
 Evaluates latest.pth once more, compares the error with test.csv, and writes the network without the optimiser to
 weights.pth: small, and all that evaluate.py needs. Then prints a table of the runs in Markdown. The weights are those
@@ -16,6 +17,7 @@ import torch
 
 from cli import Mistake, Parser, command
 from device import choose_device, choose_precision, set_up_device
+from export import FORMATS, SIZES, export
 from inference import load_split, predictions, wilson
 from logs import read_table
 from workdir import read_checkpoint, read_config, write_checkpoint
@@ -73,6 +75,15 @@ def stages(config):
     return [config, *config["resumed"]]
 
 
+def export_weights(directory, suffix, folder=None):
+    """Export the network in weights.pth, and say how close it is. ``folder`` as in ``publish``."""
+    path, checkpoint = directory / f"weights{suffix}", read_checkpoint(directory / "weights.pth")
+    images, _ = load_split(checkpoint, directory=folder)
+    [(batch, _)] = images.select(slice(max(SIZES))).batches(max(SIZES), checkpoint["normalize"]).in_order()
+    difference = export(checkpoint, path, batch)
+    print(f"{path}: on {len(batch)} test images, logits differ from torch's by {difference:.1e} at most")
+
+
 def error_cell(error, count):
     """An error in percent with its 95 % interval (Wilson): the uncertainty from the number of test images alone."""
     low, high = wilson(error, count)
@@ -117,12 +128,16 @@ def main(argv=None):
     parser.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="directories of finished runs")
     parser.add_argument("--data", metavar="DIR", help="where the data set lives (default: as in training)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
+    parser.add_argument("--export", choices=[suffix[1:] for suffix in FORMATS], action="append", default=[],
+        help="also write the network to weights.onnx, … in its directory (may be repeated)")  # fmt: skip
     args = parser.parse_args(argv)
     device = choose_device(args.device)
     set_up_device(device)
     for directory, checkpoint in [(directory, finished(directory)) for directory in args.runs]:
         if "optimizer" in checkpoint:
             publish(directory, checkpoint, device, args.data)
+        for name in args.export:
+            export_weights(directory, f".{name}", args.data)
     print(markdown([table_row(directory) for directory in args.runs]))
 
 

@@ -28,7 +28,8 @@ COLUMNS = {
     "test": ("epoch", "loss", "error"),
 }
 FIGURES = ("loss.png", "error.png", "loss-error.png")
-FILES = ("latest.pth", "best.pth", "weights.pth", "config.json", *(f"{name}.csv" for name in COLUMNS), *FIGURES)
+WEIGHTS = tuple(f"weights.{suffix}" for suffix in ("pth", "onnx", "safetensors", "pt2"))
+FILES = ("latest.pth", "best.pth", *WEIGHTS, "config.json", *(f"{name}.csv" for name in COLUMNS), *FIGURES)
 
 
 class Run:
