@@ -21,6 +21,7 @@ from workdir import read_checkpoint
 
 SIZES = (1, 3, 64)  # of the batches that an exported network is checked with
 TOLERANCE = 1e-5  # of the largest logit, or of 1
+NEEDED = {"config", "normalize", "classes"}  # beside the weights
 EXTRA = "metadata.json"  # the file within a .pt2 file
 
 
@@ -64,17 +65,20 @@ def read_network(path):
     Raises Mistake where the file is missing, damaged or of another program.
     """
     suffix = Path(path).suffix
+    if suffix == ".pt2":
+        raise Mistake(f"{path} could run any code when it is loaded: name a .pth, .onnx or .safetensors file")
     if suffix not in FORMATS:
         return read_checkpoint(path)
-    content = Path(path).read_bytes()
     try:
-        checkpoint = FORMATS[suffix][1](content)
+        checkpoint = FORMATS[suffix][1](Path(path).read_bytes())
     except Mistake:
         raise
+    except OSError as error:
+        raise Mistake(f"{path} cannot be read: {error.strerror}") from error
     except Exception as error:  # each format has errors of its own
         raise Mistake(f"{path} is damaged or no {suffix} file ({type(error).__name__})") from error
-    if missing := {"config", "normalize", "classes"} - checkpoint.keys():
-        raise Mistake(f"{path} was not exported by publish.py: its metadata lack {', '.join(sorted(missing))}")
+    if not checkpoint.keys() >= NEEDED:
+        raise Mistake(f"{path} was not exported by publish.py: its metadata lack {', '.join(sorted(NEEDED))}")
     return checkpoint
 
 
@@ -89,8 +93,8 @@ def describe(checkpoint):
 
 
 def described(metadata):
-    """The inverse of ``describe``."""
-    return {name: json.loads(value) for name, value in metadata.items()}
+    """The inverse of ``describe``; nothing of what another program has written."""
+    return {name: json.loads(value) for name, value in metadata.items()} if metadata.keys() >= NEEDED else {}
 
 
 def traced(checkpoint):

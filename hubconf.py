@@ -84,8 +84,8 @@ def run(name):
     """The network of a run that work/ publishes, such as "digits.bc16", in evaluation mode.
 
     With it come ``classes``, their names, and ``preprocess``: an image, opened by Pillow or the path of its file →
-    (C, S, S) float32. Files are read as evaluate.py reads them. Of a large JPEG file it decodes no more pixels than it
-    needs: opened and decoded before, the image gives slightly other values.
+    (C, S, S) float32, read as evaluate.py reads it. That decodes large JPEG files at a reduced size: an image that has
+    been decoded before gives slightly other values.
     """
     path = _ROOT / "work" / name / "weights.pth"
     if not path.exists():

@@ -12,6 +12,7 @@ import itertools
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 import data
 import distributed
@@ -173,13 +174,10 @@ def wilson(error, count, z=1.96):
 def preprocess(image, arguments, normalize):
     """What ``classify`` lets a network see of one image, opened by Pillow or the path of its file: (C, S, S) float32.
 
-    ``arguments`` are those of the network's run. Of a file, no more is decoded than is needed; of an image that Pillow
-    has opened, all. Raises Mistake where it cannot be read.
+    ``arguments`` are those of the network's run. Raises Mistake where it cannot be read.
     """
     reader = Reader.of_run(arguments, workers=0, progress=False)
-    if isinstance(image, Image.Image):
-        image.load()  # to decode it at a reduced size would change it
-        pixels = reader.pixels(image, "the image")
-    else:
-        pixels = reader.read(image)
+    if isinstance(image, JpegImageFile) and image.tile:  # not decoded yet: read anew, at the size that is needed
+        image = image.fp
+    pixels = reader.pixels(image, "the image") if isinstance(image, Image.Image) else reader.read(image)
     return normalizer(normalize, "cpu")(torch.from_numpy(pixels)[None])[0]

@@ -3,6 +3,7 @@
 import copy
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -104,6 +105,103 @@ def test_hooks_and_replaced_modules_outside_of_blocks(block):
     model.norm = nn.Identity()
     model(torch.randn(2, 3, 8, 8, dtype=torch.float64))
     assert len(seen) == 1 and seen[0] < 0  # before ReLU
+
+
+HOOKS = [f"register_{kind}_hook" for kind in ("forward", "forward_pre", "full_backward", "full_backward_pre")]
+
+
+def seen(model, x, register, name=None):
+    """What a hook on a module, or without a name on all, is given in a training step: the first tensor of each call."""
+    found = []
+
+    def hook(module, *given):
+        found.append(next(part for part in (given[-1] if isinstance(given[-1], tuple) else (given[-1],)) if part is not None))
+
+    handle = getattr(model.get_submodule(name) if name else torch.nn.modules.module, register)(hook)
+    step(model, x)
+    handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("block", OTHERS)
+@pytest.mark.parametrize("register", HOOKS)
+def test_hooks_see_what_naive_shows(block, register, capsys):
+    model, x = make(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    ours, naive = with_block(model, block), with_block(model, "naive")
+    densenet.print_once.cache_clear()
+    layer = "blocks.1.layers.1"
+    names = [layer, *(f"{layer}.{part}" for part in ("norm1", "relu1", "conv1", "norm2", "relu2", "conv2")), "transitions.0.relu", "relu"]
+    for name in names:
+        found, expected = seen(ours, x, register, name), seen(naive, x, register, name)
+        assert len(found) == len(expected) == 1, name
+        torch.testing.assert_close(found[0], expected[0], rtol=1e-9, atol=1e-9)
+    assert capsys.readouterr().err == f"a dense block that has hooks, or is traced or exported, runs as block 'naive', not {block!r}\n"
+    kinds = [type(network.blocks[0](network.stem(x)).grad_fn) for network in (ours, naive)]
+    assert block != "fused" or kinds[0] is not kinds[1]  # without hooks, the block is itself again
+
+
+@pytest.mark.parametrize("block", OTHERS)
+def test_hooks_on_all_modules_see_what_naive_shows(block):
+    model, x = make(depth=10), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    found = [seen(with_block(model, name), x, "register_module_forward_hook") for name in (block, "naive")]
+    assert len(found[0]) == len(found[1]) > 30
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_features_by_name(block):
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    model, x = make(block=block).eval(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    kept = {}
+    for name in ("blocks.1", "norm", "relu"):
+        model.get_submodule(name).register_forward_hook(lambda module, inputs, output, name=name: kept.update({name: output}))
+    features = create_feature_extractor(model, ["blocks.1", "norm", "relu", "blocks.0.layers.1.relu2"])(x)
+    model(x)
+    for name, value in kept.items():
+        torch.testing.assert_close(features[name], value, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(features["relu"], model.forward_features(x), rtol=1e-9, atol=1e-9)
+    assert features["blocks.0.layers.1.relu2"].shape == (2, 24, 8, 8)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_traces_and_exports(block):
+    model, x = make(block=block, depth=10).eval(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    traced = torch.jit.trace(model, x)
+    for size in (1, 5):
+        x = torch.randn(size, 3, 8, 8, dtype=torch.float64)
+        for other in (exported.module(), traced):
+            torch.testing.assert_close(other(x), model(x), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_class_activation_maps_of_every_layer(block):
+    """With the package grad-cam."""
+    pytorch_grad_cam = pytest.importorskip("pytorch_grad_cam")
+    model, x = make(torch.float32, depth=10, block=block).eval(), torch.randn(1, 3, 16, 16)
+    naive = with_block(model, "naive")
+    for name, module in model.named_modules():
+        if not isinstance(module, (DenseNet, nn.ModuleList, nn.Linear)):
+            maps = []
+            for network in (model, naive):
+                with pytorch_grad_cam.GradCAM(network, [network.get_submodule(name)]) as cam:
+                    maps.append(cam(x, targets=None))
+            assert maps[0].shape == (1, 16, 16), name
+            np.testing.assert_allclose(*maps, rtol=1e-3, atol=1e-3, err_msg=name)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.filterwarnings("ignore")
+def test_attributions(block):
+    """With the package captum: DeepLift's sum to the difference of outputs, since it sees every ReLU."""
+    attr = pytest.importorskip("captum.attr")
+    model, x = make(torch.float32, block=block).eval(), torch.randn(2, 3, 8, 8)
+    method = attr.DeepLift(model)
+    _, delta = method.attribute(x, torch.zeros_like(x), target=3, return_convergence_delta=True)
+    assert delta.abs().max() < 1e-4
+    attributions = [attr.GuidedBackprop(network).attribute(x, target=3) for network in (model, with_block(model, "naive"))]
+    torch.testing.assert_close(*attributions, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("block", OTHERS)
