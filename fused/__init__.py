@@ -44,7 +44,7 @@ except (ImportError, RuntimeError):  # without Numba, or without a place where N
 def dense_block(layers, x):
     """Run a dense block's layers on x (N, C0, H, W) → (N, C0 + L·k, H, W), channels last.
 
-    ``layers`` are SingleLayer or BottleneckLayer modules, used as containers: nobody may be ``watched`` there. Under
+    ``layers`` are SingleLayer or BottleneckLayer modules, used as containers, which nobody may have ``watched``. Under
     autocast the result has autocast's dtype; statistics are float32 or better. Raises ValueError for dropout, and
     RuntimeError in a backward pass that is itself to be differentiated.
     """

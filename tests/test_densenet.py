@@ -87,6 +87,23 @@ def test_hooks_see_outputs_that_nothing_overwrites():
     assert all(torch.equal(output, copy) for output, copy in seen)
 
 
+def test_features_and_another_classifier():
+    """As timm has them."""
+    model = DenseNet(depth=10, growth_rate=4).double().eval()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    features = model.forward_features(x)
+    assert features.shape == (2, 9, 2, 2) and features.min() == 0
+    pooled = features.mean((2, 3))
+    torch.testing.assert_close(model(x), F.linear(pooled, model.classifier.weight, model.classifier.bias))
+    model.reset_classifier(7)
+    assert model(x).shape == (2, 7) and (model.classifier.bias == 0).all()
+    assert model.state_dict().keys() == DenseNet(depth=10).state_dict().keys()
+    model.reset_classifier(0)
+    torch.testing.assert_close(model(x), pooled)
+    model.reset_classifier(3)
+    assert model(x).shape == (2, 3)
+
+
 @pytest.mark.parametrize("bottleneck", [True, False])
 def test_dropout_follows_every_convolution_but_the_first(monkeypatch, bottleneck):
     """One call for each convolution but the stem, with that convolution's output, and only while training."""
@@ -146,7 +163,7 @@ def test_torchvision_names_go_both_ways():
     }
     for value in ours.parameters():
         value.data.zero_()
-    ours.load_torchvision(early)
+    ours.load_torchvision({f"module.{key}": value for key, value in early.items()})  # as trained in parallel
     assert torch.equal(ours.blocks[2].layers[7].conv2.weight, theirs.features.denseblock3.denselayer8.conv2.weight)
     with pytest.raises(RuntimeError, match="size mismatch"):
         DenseNet(**ARCHITECTURES["densenet161"]).load_torchvision(early)
