@@ -164,7 +164,7 @@ def test_features_by_name(block):
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_traces_and_exports(block):
     model, x = make(block=block, depth=10).eval(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
     exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
