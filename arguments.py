@@ -1,6 +1,7 @@
 """The flags of train.py: groups, defaults, old spellings, what contradicts what, what a resumed run may change."""
 
 import argparse
+import contextlib
 import math
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from cli import Mistake, Parser, natural, positive, positive_number
 from densenet import ARCHITECTURES, BLOCKS, DenseNet
 from device import PRECISIONS, choose_device, choose_precision, compiler_problem
 from reader import STREAM_FROM
-from workdir import Run, read_checkpoint
+from workdir import Run, stages
 
 # Defaults that depend on another argument; everything else is the parser's default.
 BY_DATASET = {
@@ -25,8 +26,9 @@ BY_OPTIMIZER = {
     "adam": {"lr": 1e-3, "schedule": "constant"},
     "rmsprop": {"lr": 1e-2, "schedule": "constant"},
 }
-# What --resume may change: none of it changes what is computed, but for the schedule's length and rounding.
+# What --resume may change: none of it changes what is computed, but for the schedule and rounding.
 RESUMABLE = {
+    "lr",  # a run whose loss is not finite would come to the same loss again
     *("data", "workers", "block", "epochs", "device", "precision", "compile", "cuda_graph", "deterministic"),
     *("save", "resume", "overwrite", "log_every", "plot", "progress"),
 }
@@ -134,8 +136,8 @@ def add_optimisation_flags(add):
 
 def add_run_flags(add):
     add("--save", metavar="DIR", help="the run directory (default: work/<dataset>.base)")
-    add("--resume", action="store_true",
-        help="continue the run in the run directory, with its arguments (default: off)")
+    add("--resume", nargs="?", const=True, default=False, choices=("if-any",), metavar="if-any",
+        help="continue the run in the run directory, with its arguments; if-any: or start one (default: off)")
     add("--overwrite", action="store_true", help="replace the run in the run directory (default: off)")
     add("--device", default="auto", metavar="NAME",
         help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
@@ -189,6 +191,8 @@ def parse_args(argv=None, description=None):
         given |= {"resume": True, "overwrite": False}
     if given.get("resume") and given.get("overwrite"):
         raise Mistake("--resume and --overwrite exclude each other: choose one")
+    if given.get("resume") == "if-any":
+        given["resume"] = Run(run_directory(given)).can_go_on()
     checkpoint = None
     if given.get("resume"):
         checkpoint, saved = read_saved(given, defaults)
@@ -223,8 +227,10 @@ def architecture(given):
 
 def started_by_this_launch(path):
     """Whether torchrun, after the death of a process, starts us anew to go on with the run in ``path``."""
-    launch, latest = distributed.launch_time(), path / "latest.pth"
-    return launch is not None and latest.exists() and latest.stat().st_mtime > launch
+    launch = distributed.launch_id()
+    with contextlib.suppress(Mistake):  # told later, if it matters
+        return launch is not None and stages(Run(path).latest()[0]["config"])[-1].get("launch") == launch
+    return False
 
 
 def run_directory(given):
@@ -238,7 +244,10 @@ def read_saved(given, defaults):
     """
     path = run_directory(given)
     Run(path).check(resume=True, overwrite=False)
-    checkpoint = read_checkpoint(path / "latest.pth")
+    checkpoint, source = Run(path).latest()
+    if source.name != "latest.pth":
+        reason = f"{path / 'latest.pth'} is missing or damaged"
+        print(f"{reason}: going on from {source}, after epoch {checkpoint['epoch']}", file=sys.stderr)
     saved = defaults | checkpoint["config"]["arguments"] | {"save": str(path), "resume": True, "overwrite": False}
     for name, value in given.items():
         if name not in RESUMABLE and value != saved[name]:
@@ -250,7 +259,7 @@ def read_saved(given, defaults):
     if given.get("epochs", saved["epochs"]) < checkpoint["epoch"]:
         raise Mistake(f"--epochs {given['epochs']}: the run in {path} has finished {checkpoint['epoch']} already")
     if not {"optimizer", "metrics", "seconds"} <= checkpoint.keys():
-        raise Mistake(f"training cannot go on from {path / 'latest.pth'}: it holds weights only, or is too old")
+        raise Mistake(f"training cannot go on from {source}: it holds weights only, or is too old")
     saved["progress"] = sys.stderr.isatty()
     return checkpoint, saved
 

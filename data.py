@@ -4,17 +4,21 @@ Example: python data.py --dataset digits --stats     (per-channel mean and stand
          python data.py --data DIR --check --workers 2   (read every image of a folder: what is there, what is damaged)
 """
 
+import contextlib
+import os
 import sys
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import psutil
 import torch
+from filelock import FileLock
 
 from batches import ImageTensors
 from cli import Mistake, Parser, command, natural, positive, positive_number
-from files import ImageFiles, check_folder, read_split, unreadable, without
+from files import ImageFiles, check_folder, fingerprint, read_split, unreadable, without
 from folders import check_classes, existing, find_splits, folders_of, interleave, list_images
 from reader import STREAM_FROM, Reader
 
@@ -37,8 +41,8 @@ class Dataset:
     """Training and test images, names of the classes, and per-channel (mean, std) of 255.
 
     ``train``, ``test`` and ``valid`` are ImageTensors, or ImageFiles where images are streamed from disk. ``notes`` are
-    lines that a user should read. With ``layout``, a later call finds the same splits: it says which folders they are
-    and which files were set apart for testing.
+    lines that a user should read. With ``layout``, a later call finds the same splits: it says which folders they are,
+    which files were set apart for testing, and what the images were, so that it is noticed when they have changed.
     """
 
     train: ImageTensors | ImageFiles
@@ -158,8 +162,8 @@ def load_torchvision(name, root):
         return Dataset(train, test, SVHN_CLASSES, NORMALIZE[name])
 
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-    make = [lambda part=part: kind(root, train=part, download=True) for part in (True, False)]
-    train, test = download(name, root, [(kind.filename, kind.tgz_md5)], make)
+    make = [partial(kind, root, train=part) for part in (True, False)]
+    train, test = download(name, root, [(kind.url, kind.filename, kind.tgz_md5)], make)
     splits = (  # torchvision's pixels are a transposed view
         ImageTensors(torch.from_numpy(split.data).contiguous(), torch.tensor(split.targets)) for split in (train, test)
     )
@@ -170,8 +174,8 @@ def load_svhn(root, *splits):
     """The named splits of SVHN, as ImageTensors."""
     from torchvision.datasets import SVHN
 
-    archives = [SVHN.split_list[split][1:] for split in splits]  # (file name, md5) each
-    make = [lambda split=split: SVHN(root, split, download=True) for split in splits]
+    archives = [SVHN.split_list[split] for split in splits]
+    make = [partial(SVHN, root, split) for split in splits]
     return [
         ImageTensors(torch.from_numpy(part.data).permute(0, 2, 3, 1).contiguous(), torch.from_numpy(part.labels).long())
         for part in download("svhn", root, archives, make)
@@ -179,22 +183,40 @@ def load_svhn(root, *splits):
 
 
 def download(name, root, archives, make):
-    """Call every function of ``make``; they fetch what is missing. ``archives``: (file name, md5) pairs."""
+    """Call every function of ``make``, having fetched what is missing. ``archives``: (URL, file name, md5) each."""
     from torchvision.datasets.utils import check_integrity
 
-    for filename, md5 in archives:
+    for _, filename, md5 in archives:
         path = Path(root, filename)
         if path.exists() and not check_integrity(path, md5):  # torchvision would download over it
             raise Mistake(f"{path} is incomplete or damaged (md5 is not {md5}): delete it, then run again")
     try:
-        return [make_split() for make_split in make]
+        with contextlib.suppress(RuntimeError):  # which says that the data set is not there, or not unpacked
+            return [make_split() for make_split in make]
+        fetch(root, archives)
+        return [make_split(download=True) for make_split in make]
     except (OSError, RuntimeError, EOFError) as error:
-        names = ", ".join(filename for filename, _ in archives)
+        names = ", ".join(filename for _, filename, _ in archives)
         reason = str(error).strip().splitlines()[-1]
         raise Mistake(
             f"cannot download {name} ({reason}): put {names} into {root}/ by hand, "
             "or try --dataset digits, which needs no download"
         ) from error
+
+
+def fetch(root, archives):
+    """Download what is missing; where that is stopped, an archive has not got its name yet."""
+    from torchvision.datasets.utils import download_url
+
+    unfinished = Path(root, ".download")
+    unfinished.mkdir(parents=True, exist_ok=True)
+    with FileLock(unfinished / "lock"):  # others may need the same archives
+        for url, filename, md5 in archives:
+            if not Path(root, filename).exists():
+                download_url(url, unfinished, filename, md5)
+                with open(unfinished / filename, "rb+") as file:  # a power cut is to leave the old state or the new
+                    os.fsync(file.fileno())
+                os.replace(unfinished / filename, Path(root, filename))
 
 
 def load_folder(root, reader, test_size=0, layout=None):
@@ -219,7 +241,8 @@ def load_folder(root, reader, test_size=0, layout=None):
     mean, std = imagenet_normalize(reader.channels) if reader.streams else measure(images["train"].pixels)
     normalize = mean, tuple(value or 1.0 for value in std)  # 0: the channel never varies
     names = {split: folder.relative_to(root).as_posix() for split, folder in folders.items()}
-    layout = {"folders": names, "test_files": list(test_files)}
+    prints = {split: fingerprint(found, root) for split, found in images.items()}
+    layout = {"folders": names, "test_files": list(test_files), "fingerprints": prints}
     return Dataset(**images, classes=classes, normalize=normalize, notes=notes, layout=layout)
 
 

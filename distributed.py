@@ -4,12 +4,17 @@ Without torchrun there is one rank, and nothing here communicates.
 """
 
 import contextlib
+import hashlib
 import inspect
 import os
+import signal
 import socket
 import sys
+import threading
+import time
 import traceback
 from datetime import timedelta
+from pathlib import Path
 
 import psutil
 import torch
@@ -18,8 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cli import Mistake
 
-# How long a rank waits for the others. gloo notices by itself that one has died, but not that one downloads, decodes or
-# measures; NCCL notices nothing: after the short time it ends the process.
+# How long a rank waits for the others: while one downloads, decodes or measures, and in a step. gloo notices by itself
+# that another process has died, but not that the network is cut; NCCL notices neither.
 LONG, SHORT = timedelta(hours=6), timedelta(minutes=10)
 waiting = None  # the group in which the ranks wait for what one of them does alone
 
@@ -52,30 +57,51 @@ def share():
     return rank(), world_size()
 
 
-def launch_time():
-    """When torchrun was started, in seconds since 1970; None without it (other launchers set RANK, too).
+def launch_id():
+    """What this launch by torchrun has and no other, whatever clocks say; None without torchrun.
 
-    What is newer was made by this launch: torchrun starts all ranks anew when one has died (--max-restarts).
+    torchrun starts all ranks anew when one has died (--max-restarts). On each machine, a launch has one folder with a
+    random name for what its ranks report.
     """
-    return psutil.Process(os.getppid()).create_time() if "TORCHELASTIC_RUN_ID" in os.environ else None
+    report = os.environ.get("TORCHELASTIC_ERROR_FILE")  # FOLDER/attempt_0/0/error.json
+    if not report:
+        return None
+    launch = f"{socket.gethostname()} {os.getppid()} {Path(report).parents[2]}"
+    return hashlib.sha256(launch.encode()).hexdigest()[:16]
+
+
+def end_with_launcher():
+    """Let SIGTERM reach this process when torchrun has been killed, which can't send it then."""
+    launcher = os.getppid()
+
+    def watch():
+        while os.getppid() == launcher and psutil.pid_exists(launcher):
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)  # for a last line; a thread that waits for a lost rank does not hear of signals
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextlib.contextmanager
 def process_group():
     """A context in which the ranks can communicate: NCCL between GPUs, gloo between CPUs."""
     global waiting
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_launcher()
     if world_size() == 1:
         yield
         return
-    backend, limit = "gloo", LONG
+    backend = "gloo"
     if torch.cuda.is_available() and dist.is_nccl_available():
-        backend, limit = "cpu:gloo,cuda:nccl", SHORT
+        backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())  # before any rank makes a context on GPU 0
     store, *_ = next(dist.rendezvous("env://"))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         # After a restart, torchrun on one machine may serve the store of the attempt before, whose addresses are dead.
         store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=limit)
+    dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=SHORT)
     waiting = dist.new_group(backend="gloo", timeout=LONG)
     yield
     dist.destroy_process_group()  # not after an exception: the others may be waiting in a collective

@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import PIL
 import torch
+from filelock import FileLock
 from tqdm import tqdm
 
 from batches import IGNORE_INDEX, ImageTensors, batch_positions, chosen, normalizer
-from cli import Mistake, written_whole
+from cli import Mistake, check_records, written_whole
 from folders import existing, list_images
 from reader import Reader, Unreadable, in_8_bits, opened, orientation, random_box
 
@@ -196,10 +197,10 @@ def read_cached(cache, paths, reader):
     """``read_all``, from the file ``cache`` if it holds the same contents, read in the same way; else written there."""
     key = cache_key(paths, cache.parent, reader, contents)
     cached = load_cache(cache, key, paths, reader)
-    if cached and cached["digest"] == digest(cached["pixels"]):
+    if cached:
         return cached["pixels"], cached["problems"]
     pixels, problems = read_all(paths, reader)
-    save_cache(cache, {"key": key, "digest": digest(pixels), "pixels": pixels, "unreadable": list(problems)})
+    save_cache(cache, {"key": key, "pixels": pixels, "unreadable": list(problems)})
     return pixels, problems
 
 
@@ -225,7 +226,9 @@ def load_cache(cache, key, paths, reader):
     Those are read again: their folder may have moved, or the disk may have failed when they were read.
     """
     try:
-        cached = torch.load(cache, weights_only=True)
+        with open(cache, "rb") as file:
+            check_records(file)
+            cached = torch.load(file, weights_only=True)
         if cached["key"] != key:
             return None
         found = {i: read_or_problem(paths[i], reader) for i in cached["unreadable"]}
@@ -241,7 +244,7 @@ def load_cache(cache, key, paths, reader):
 
 def save_cache(cache, content):
     try:
-        with written_whole(cache, suffix=f".{os.getpid()}") as file:  # another run may decode the same folder
+        with FileLock(cache.with_name(".cache.lock")), written_whole(cache) as file:  # others may decode this folder
             torch.save(content, file)
     except (OSError, RuntimeError) as error:  # RuntimeError: how torch.save reports a full disk
         reason = f"[Errno {error.errno}] {error.strerror}" if isinstance(error, OSError) else error
@@ -272,8 +275,14 @@ def times(path):
     return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}".encode()
 
 
-def digest(pixels):
-    return hashlib.sha256(pixels.numpy()).hexdigest()
+def fingerprint(images, root):
+    """A digest of labels and pixels; of images that are streamed, of names: reading them would take minutes."""
+    key = hashlib.sha256(images.labels.numpy())
+    if isinstance(images, ImageFiles):
+        key.update(os.fsencode("\0".join(os.path.relpath(path, root) for path in images.paths)))
+    else:
+        key.update(images.pixels.numpy())
+    return key.hexdigest()
 
 
 def read_all(paths, reader):

@@ -20,7 +20,7 @@ from device import choose_device, choose_precision, set_up_device
 from export import FORMATS, SIZES, export
 from inference import load_split, predictions, wilson
 from logs import read_table
-from workdir import read_checkpoint, read_config, write_checkpoint
+from workdir import read_checkpoint, read_config, stages, write_checkpoint
 
 COLUMNS = (
     "run", "command", "hardware", "wall time", "images/s",
@@ -68,11 +68,6 @@ def mistakes(checkpoint, images, device):
     amp, _ = choose_precision(stages(checkpoint["config"])[-1]["precision"], device)
     found = predictions(checkpoint, images, device, amp)
     return torch.cat([(logits.argmax(1) != labels).cpu() for logits, labels in found])
-
-
-def stages(config):
-    """Command, commit and hardware of a run's first process, and of each that resumed it."""
-    return [config, *config["resumed"]]
 
 
 def export_weights(directory, suffix, folder=None):

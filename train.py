@@ -26,7 +26,7 @@ from inference import evaluate
 from measure import fastest_block
 from reader import Reader
 from step import GraphedStep, Step, compile_model
-from workdir import Figures, Run, provenance, read_checkpoint
+from workdir import Figures, Lost, Run, provenance, stages
 
 
 class NotFinite(Exception):
@@ -38,7 +38,7 @@ class NotFinite(Exception):
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM arrived."""
+    """SIGINT, SIGTERM or SIGHUP arrived."""
 
     def __init__(self, number):
         super().__init__(number)
@@ -143,7 +143,7 @@ def pick_block(args, checkpoint, dataset, options, device, precision):
     if args.deterministic or args.compile or device.type not in ("cpu", "cuda"):
         return default, None
     if checkpoint and checkpoint["config"]["arguments"]["block"] == "auto":
-        last = [checkpoint["config"], *checkpoint["config"]["resumed"]][-1]
+        last = stages(checkpoint["config"])[-1]
         if (last.get("device"), last.get("precision")) == (device_name(device), precision):
             return last["block"], None
     share, finished = -(-args.batch_size // distributed.world_size()), checkpoint["epoch"] if checkpoint else 0
@@ -192,6 +192,10 @@ def check_data(checkpoint, args, dataset, options):
         raise Mistake(
             f"the run in {args.save} was trained on other images or classes than {args.data} holds now{reason}"
         )
+    prints = (checkpoint.get("layout") or {}).get("fingerprints", {})
+    changed = [split for split, before in prints.items() if before != dataset.layout["fingerprints"].get(split)]
+    if changed:
+        raise Mistake(f"images in {args.data} ({', '.join(changed)}) have changed since the run in {args.save} began")
     if checkpoint["metrics"].keys() != dataset.splits.keys():
         logged, found = ", ".join(checkpoint["metrics"]), ", ".join(dataset.splits)
         raise Mistake(f"the run in {args.save} was trained with the splits {logged}, not {found}")
@@ -286,7 +290,7 @@ def claim(args, checkpoint, run):
     """Keep other processes out of the run directory. Raises Mistake where one has been there since it was checked."""
     run.lock()
     run.check(args.resume, args.overwrite)
-    if args.resume and read_checkpoint(run.path / "latest.pth")["epoch"] != checkpoint["epoch"]:
+    if args.resume and run.latest()[0]["epoch"] != checkpoint["epoch"]:
         raise Mistake(f"another process went on with {run.path} meanwhile: run again")
 
 
@@ -307,7 +311,8 @@ def train(args, checkpoint, run):
         dataset.notes.append(note)
     model = make_model(options, device, block)
     optimizer = make_optimizer(args, model.parameters())
-    stage = provenance(device, distributed.launcher()) | {"precision": precision, "block": block}
+    stage = provenance(device, distributed.launcher())
+    stage |= {"precision": precision, "block": block, "lr": args.lr, "launch": distributed.launch_id()}
     if checkpoint is None:
         checkpoint = first_checkpoint(args, dataset, model, options, stage)
     else:
@@ -325,11 +330,12 @@ def train(args, checkpoint, run):
         return checkpoint | {"epoch": epoch} | {name: part.state_dict() for name, part in parts.items()}
 
     def start():
-        run.start(state(checkpoint["epoch"]), clear=args.overwrite)
+        run.start(state(checkpoint["epoch"]))
         print_start(args, checkpoint["config"], stage, dataset)
 
     first_epoch, batches, main_process = checkpoint["epoch"] + 1, make_batches(args, dataset), distributed.rank() == 0
     distributed.on_rank_0(start)
+    run.epoch = checkpoint["epoch"]
     with Figures(run.path, args.plot and main_process) as figures:
         for epoch in range(first_epoch, args.epochs + 1):
             begin = time.monotonic()
@@ -354,7 +360,13 @@ def set_up_torch(args):
 
 @contextlib.contextmanager
 def interruptible():
-    """Raise Interrupted on SIGINT and SIGTERM, until the function that this yields is called: then ignore them."""
+    """Raise Interrupted on SIGINT, SIGTERM and SIGHUP, until the function that this yields is called: then ignore them.
+
+    SIGHUP, by which a terminal says that it is closed, stays ignored where it is: ``nohup`` starts a command like that.
+    """
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # Windows has none
+        numbers.append(signal.SIGHUP)
 
     def interrupt(number, frame):
         raise Interrupted(number)
@@ -363,7 +375,7 @@ def interruptible():
         for number in before:
             signal.signal(number, signal.SIG_IGN)
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield ignore
     finally:
@@ -385,7 +397,8 @@ def main(argv=None):
             ignore_signals()  # torchrun sends SIGTERM to those that are left when one has died, while they report it
             status, message = ending(error, run)
             if message:
-                print(f"train.py: {message}", file=sys.stderr)
+                with contextlib.suppress(OSError):  # the terminal may be closed
+                    print(f"train.py: {message}", file=sys.stderr)
             return status
 
 
@@ -394,20 +407,20 @@ def ending(error, run):
 
     Raises errors that are not to be expected, and those of standard output, again.
     """
-    rank, is_saved = distributed.rank(), run is not None and run.epoch is not None
+    rank, has_begun = distributed.rank(), run is not None and run.epoch is not None
     if isinstance(error, distributed.FailedElsewhere):
         return error.status, None
     if isinstance(error, Mistake):
-        return 2, f"error: {error}" + (f"; {saved(run)}" if is_saved else "")
+        return 2, f"error: {error}" + (f"; {saved(run)}" if has_begun else "")
     if isinstance(error, NotFinite):
         if rank > 0:  # which do not know the epoch
             return 3, None
         where = f"epoch {run.epoch + 1}, iteration {error.step}"
-        return 3, f"error: the loss is not finite in {where}; {saved(run)}"
+        return 3, f"error: the loss is not finite in {where}; {saved(run, slower=True)}"
     if isinstance(error, Interrupted):
         quiet = not distributed.reports_lost_rank() or (error.number == signal.SIGINT and rank > 0)
         return 128 + error.number, None if quiet else f"stopped; {saved(run)}"
-    if isinstance(error, OSError) and is_saved and not isinstance(error, BrokenPipeError):
+    if isinstance(error, OSError) and has_begun and not isinstance(error, BrokenPipeError):
         return 1, f"error: {error.filename or run.path}: {error.strerror or error}; {saved(run)}"
     if distributed.is_lost_rank(error):
         quiet = not distributed.reports_lost_rank()
@@ -415,17 +428,22 @@ def ending(error, run):
     raise error
 
 
-def saved(run):
-    """What of a run that ended early is safe on disk, and how to go on."""
+def saved(run, slower=False):
+    """What of a run that ended early is safe on disk, as found there, and how to go on: as before, or ``slower``."""
     if run is None:
-        return "nothing was saved"
-    latest = run.path / "latest.pth"
+        return "nothing was written"
     try:
-        epoch = read_checkpoint(latest)["epoch"]
-    except Mistake:
+        checkpoint, path = run.latest()
+    except Lost:
         return "nothing was saved"
+    except Mistake as error:
+        return str(error)
+    if run.epoch is None:
+        return f"{path} is as it was, after epoch {checkpoint['epoch']}"
     resume = f"{distributed.launcher()} {shlex.quote(sys.argv[0])} --save {shlex.quote(str(run.path))} --resume"
-    return f"epoch {epoch} is saved in {latest}; to go on: {resume}"
+    if slower:
+        resume += f" --lr {checkpoint['config']['arguments']['lr'] / 10:g} (at the same rate, the same would happen)"
+    return f"epoch {checkpoint['epoch']} is saved in {path}; to go on: {resume}"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """What a run writes into its directory: config.json, CSV logs, checkpoints, figures. Survives a kill at any moment.
 
-The checkpoint is the truth: it holds every row of every log, and is replaced in one atomic step after each epoch. Only
-then are the new rows appended to the CSV files. A resumed run makes the CSV files agree with the checkpoint again.
+The checkpoint is the truth: it holds every row of every log, and is replaced by renaming after each epoch; the one
+before it is kept, too. Only then are the new rows appended to the CSV files. A resumed run makes the CSV files agree
+with the checkpoint again.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from cli import Mistake, written_whole
+from cli import Mistake, check_records, written_whole
 from device import device_name
 
 COLUMNS = {
@@ -29,14 +30,19 @@ COLUMNS = {
 }
 FIGURES = ("loss.png", "error.png", "loss-error.png")
 WEIGHTS = tuple(f"weights.{suffix}" for suffix in ("pth", "onnx", "safetensors", "pt2"))
-FILES = ("latest.pth", "best.pth", *WEIGHTS, "config.json", *(f"{name}.csv" for name in COLUMNS), *FIGURES)
+CHECKPOINTS = ("latest.pth", "previous.pth")  # what a run goes on from: the first of them that is whole
+FILES = (*CHECKPOINTS, "best.pth", *WEIGHTS, "config.json", *(f"{name}.csv" for name in COLUMNS), *FIGURES)
+
+
+class Lost(Mistake):
+    """A checkpoint is missing, or not what was written: an older one may do."""
 
 
 class Run:
     """One run directory.
 
-    ``rows`` maps "train", "valid", "test" to the rows (dicts) logged so far; ``epoch`` counts the epochs that are safe
-    on disk, None before there is anything. As a context manager it lets go of its lock at the end.
+    ``rows`` maps "train", "valid", "test" to the rows (dicts) logged so far; ``epoch`` counts the epochs that are over,
+    None before this process has written anything. As a context manager it lets go of its lock at the end.
     """
 
     def __init__(self, path):
@@ -48,9 +54,9 @@ class Run:
         """Raise Mistake unless training may start, or go on, here. Writes nothing."""
         if self.path.exists() and not self.path.is_dir():
             raise Mistake(f"{self.path} is a file: choose another directory with --save")
-        if resume and (self.path / "weights.pth").exists() and not (self.path / "latest.pth").exists():
+        if resume and not self.can_go_on() and (self.path / "weights.pth").exists():
             raise Mistake(f"{self.path} has only weights.pth, which is for evaluate.py: start another run with --save")
-        if resume and not (self.path / "latest.pth").exists():
+        if resume and not self.can_go_on():
             raise Mistake(f"{self.path} has no latest.pth to resume: leave out --resume, or name the run with --save")
         existing = [name for name in FILES if (self.path / name).exists()]
         if existing and not self._is_ours():
@@ -61,12 +67,26 @@ class Run:
                 "--save DIR starts another"
             )
 
+    def can_go_on(self):
+        """Whether there is anything to resume."""
+        return any((self.path / name).exists() for name in CHECKPOINTS)
+
+    def latest(self):
+        """The newest checkpoint that is whole, and its path. Raises Mistake where there is none."""
+        try:
+            return read_checkpoint(self.path / "latest.pth"), self.path / "latest.pth"
+        except Lost:
+            if not (self.path / "previous.pth").exists():
+                raise
+            return read_checkpoint(self.path / "previous.pth"), self.path / "previous.pth"
+
     def _is_ours(self):
         """Whether train.py wrote what is in the directory: other programs have a config.json or latest.pth, too."""
         with contextlib.suppress(Mistake):
             return bool(read_config(self.path))
         with contextlib.suppress(Mistake):
-            return bool(read_checkpoint(self.path / "latest.pth"))
+            self.latest()
+            return True
         return False
 
     def lock(self):
@@ -78,6 +98,8 @@ class Run:
             raise Mistake(f"{self.path} is in use by another process: wait, or choose another --save") from error
         except OSError as error:
             raise Mistake(f"{self.path} cannot be written ({error.strerror}): choose another --save") from error
+        if not os.access(self.path, os.W_OK):  # although the lock is there, and is open to all
+            raise Mistake(f"{self.path} cannot be written: choose another --save")
 
     def __enter__(self):
         return self
@@ -85,15 +107,19 @@ class Run:
     def __exit__(self, *_):
         self._lock.release()
 
-    def start(self, checkpoint, clear=False):
+    def start(self, checkpoint):
         """Make the directory agree with ``checkpoint``, the state that training goes on from.
 
-        ``clear`` first deletes what an earlier run wrote here, and nothing else.
+        A run at its beginning takes the place of an earlier one as soon as latest.pth is written. What else that one
+        has left, and nothing else, is deleted after that, now or when the new run is resumed.
         """
-        for name in reversed(FILES) if clear else ():  # latest.pth last: until then this is a run that can go on
-            (self.path / name).unlink(missing_ok=True)
-        self.rows = checkpoint["metrics"]
+        self.rows, self.epoch = checkpoint["metrics"], checkpoint["epoch"]
+        for name in FILES:
+            for unfinished in self.path.glob(f"{name}*.tmp"):  # when a process was killed
+                unfinished.unlink(missing_ok=True)
         self._write_checkpoints(checkpoint)
+        for name in FILES[1:] if self.epoch == 0 else ():
+            (self.path / name).unlink(missing_ok=True)
         write(self.path / "config.json", json.dumps(checkpoint["config"], indent=2) + "\n")
         for name, rows in self.rows.items():
             write(self.path / f"{name}.csv", ",".join(COLUMNS[name]) + "\n" + csv_lines(name, rows))
@@ -102,16 +128,16 @@ class Run:
         """Save the state after an epoch, then append its rows to the logs."""
         for name, rows in new_rows.items():
             self.rows[name].extend(rows)
-        self._write_checkpoints(checkpoint)
+        self._write_checkpoints(checkpoint, previous=self.path / "previous.pth")
         for name, rows in new_rows.items():
             with open(self.path / f"{name}.csv", "a", newline="") as file:
                 file.write(csv_lines(name, rows))
                 file.flush()
                 os.fsync(file.fileno())
 
-    def _write_checkpoints(self, checkpoint):
+    def _write_checkpoints(self, checkpoint, previous=None):
         """latest.pth, then best.pth if this epoch is the best; a kill in between is mended when the run is resumed."""
-        write_checkpoint(self.path / "latest.pth", checkpoint)
+        write_checkpoint(self.path / "latest.pth", checkpoint, previous)
         self.epoch = checkpoint["epoch"]
         if self.rows.get("valid") and self.best("valid")["epoch"] == self.epoch:
             write_checkpoint(self.path / "best.pth", checkpoint)
@@ -132,11 +158,16 @@ def write(path, text):
         file.write(text.encode())
 
 
-def write_checkpoint(path, checkpoint):
+def write_checkpoint(path, checkpoint, previous=None):
     buffer = io.BytesIO()  # in memory first: a full disk is to be an OSError, which torch.save does not raise
     torch.save(checkpoint, buffer)
-    with written_whole(path) as file:
+    with written_whole(path, previous=previous) as file:
         file.write(buffer.getbuffer())
+
+
+def stages(config):
+    """Command, commit, hardware, … of a run's first process, and of each that resumed it."""
+    return [config, *config["resumed"]]
 
 
 def read_config(directory):
@@ -154,13 +185,19 @@ def read_config(directory):
 def read_checkpoint(path, device="cpu"):
     """A checkpoint's dict, tensors on ``device``. Raises Mistake where the file is missing, damaged or of no run."""
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        file = io.BytesIO(Path(path).read_bytes())  # all at once: what is read is checked
     except (FileNotFoundError, IsADirectoryError) as error:
-        raise Mistake(f"{path} is not a checkpoint file, such as latest.pth in a run: {error.strerror}") from None
-    except PermissionError as error:
+        raise Lost(f"{path} is not a checkpoint file, such as latest.pth in a run: {error.strerror}") from None
+    except OSError as error:
         raise Mistake(f"{path} cannot be read: {error.strerror}") from error
-    except Exception as error:  # a damaged file makes torch.load raise nearly anything
-        raise Mistake(f"{path} is damaged or no checkpoint ({type(error).__name__}): restore a copy") from error
+    try:
+        check_records(file)
+    except Exception as error:
+        raise Lost(f"{path} is damaged or no checkpoint ({type(error).__name__}): restore a copy") from error
+    try:
+        checkpoint = torch.load(file, map_location=device, weights_only=True)
+    except Exception as error:  # nearly anything, of a file that another program wrote
+        raise Mistake(f"{path} is not a checkpoint of train.py ({type(error).__name__})") from error
     if not isinstance(checkpoint, dict) or not {"model", "config", "normalize", "classes"} <= checkpoint.keys():
         raise Mistake(f"{path} is not a checkpoint of train.py")
     return checkpoint
@@ -174,6 +211,7 @@ class Figures:
     """
 
     def __init__(self, path, enabled=True):
+        self.path = Path(path)
         self.command = [sys.executable, str(Path(__file__).with_name("plot.py")), str(path)]
         self.enabled, self.process, self.reported = enabled, None, False
 
@@ -215,7 +253,9 @@ class Figures:
         if kind:
             if self.process:
                 self.process.kill()
-            self._wait()
+                self._wait()
+                for unfinished in self.path.glob(f"*.{self.process.pid}.tmp"):
+                    unfinished.unlink(missing_ok=True)
             return
         self._wait()  # this drawing may miss the last rows
         self.redraw()

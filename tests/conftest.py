@@ -47,14 +47,14 @@ def rows(path, drop=("images_per_second", "peak_memory_mib")):
     return table.drop(columns=[name for name in drop if name in table])
 
 
-def assert_same_run(a, b, logs=("train.csv", "test.csv")):
+def assert_same_run(a, b, logs=("train.csv", "test.csv"), name="latest.pth"):
     """Weights, optimiser and logs are equal bit for bit; what was measured in seconds and bytes aside."""
-    one, two = (torch.load(Path(run, "latest.pth"), weights_only=True) for run in (a, b))
+    one, two = (torch.load(Path(run, name), weights_only=True) for run in (a, b))
     assert one["epoch"] == two["epoch"]
     assert one["model"].keys() == two["model"].keys()
     assert all(torch.equal(one["model"][key], two["model"][key]) for key in one["model"])
     momenta = [[state["momentum_buffer"] for state in run["optimizer"]["state"].values()] for run in (one, two)]
     assert len(momenta[0]) > 0
     assert all(torch.equal(x, y) for x, y in zip(*momenta, strict=True))
-    for name in logs:
-        pd.testing.assert_frame_equal(rows(Path(a, name)), rows(Path(b, name)), check_exact=True)
+    for log in logs:
+        pd.testing.assert_frame_equal(rows(Path(a, log)), rows(Path(b, log)), check_exact=True)

@@ -4,6 +4,7 @@ import errno
 import importlib
 import io
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -166,6 +167,17 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         file.write(b"new")
         assert path.read_text() == "old"
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows opens no folders")
+def test_a_new_name_outlives_a_power_cut(tmp_path, monkeypatch):
+    """First the content is on the disk, then the name in its folder."""
+    done, fsync, rename = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (done.append(stat.S_IFMT(os.fstat(file).st_mode)), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (done.append("replace"), rename(*paths)))
+    with cli.written_whole(tmp_path / "a") as file:
+        file.write(b"new")
+    assert done == [stat.S_IFREG, "replace", stat.S_IFDIR]
 
 
 def test_replacing_a_file_that_another_process_reads(tmp_path, monkeypatch):

@@ -132,6 +132,29 @@ def test_damaged_archive_is_named_and_kept(tmp_path, monkeypatch):
     assert archive.stat().st_size == 1000
 
 
+def test_a_stopped_download_is_repeated(tmp_path, monkeypatch):
+    from torchvision import datasets
+    from torchvision.datasets import utils
+
+    write_cifar(tmp_path, datasets.CIFAR10, monkeypatch)
+    archive = tmp_path / "cifar-10-python.tar.gz"
+    content = archive.read_bytes()
+    archive.unlink()
+    monkeypatch.setattr(utils, "_get_redirect_url", lambda url, **options: url)
+
+    def stopped(url, path):
+        Path(path).write_bytes(content[:1000])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(utils, "_urlretrieve", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        data.load("cifar10", tmp_path)
+    assert not archive.exists()
+    monkeypatch.setattr(utils, "_urlretrieve", lambda url, path: Path(path).write_bytes(content))
+    assert len(data.load("cifar10", tmp_path).train) == 100
+    assert archive.read_bytes() == content and [path.name for path in (tmp_path / ".download").iterdir()] == ["lock"]
+
+
 def test_labels_out_of_range_are_refused(tmp_path, monkeypatch):
     from torchvision import datasets
 
@@ -266,7 +289,9 @@ def test_class_folders_alone_are_divided_the_same_way_for_every_seed(tmp_path, i
     assert dataset.test.labels.bincount().tolist() == [2, 2] and len(dataset.layout["test_files"]) == 4
     Image.new("RGB", (40, 20)).save(root / "cat/new.png")  # goes to the training images of a run that knows its test images
     again = data.load("folder", root, Reader(image_size), layout=dataset.layout)
-    assert len(again.train) == 17 and again.layout == dataset.layout
+    assert len(again.train) == 17 and again.layout["test_files"] == dataset.layout["test_files"]
+    prints = [found.layout["fingerprints"] for found in (dataset, again)]
+    assert prints[0]["test"] == prints[1]["test"] and prints[0]["train"] != prints[1]["train"]
     test, _ = data.load_test("folder", root, Reader(image_size), dataset.classes, dataset.layout)
     for images in (again.test, test):
         if image_size == 16:

@@ -24,6 +24,7 @@ from inference import evaluate
 from reader import Reader
 from step import Step
 from train import train_epoch
+from workdir import Run
 
 ROOT = Path(__file__).parent.parent
 BATCH_SIZE, IMAGES = 10, 31  # the last batch has one image, fewer than there are ranks
@@ -126,19 +127,25 @@ def test_ranks_train_and_evaluate_like_one_process(ranks):
 RUN = [*TINY, "--batch-size", "7", "--save", "run"]
 
 
-def kill_rank_1_after(epoch, process):
-    """SIGKILL as soon as the checkpoint of ``epoch`` is there."""
-    latest = Path("run/latest.pth")
+def wait_for_epoch(epoch, process):
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(OSError, EOFError, RuntimeError, psutil.Error):
-            if torch.load(latest, weights_only=True)["epoch"] >= epoch:
-                for child in psutil.Process(process.pid).children(recursive=True):
-                    if child.environ().get("RANK") == "1" and "train.py" in " ".join(child.cmdline()):
-                        child.kill()
-                        return
+        with contextlib.suppress(Mistake):
+            if Run("run").latest()[0]["epoch"] >= epoch:
+                return
         time.sleep(0.05)
-    pytest.fail("no rank to kill: " + process.communicate()[0])
+    pytest.fail("no checkpoint: " + process.communicate()[0])
+
+
+def kill_rank_1_after(epoch, process):
+    """SIGKILL as soon as the checkpoint of ``epoch`` is there."""
+    wait_for_epoch(epoch, process)
+    [rank] = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if child.environ().get("RANK") == "1" and "train.py" in " ".join(child.cmdline())
+    ]
+    rank.kill()
 
 
 def assert_logs_are_whole(epochs):
@@ -162,12 +169,73 @@ def test_a_killed_rank_ends_the_run_and_another_number_of_ranks_resumes_it():
     assert config["resumed"][0]["command"].startswith("torchrun --nproc_per_node=3 ")
 
 
+def test_a_launch_is_told_from_another_whatever_clocks_say(tiny, monkeypatch, capsys):
+    def launched(folder, attempt, *flags):
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", f"/tmp/torchelastic_x/{folder}/attempt_{attempt}/0/error.json")
+        os.utime("run/latest.pth", (2e9, 2e9)) if Path("run/latest.pth").exists() else None
+        return tiny("--save", "run", *flags)
+
+    assert launched("none_a", 0, "--epochs", "1") == 0
+    assert launched("none_b", 0) == 2 and "run holds a run" in capsys.readouterr().err
+    assert launched("none_b", 0, "--overwrite", "--epochs", "2") == 0
+    first = torch.load("run/latest.pth", weights_only=True)
+    assert first["config"]["resumed"] == []
+    assert launched("none_b", 1, "--overwrite", "--epochs", "2") == 0  # torchrun has started it anew
+    again = torch.load("run/latest.pth", weights_only=True)
+    assert [stage["epoch"] for stage in again["config"]["resumed"]] == [2]
+    assert launched("none_b", 1, "--resume", "--epochs", "3") == 0 and launched("none_a", 0, "--epochs", "3") == 2
+
+
+def test_ranks_end_when_their_launcher_is_killed(tmp_path):
+    """One of them in a collective that the other never joins: it does not hear of signals."""
+    program = """
+import os, pathlib, signal, time
+import torch
+import distributed
+
+with distributed.process_group():
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    pathlib.Path(f"{os.environ['RANK']}.pid").write_text(str(os.getpid()))
+    distributed.all_reduce(torch.ones(1)) if os.environ["RANK"] == "0" else time.sleep(600)
+"""
+    (tmp_path / "rank.py").write_text(program)
+    process = torchrun(2, "rank.py")
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("*.pid"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    ranks = [psutil.Process(int(path.read_text())) for path in tmp_path.glob("*.pid")]
+    process.kill()
+    gone, alive = psutil.wait_procs(ranks, timeout=30)
+    assert len(gone) == 2 and not alive
+
+
 @pytest.mark.slow
 def test_torchrun_restarts_a_run_from_its_last_checkpoint():
     process = torchrun(2, str(ROOT / "train.py"), *RUN, "--epochs", "12", options=["--max-restarts=1"])
     kill_rank_1_after(2, process)
     finished(process, 0)
     assert_logs_are_whole(12)
+    assert json.loads(Path("run/config.json").read_text())["resumed"][0]["epoch"] >= 2
+
+
+@pytest.mark.slow
+def test_one_command_line_serves_a_scheduler():
+    """As Slurm ends a job: SIGTERM for torchrun, and SIGKILL for whatever is left ten seconds later."""
+    flags = [*RUN, "--epochs", "30", "--resume", "if-any"]
+    process = torchrun(2, str(ROOT / "train.py"), *flags)
+    wait_for_epoch(2, process)
+    left = [process, *psutil.Process(process.pid).children(recursive=True)]
+    process.terminate()
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        for each in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+    output = process.communicate()[0]
+    assert "is saved in run/latest.pth; to go on: torchrun" in output
+    finished(torchrun(2, str(ROOT / "train.py"), *flags), 0)
+    assert_logs_are_whole(30)
     assert json.loads(Path("run/config.json").read_text())["resumed"][0]["epoch"] >= 2
 
 

@@ -73,7 +73,8 @@ def test_folder_cache_is_used_and_notices_changes(tmp_path, monkeypatch, capsys)
     cache.write_bytes(cache.read_bytes()[:100])
     assert len(data.load("folder", tmp_path, Reader(16)).train) == 6
     assert "decoding the images again" in capsys.readouterr().err
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".test-16.cache", ".train-16.cache", "test", "train"]
+    names = [".cache.lock", ".test-16.cache", ".train-16.cache", "test", "train"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
 
 
 def test_folder_mistakes_are_named(tmp_path):
@@ -361,6 +362,20 @@ def test_a_cache_whose_pixels_have_changed_is_not_trusted(tmp_path):
     content[place : place + 50] = bytes(50)
     cache.write_bytes(content)
     assert torch.equal(data.load("folder", root, Reader(16)).train.pixels, pixels)
+
+
+def test_a_kill_while_the_cache_is_written_leaves_nothing_for_ever(tmp_path):
+    root = write_folder(tmp_path)
+    program = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import data
+os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
+data.load("folder", {str(root)!r})"""
+    assert subprocess.run([sys.executable, "-c", program]).returncode == -9
+    assert [path.name for path in root.glob(".train-32.cache*")] == [".train-32.cache.tmp"]
+    data.load("folder", root)
+    assert [path.name for path in root.glob(".train-32.cache*")] == [".train-32.cache"]
 
 
 def test_a_cache_of_an_earlier_release_is_not_trusted(tmp_path):

@@ -53,7 +53,7 @@ def flag_table():
         if action.choices and not action.metavar:
             meaning = f"{', '.join(map(str, action.choices))}: {meaning}"
         elif action.metavar:
-            name += f" {action.metavar}"
+            name += f" [{action.metavar}]" if action.nargs == "?" else f" {action.metavar}"
         lines.append(f"| `{name}` | {default or '–'} | {meaning}{more} |")
     return "\n".join(lines).replace("<", "&lt;").replace(">", "&gt;")
 
@@ -73,7 +73,7 @@ def commands():
 @pytest.mark.parametrize("command", sorted(set(commands())))
 def test_every_training_command_is_valid(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    flags = [flag for flag in shlex.split(command.replace("$seed", "1"))[1:] if flag not in ("--resume", "--help")]
+    flags = [flag for flag in shlex.split(command.replace("$seed", "1"))[1:] if flag not in ("--resume", "if-any", "--help")]
     arguments.parse_args(flags)
 
 

@@ -38,7 +38,7 @@ def test_other_schedules():
 
 def test_a_run_writes_what_it_should(tiny, capsys):
     assert tiny("--save", "run") == 0
-    assert sorted(p.name for p in Path("run").iterdir()) == [".lock", "config.json", "latest.pth", "test.csv", "train.csv"]
+    assert sorted(p.name for p in Path("run").iterdir()) == [".lock", "config.json", "latest.pth", "previous.pth", "test.csv", "train.csv"]
     log, test = pd.read_csv("run/train.csv"), pd.read_csv("run/test.csv")
     assert list(log) == ["epoch", "loss", "error", "lr", "images_per_second", "peak_memory_mib"]
     assert list(test) == ["epoch", "loss", "error"]
@@ -52,7 +52,7 @@ def test_a_run_writes_what_it_should(tiny, capsys):
 
     checkpoint = torch.load("run/latest.pth", weights_only=True)
     assert set(checkpoint) == {
-        "model", "optimizer", "epoch", "seconds", "rng", "config", "normalize", "classes", "metrics"
+        "model", "optimizer", "epoch", "seconds", "rng", "config", "normalize", "classes", "metrics", "scaler"
     }  # fmt: skip
     assert checkpoint["classes"] == list("0123456789")
     assert checkpoint["metrics"]["test"][-1]["error"] == test.error.iloc[-1]
@@ -76,6 +76,19 @@ def test_resume_notices_other_images(tiny, capsys, tmp_path):
     Image.new("RGB", (8, 8), (1, 2, 3)).save(tmp_path / "images" / "train" / "cat" / "0.png")
     assert tiny("--resume", "--save", "run", "--epochs", "2", args=[]) == 2
     assert "was trained on other images or classes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_resume_notices_a_replaced_image(tiny, capsys, tmp_path, split):
+    """Also where mean and standard deviation are what they were."""
+    write_folder(tmp_path / "images")
+    assert tiny("--epochs", "1", args=["--dataset", "folder", "--data", "images", "--depth", "10", "--save", "run"]) == 0
+    (tmp_path / "images").rename("elsewhere")
+    assert tiny("--resume", "--save", "run", "--data", "elsewhere", "--epochs", "2", args=[]) == 0
+    one, other = (tmp_path / "elsewhere" / split / name / "0.png" for name in ("cat", "dog"))
+    one.rename("moved.png"), other.rename(one), Path("moved.png").rename(other)
+    assert tiny("--resume", "--save", "run", "--epochs", "3", args=[]) == 2
+    assert f"images in elsewhere ({split}) have changed since the run in run began" in capsys.readouterr().err
 
 
 def test_a_batch_of_one_image_is_refused_where_batch_norm_would_fail(tiny, capsys):
@@ -157,6 +170,11 @@ def test_a_loss_that_is_not_finite_stops_with_status_3(tiny, capsys):
     err = capsys.readouterr().err
     assert re.search(r"the loss is not finite in epoch 1, iteration \d; epoch 0 is saved in run/latest.pth", err)
     assert torch.load("run/latest.pth", weights_only=True)["epoch"] == 0
+    assert "--save run --resume --lr 1e+29 (at the same rate, the same would happen)" in err
+    assert tiny("--save", "run", "--resume", "--lr", "0.05", args=[]) == 0
+    config = json.loads(Path("run/config.json").read_text())
+    assert [config["lr"], config["arguments"]["lr"], config["resumed"][0]["lr"]] == [1e30, 0.05, 0.05]
+    assert pd.read_csv("run/train.csv").lr.tolist() == [0.005, 0.0005]
 
 
 def test_a_last_update_that_diverges_is_not_saved(tiny, capsys):
