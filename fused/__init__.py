@@ -88,9 +88,9 @@ def kernels_for(device):
 def watched(x, modules):
     """Whether somebody is to see what each of the modules does with x: through hooks, or in a trace of the operations.
 
-    torch.fx and torch.export trace with stand-ins for tensors.
+    torch.fx traces with a stand-in for x that is no tensor.
     """
-    if type(x) is not torch.Tensor or torch.jit.is_tracing() or torch.compiler.is_exporting():
+    if not isinstance(x, torch.Tensor) or torch.jit.is_tracing() or torch.compiler.is_exporting():
         return True
     return has_hooks_everywhere() or any(
         m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules
