@@ -124,6 +124,12 @@ def load_run(arguments, root, reader, layout=None):
     return dataset.limit(arguments["limit_train"], arguments["limit_test"])
 
 
+def changed(layout, dataset):
+    """The splits whose images are not those that the layout of a run was made of."""
+    before = (layout or {}).get("fingerprints", {})
+    return [split for split, digest in before.items() if digest != dataset.layout["fingerprints"].get(split)]
+
+
 def load_test(name, root, reader, classes, layout=FIRST_LAYOUT):
     """The test images alone, where they are apart from the training images, and lines to print. As ``load``.
 

@@ -81,7 +81,7 @@ def load_split(checkpoint, split="test", directory=None, reader=None):
             images, notes = data.load_test(trained["dataset"], root, reader, checkpoint["classes"], layout)
             return images.select(slice(trained["limit_test"])), notes
         dataset = data.load_run(trained, root, reader, layout)
-        check_training_data(checkpoint, dataset, root)
+        check_training_data(checkpoint, dataset, root, split)
     except Mistake as error:
         raise Mistake(f"{error}; --data says where the data set of the training is") from error
     if split not in dataset.splits:
@@ -89,10 +89,12 @@ def load_split(checkpoint, split="test", directory=None, reader=None):
     return dataset.splits[split], dataset.notes
 
 
-def check_training_data(checkpoint, dataset, root):
-    """Raises Mistake where a data set is not the one that the checkpoint's run held images out of."""
+def check_training_data(checkpoint, dataset, root, split):
+    """Raises Mistake where a data set is not the one that the checkpoint's run had, or held images out of."""
     if list(dataset.classes) != checkpoint["classes"]:
         raise Mistake(f"the images in {root} have other classes than those of the training")
+    if changed := {"train", split} & {*data.changed(checkpoint.get("layout"), dataset)}:
+        raise Mistake(f"images in {root} ({', '.join(sorted(changed))}) have changed since the training")
     # Which images are held out depends on how many there are. Their mean and standard deviation tell, if measured.
     before, now = (torch.tensor(values, dtype=torch.float64) for values in (checkpoint["normalize"], dataset.normalize))
     if checkpoint["config"]["arguments"]["valid_size"] and not torch.equal(before, now):

@@ -192,9 +192,7 @@ def check_data(checkpoint, args, dataset, options):
         raise Mistake(
             f"the run in {args.save} was trained on other images or classes than {args.data} holds now{reason}"
         )
-    prints = (checkpoint.get("layout") or {}).get("fingerprints", {})
-    changed = [split for split, before in prints.items() if before != dataset.layout["fingerprints"].get(split)]
-    if changed:
+    if changed := data.changed(checkpoint.get("layout"), dataset):
         raise Mistake(f"images in {args.data} ({', '.join(changed)}) have changed since the run in {args.save} began")
     if checkpoint["metrics"].keys() != dataset.splits.keys():
         logged, found = ", ".join(checkpoint["metrics"]), ", ".join(dataset.splits)

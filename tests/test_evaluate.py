@@ -152,8 +152,11 @@ def test_splits_that_are_not_the_run_s(tmp_path, capsys):
 
     write_checkpoint(root)
     refused("the run held out no images for validation: choose --split train or test")
-    normalize = data.load("folder", root, Reader(8)).normalize
-    torch.save(write_checkpoint(root, valid_size=2) | {"normalize": [*map(list, normalize)]}, "run.pth")  # as of JSON
+    dataset = data.load("folder", root, Reader(8))
+    checkpoint = write_checkpoint(root, valid_size=2) | {"normalize": [*map(list, dataset.normalize)]}  # as of JSON
+    torch.save(checkpoint | {"layout": dataset.layout | {"fingerprints": {"train": "of others"}}}, "run.pth")
+    refused(f"images in {root} (train) have changed since the training; --data says where")
+    torch.save(checkpoint, "run.pth")
     assert "of 2 images wrong" in evaluated(capsys, "run.pth", "--split", "valid").out
     Image.new("RGB", (40, 20)).save(root / "train/cat/more.png")
     refused("have changed: which were held out is not known any more; --data says where")
