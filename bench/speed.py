@@ -3,6 +3,7 @@
 Example: python bench/speed.py --csv bench/cpu.csv --plot images/speed.png
          python bench/speed.py --candidates naive checkpoint fused --depths 40 70 100 130 --plot images/memory.png
          python bench/speed.py --whole-epochs 512      (data loading and evaluation included)
+         python bench/speed.py --from bench/epyc.csv --plot images/speed.png      (draws what was measured before)
 """
 
 import contextlib
@@ -229,20 +230,32 @@ def finish(rows, path, origin):
     return done
 
 
+def read_rows(path):
+    """What ``finish`` has written, with numbers as numbers."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row |= {name: int(row[name]) for name in ("depth", "batch_size")} | {"compiled": row["compiled"] == "True"}
+        row |= {name: float(row[name]) for name in ("saved_mib", "peak_mib", "images_per_second")}
+    return rows
+
+
 def plot(rows, path):
     """Memory against depth where there are several depths, else images per second of each row."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
     if len({row["depth"] for row in rows}) > 1:
+        figure = Figure(figsize=(9, 3.8), layout="constrained")
         plot_memory(rows, figure)
     else:
+        figure = Figure(figsize=(9, 1.6 + 0.28 * len(rows)), layout="constrained")
         plot_speed(rows, figure)
     figure.savefig(path, dpi=150)
 
 
 def plot_memory(rows, figure):
     panels = figure.subplots(1, 2)
+    figure.suptitle(f"DenseNet-BC (k = 12), batch {rows[0]['batch_size']}, {rows[0]['device']}", fontsize=10)
     styles = {"naive": ("#D55E00", "-", "o"), "checkpoint": ("#0072B2", "--", "s"), "fused": ("#009E73", "-.", "^")}
     titles = {"saved_mib": "kept by autograd (MiB)", "peak_mib": "peak (MiB)"}
     for axes, (column, title) in zip(panels, titles.items(), strict=True):
@@ -257,17 +270,25 @@ def plot_memory(rows, figure):
 
 
 def plot_speed(rows, figure):
-    names = [" ".join([r["candidate"], r["precision"], *["compiled"] * r["compiled"]]) for r in rows]
-    colors = ["#009E73" if row["candidate"] in BLOCKS else "0.6" for row in rows]
-    panels = figure.subplots(1, 2, sharey=True)
+    modes = {}  # precision, perhaps compiled → its rows, the fastest first
+    for row in sorted(rows, key=lambda row: -row["images_per_second"]):
+        modes.setdefault(" ".join([row["precision"], *["compiled"] * row["compiled"]]), []).append(row)
+    network = f"DenseNet-BC-{rows[0]['depth']} (k = 12), batch {rows[0]['batch_size']}"
+    figure.suptitle(f"{network}, {rows[0]['device']}; in green the blocks of this repository", fontsize=10)
+    panels = figure.subplots(len(modes), 2, squeeze=False, sharex="col", height_ratios=[*map(len, modes.values())])
     titles = {"images_per_second": "training (images/s)", "peak_mib": "peak of memory (MiB)"}
-    for axes, (column, title) in zip(panels, titles.items(), strict=True):
-        bars = axes.barh(names, [row[column] for row in rows], color=colors)
-        axes.bar_label(bars, fmt="{:,.0f}", padding=3)
+    for line, (mode, shown) in zip(panels, modes.items(), strict=True):
+        for axes, column in zip(line, titles, strict=True):
+            colors = ["#009E73" if row["candidate"] in BLOCKS else "0.6" for row in shown]
+            bars = axes.barh([row["candidate"] for row in shown], [row[column] for row in shown], color=colors)
+            axes.bar_label(bars, fmt="{:,.0f}", padding=3)
+            axes.margins(x=0.15)
+            axes.invert_yaxis()
+            axes.spines[["top", "right"]].set_visible(False)
+        line[0].set_ylabel(mode)
+        line[1].set_yticks([])
+    for axes, title in zip(panels[-1], titles.values(), strict=True):
         axes.set_xlabel(title)
-        axes.margins(x=0.15)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].invert_yaxis()
 
 
 def parse_args(argv=None):
@@ -287,6 +308,7 @@ def parse_args(argv=None):
     parser.add_argument("--profile", action="store_true", help="print where a training step's time goes instead")
     parser.add_argument("--csv", metavar="FILE", help="write the rows there, too")
     parser.add_argument("--plot", metavar="FILE", help="draw speed there or, with several depths, memory")
+    parser.add_argument("--from", dest="source", metavar="FILE", help="draw the rows of a CSV file; measure nothing")
     args = parser.parse_args(argv)
     device = choose_device(args.device)
     for depth in args.depths:
@@ -304,6 +326,9 @@ def parse_args(argv=None):
 def main(argv=None):
     """Measure what the arguments say. Returns the exit status: 1 where a candidate's row is missing."""
     args, device = parse_args(argv)
+    if args.source:
+        plot(read_rows(args.source), args.plot or str(Path(args.source).with_suffix(".png")))
+        return 0
     try:
         return run(args, device)
     except CandidateError as error:
@@ -325,7 +350,7 @@ def run(args, device):
         Path(args.csv).parent.mkdir(parents=True, exist_ok=True)
     rows = finish(measure_epochs(args) if args.whole_epochs else rows_of(args, device), args.csv, origin)
     if args.plot and rows:
-        plot(rows, args.plot)
+        plot([row | origin for row in rows], args.plot)
     return 0 if len(rows) == expected else 1
 
 

@@ -55,6 +55,9 @@ def test_candidates_take_turns_with_the_reference(tmp_path, monkeypatch, capsys)
     header, row = (tmp_path / "b.csv").read_text().splitlines()
     assert header.startswith("candidate,depth,batch_size,precision,compiled,output_error") and row.startswith("fused,10,2")
     assert (tmp_path / "b.png").stat().st_size > 1000
+    monkeypatch.setattr(speed, "run", None)  # it is not called again
+    assert speed.main(["--from", str(tmp_path / "b.csv"), "--plot", str(tmp_path / "again.png")]) == 0
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
 @pytest.mark.parametrize(
