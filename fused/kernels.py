@@ -301,9 +301,8 @@ def conv3x3_backward(new, x, norm, weight, shape):
     bn, size, v = (x, x.stride(0), *norm[:5]), (m, shape[2], shape[3], j, k), vector(j, x.stride(0))
     sums = x.new_empty(programs, 2, j, dtype=torch.float32)
     conv3x3_backward_kernel[(programs, column_tiles)](
-        *out, *bn, weight, *weight.stride(), d_relu, sums, span, *size, BM=ROWS, BQ=COLUMNS, BJ=bj, V=v,
-        num_warps=8, num_stages=2,
-    )  # fmt: skip
+        *out, *bn, weight, *weight.stride(), d_relu, sums, span, *size, BM=ROWS, BQ=16, BJ=bj, V=v, num_warps=8
+    )
     bm, bq = 32, 64
     tap_tiles = triton.cdiv(9 * k, bq)
     span, programs = share_rows(m, MATRIX_PROGRAMS, tap_tiles * column_tiles, bm)
