@@ -1,8 +1,7 @@
-"""The flags of train.py: groups, defaults, old spellings, what contradicts what, what a resumed run may change."""
+"""The flags of train.py: groups, types, defaults, old spellings, what contradicts what."""
 
 import argparse
 import contextlib
-import math
 import sys
 from pathlib import Path
 
@@ -10,11 +9,10 @@ import torch
 
 import data
 import distributed
-from cli import Mistake, Parser, natural, positive, positive_number
+from cli import Mistake, Parser, between, natural, nonempty, one_line, positive, positive_number, workers
 from densenet import ARCHITECTURES, BLOCKS, DenseNet
 from device import PRECISIONS, choose_device, choose_precision, compiler_problem
 from reader import STREAM_FROM
-from workdir import Run, stages
 
 # Defaults that depend on another argument; everything else is the parser's default.
 BY_DATASET = {
@@ -25,12 +23,6 @@ BY_OPTIMIZER = {
     "sgd": {"lr": 0.1, "schedule": "step"},
     "adam": {"lr": 1e-3, "schedule": "constant"},
     "rmsprop": {"lr": 1e-2, "schedule": "constant"},
-}
-# What --resume may change: none of it changes what is computed, but for the schedule and rounding.
-RESUMABLE = {
-    "lr",  # a run whose loss is not finite would come to the same loss again
-    *("data", "workers", "block", "epochs", "device", "precision", "compile", "cuda_graph", "deterministic"),
-    *("save", "resume", "overwrite", "log_every", "plot", "progress"),
 }
 # Flags of bamos/densenet.pytorch and gpleiss/efficient_densenet_pytorch, so that old command lines still run.
 OLD_FLAGS = {
@@ -45,10 +37,8 @@ NETWORK = ("depth", "growth_rate", "reduction", "bottleneck", "drop_rate", "init
 switch = argparse.BooleanOptionalAction
 
 
-def seed(text):
-    if not 0 <= int(text) < 2**32:
-        raise argparse.ArgumentTypeError(f"{text} is not in 0 … 2³² − 1")
-    return int(text)
+rate = between(0, 1e6)
+channels = pixels = between(1, 100_000, int)
 
 
 def make_parser(description=None):
@@ -74,9 +64,9 @@ def make_parser(description=None):
 def add_data_flags(add):
     add("--dataset", choices=data.DATASETS, default="cifar10",
         help="digits needs no download (default: %(default)s)")
-    add("--data", metavar="DIR", default="data",
+    add("--data", type=nonempty, metavar="DIR", default="data",
         help="where data sets live; folder: has train/<class>/* and test/<class>/* (default: %(default)s)")
-    add("--image-size", type=positive, metavar="N",
+    add("--image-size", type=pixels, metavar="N",
         help="folder and digits: resize images to N×N pixels (default: 32; folder with ImageNet's networks 224); "
         f"a folder is streamed from disk, not held in memory, from {STREAM_FROM} on")
     add("--channels", type=int, choices=(1, 3), default=3,
@@ -95,7 +85,7 @@ def add_data_flags(add):
     add("--limit-train", type=positive, metavar="N", help="train on the first N images (default: all)")
     add("--limit-test", type=positive, metavar="N",
         help="test and validate on the first N images (default: all)")
-    add("--workers", type=natural, default=0, metavar="N",
+    add("--workers", type=workers, default=0, metavar="N",
         help="processes that decode images of a folder (default: %(default)s)")
 
 
@@ -103,9 +93,9 @@ def add_network_flags(add, depth):
     """The flags that say which network; ``depth`` is what the help says of the default depth."""
     add("--arch", choices=ARCHITECTURES, metavar="NAME",
         help=f"a network of the paper by name: {', '.join(ARCHITECTURES)}")
-    add("--depth", type=int, metavar="L",
+    add("--depth", type=between(1, 2000, int), metavar="L",
         help=f"layers with weights: 6n + 4, or 3n + 4 without bottlenecks (default: {depth})")
-    add("--growth-rate", type=int, default=12, metavar="K",
+    add("--growth-rate", type=channels, default=12, metavar="K",
         help="channels that each layer adds (default: %(default)s)")
     add("--reduction", type=float, default=0.5, metavar="R",
         help="share of the channels that a transition keeps (default: %(default)s)")
@@ -113,29 +103,29 @@ def add_network_flags(add, depth):
         help="1×1 convolutions before the 3×3 ones (default: on)")
     add("--drop-rate", type=float, default=0.0, metavar="P",
         help="dropout after every convolution but the first (default: %(default)s)")
-    add("--init-channels", type=int, metavar="N",
+    add("--init-channels", type=channels, metavar="N",
         help="channels of the first convolution (default: 2K, or 16 without bottlenecks)")
 
 
 def add_optimisation_flags(add):
-    add("--epochs", type=positive, metavar="N",
+    add("--epochs", type=between(1, 10**6, int), metavar="N",
         help="passes over the training set (default: 300; digits 20, svhn 40)")
     add("--batch-size", type=positive, default=64, metavar="N", help="images (default: %(default)s)")
     add("--opt", choices=BY_OPTIMIZER, default="sgd", help="optimiser (default: %(default)s)")
-    add("--lr", type=float, metavar="X",
+    add("--lr", type=rate, metavar="X",
         help="initial learning rate (default: 0.1; adam 0.001, rmsprop 0.01)")
-    add("--momentum", type=float, default=0.9, metavar="X", help="sgd only (default: %(default)s)")
+    add("--momentum", type=rate, default=0.9, metavar="X", help="sgd only (default: %(default)s)")
     add("--nesterov", action=switch, default=True, help="sgd only (default: on)")
-    add("--weight-decay", type=float, default=1e-4, metavar="X",
+    add("--weight-decay", type=rate, default=1e-4, metavar="X",
         help="on every parameter (default: %(default)s)")
     add("--schedule", choices=("step", "cosine", "constant"),
         help="step: ×0.1 in the epochs (from 1) at 50 %% and 75 %% (default: step; adam and rmsprop constant)")
-    add("--seed", type=seed, default=1, metavar="N",
+    add("--seed", type=between(0, 2**32 - 1, int), default=1, metavar="N",
         help="of split, weights, order, augmentation, dropout (default: %(default)s)")
 
 
 def add_run_flags(add):
-    add("--save", metavar="DIR", help="the run directory (default: work/<dataset>.base)")
+    add("--save", type=nonempty, metavar="DIR", help="the run directory (default: work/<dataset>.base)")
     add("--resume", nargs="?", const=True, default=False, choices=("if-any",), metavar="if-any",
         help="continue the run in the run directory, with its arguments; if-any: or start one (default: off)")
     add("--overwrite", action="store_true", help="replace the run in the run directory (default: off)")
@@ -178,32 +168,6 @@ def given_flags(parser, argv):
     return {name: value for name, value in vars(parser.parse_args(argv, blank)).items() if value is not unset}
 
 
-def parse_args(argv=None, description=None):
-    """Arguments, resolved in this order: given on the command line, saved by the run that is resumed, defaults.
-
-    Returns the namespace and, with --resume, the checkpoint to go on from. Raises Mistake where arguments are wrong or
-    contradict each other, SystemExit where argparse finds that.
-    """
-    parser = make_parser(description)
-    defaults = vars(parser.parse_args([]))
-    given = given_flags(parser, modernize(sys.argv[1:] if argv is None else argv))
-    if started_by_this_launch(run_directory(given)):
-        given |= {"resume": True, "overwrite": False}
-    if given.get("resume") and given.get("overwrite"):
-        raise Mistake("--resume and --overwrite exclude each other: choose one")
-    if given.get("resume") == "if-any":
-        given["resume"] = Run(run_directory(given)).can_go_on()
-    checkpoint = None
-    if given.get("resume"):
-        checkpoint, saved = read_saved(given, defaults)
-        args = argparse.Namespace(**saved | given)
-    else:
-        args = argparse.Namespace(**resolve_defaults(defaults, given))
-        Run(args.save).check(resume=False, overwrite=args.overwrite)
-    check_args(args)
-    return args, checkpoint
-
-
 def resolve_defaults(defaults, given):
     dataset, opt = given.get("dataset", defaults["dataset"]), given.get("opt", defaults["opt"])
     general = {"depth": 100, "epochs": 300, "augment": True, "valid_size": 0, "save": f"work/{dataset}.base"}
@@ -225,51 +189,8 @@ def architecture(given):
     return preset
 
 
-def started_by_this_launch(path):
-    """Whether torchrun, after the death of a process, starts us anew to go on with the run in ``path``."""
-    launch = distributed.launch_id()
-    with contextlib.suppress(Mistake):  # told later, if it matters
-        return launch is not None and stages(Run(path).latest()[0]["config"])[-1].get("launch") == launch
-    return False
-
-
-def run_directory(given):
-    return Path(given.get("save") or f"work/{given.get('dataset', 'cifar10')}.base")
-
-
-def read_saved(given, defaults):
-    """The checkpoint to resume, and its run's arguments. Raises Mistake where ``given`` would make it another run.
-
-    A run that is older than a flag takes its default, which is off: it did without.
-    """
-    path = run_directory(given)
-    Run(path).check(resume=True, overwrite=False)
-    checkpoint, source = Run(path).latest()
-    if source.name != "latest.pth":
-        reason = f"{path / 'latest.pth'} is missing or damaged"
-        print(f"{reason}: going on from {source}, after epoch {checkpoint['epoch']}", file=sys.stderr)
-    saved = defaults | checkpoint["config"]["arguments"] | {"save": str(path), "resume": True, "overwrite": False}
-    for name, value in given.items():
-        if name not in RESUMABLE and value != saved[name]:
-            flag = "--" + name.replace("_", "-")
-            raise Mistake(
-                f"the run in {path} was started with {flag} {saved[name]}, not {value}: "
-                f"leave out {flag}, or start another run with --save"
-            )
-    if given.get("epochs", saved["epochs"]) < checkpoint["epoch"]:
-        raise Mistake(f"--epochs {given['epochs']}: the run in {path} has finished {checkpoint['epoch']} already")
-    if not {"optimizer", "metrics", "seconds"} <= checkpoint.keys():
-        raise Mistake(f"training cannot go on from {source}: it holds weights only, or is too old")
-    saved["progress"] = sys.stderr.isatty()
-    return checkpoint, saved
-
-
 def check_args(args):
     """Raises Mistake where arguments are out of range, contradict each other, or ask for what this machine lacks."""
-    for name in ("lr", "momentum", "weight_decay"):
-        value = getattr(args, name)
-        if not (math.isfinite(value) and value >= 0):
-            raise Mistake(f"--{name.replace('_', '-')} {value}: needs a number of 0 or more")
     if args.nesterov and args.opt == "sgd" and args.momentum == 0:
         raise Mistake("--momentum 0 excludes Nesterov momentum: add --no-nesterov")
     if args.block == "fused" and args.drop_rate > 0:
@@ -300,12 +221,22 @@ def check_args(args):
     streamed = args.dataset == "folder" and size >= STREAM_FROM
     if args.crop_fill == "black" and (streamed or not args.augment):
         raise Mistake("--crop-fill black: no image is shifted in this run, so that nothing shows beyond its border")
-    try:
+    with possible(size):
         try_out(args, batch_size=2)
+
+
+@contextlib.contextmanager
+def possible(image_size):
+    """Raises Mistake where the block builds a network that cannot be, or not for images of so many pixels."""
+    try:
+        yield
     except ValueError as error:
         raise Mistake(str(error)) from error
     except RuntimeError as error:
-        raise Mistake(f"images of {size}×{size} pixels are too small for this network: see --image-size") from error
+        images = f"images of {image_size}×{image_size} pixels"
+        if "too small" in str(error):
+            raise Mistake(f"{images} are too small for this network: see --image-size") from error
+        raise Mistake(f"no such network can compute on {images} ({one_line(error)})") from error
 
 
 def try_out(args, batch_size):

@@ -2,14 +2,19 @@
 
 import argparse
 import contextlib
+import errno
 import functools
 import os
+import signal
 import sys
 import time
 import zipfile
 from pathlib import Path
 
 WRONG_PLACE = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+WRONG_NAME = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO, errno.EROFS)  # which have no class of their own
+# How torch, CUDA's libraries, NumPy and the system say it, beside MemoryError.
+NO_MEMORY = ("out of memory", "allocate memory", "not enough memory", "alloc_failed")
 
 
 class Mistake(Exception):
@@ -23,41 +28,48 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=formatter_class, **options)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        raise Mistake(message)
 
 
-def positive(text):
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return int(text)
+def between(low, high, kind=float):
+    """The type of an argument that is a number in low … high, of another ``kind`` if it is to be whole."""
+
+    def number(text):
+        if not low <= kind(text) <= high:
+            shown = "," if kind is int else "g"
+            raise argparse.ArgumentTypeError(f"{text} is not in {low:{shown}} … {high:{shown}}")
+        return kind(text)
+
+    return number
 
 
-def natural(text):
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return int(text)
+positive, natural = between(1, 10**9, int), between(0, 10**9, int)
+positive_number = between(1e-30, 1e30)  # beyond, float32 would have 0 or infinity
+workers = between(0, 1000, int)
 
 
-def positive_number(text):
-    if not 0 < float(text) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return float(text)
+def nonempty(text):
+    """The type of an argument that names a file or a directory: pathlib would take an empty name for "."."""
+    if not text:
+        raise argparse.ArgumentTypeError("needs a name, and got nothing")
+    return text
 
 
 def command(main):
     """Decorate the ``main(argv=None)`` of a script: what a user can cause is one line on stderr, not a traceback.
 
     Returns main's exit status; 2 for a Mistake and for a path that cannot be used, 1 for another failure to read or
-    write, such as a full disk. Where the reader of standard output has gone (``… | head``) the script ends quietly,
-    with 141, as if SIGPIPE had killed it. A character that the console cannot show becomes a question mark.
+    write, such as a full disk, and for too little memory. Where the reader of standard output has gone (``… | head``)
+    the script ends quietly, with 141, as if SIGPIPE had killed it. A character that the console cannot show becomes a
+    question mark.
     """
     script = Path(main.__code__.co_filename).name
 
     @functools.wraps(main)
     def run(argv=None):
-        for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):  # not so in a notebook
-                stream.reconfigure(errors="replace")
+        set_up_streams()
+        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as during the imports
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             try:
                 return main(argv) or 0
@@ -68,20 +80,56 @@ def command(main):
             return 141  # 128 + SIGPIPE
         except KeyboardInterrupt:
             return 130  # 128 + SIGINT
-        except Mistake as error:
-            status, message = 2, error
-        except OSError as error:
-            status = 2 if isinstance(error, WRONG_PLACE) else 1
-            message = ": ".join(str(part) for part in (error.filename, error.strerror or error) if part is not None)
-        print(f"{script}: error: {message}", file=sys.stderr)
+        except Exception as error:
+            status, message = explain(error)
+        with contextlib.suppress(OSError):  # the terminal may be closed
+            print(f"{script}: error: {one_line(message)}", file=sys.stderr)
         return status
 
     return run
 
 
+def set_up_streams():
+    """Let no character fail to be shown, and nothing be printed into files that have the numbers of closed streams."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed from the start, as daemons have it
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        if hasattr(getattr(sys, name), "reconfigure"):  # not so in a notebook
+            getattr(sys, name).reconfigure(errors="replace")
+
+
+def explain(error):
+    """Exit status and message for what a user can cause. Raises every other error again."""
+    if isinstance(error, Mistake):
+        return 2, error
+    if problem := memory_problem(error):
+        return 1, problem
+    if isinstance(error, OSError):
+        status = 2 if isinstance(error, WRONG_PLACE) or error.errno in WRONG_NAME else 1
+        return status, ": ".join(str(part) for part in (error.filename, error.strerror or error) if part is not None)
+    raise error
+
+
+def memory_problem(error):
+    """What to say where an error tells that memory ran out, which libraries say in many ways; None where it does not.
+
+    A process that only decodes images has no error to raise: the kernel kills it, and torch tells of its death.
+    """
+    text = str(error).lower()
+    if "dataloader worker" in text and ("killed" in text or "exited unexpectedly" in text):
+        return "a process that decodes images was killed, as happens where memory runs out: use fewer --workers"
+    if isinstance(error, MemoryError) or any(words in text for words in NO_MEMORY):
+        return "too little memory: use smaller batches, smaller images or a smaller network"
+    return None
+
+
+def one_line(message):
+    """A message as one line that is not endless, whatever names it holds."""
+    line = " ".join(str(message).splitlines())
+    return line if len(line) <= 10_000 else f"{line[:5000]} … {line[-4900:]}"
+
+
 def flush_output():
-    if sys.stdout is None:  # closed from the start, as daemons have it
-        return
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -98,6 +146,22 @@ def discard_output():
         os.dup2(devnull.fileno(), sys.stdout.fileno())
 
 
+def output_is_lost():
+    """Whether standard output cannot be written any more; what is buffered for it is then forgotten."""
+    try:
+        flush_output()
+    except OSError:
+        return True
+    return False
+
+
+def readable(path):
+    """The Path of a file to read. Raises Mistake where that would never end: for a named pipe, say, or a device."""
+    if not os.path.isfile(path) and not os.path.isdir(path) and os.path.exists(path):
+        raise Mistake(f"{path} is not a file, but a pipe, a socket or a device")
+    return Path(path)
+
+
 @contextlib.contextmanager
 def written_whole(path, suffix=".tmp", previous=None):
     """A binary file that takes the place of ``path`` in one step when the block ends without an exception.
@@ -107,8 +171,10 @@ def written_whole(path, suffix=".tmp", previous=None):
     own. With ``previous``, the old content takes that name, and is under no other for a moment.
     """
     temporary = path.with_name(path.name + suffix)
+    if path.exists() and not path.is_file():  # renaming would put a file in the place of a pipe or a device, too
+        raise FileExistsError(errno.EEXIST, "is not a file that can be replaced", str(path))
     try:
-        with open(temporary, "wb") as file:
+        with named(path), open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -116,11 +182,19 @@ def written_whole(path, suffix=".tmp", previous=None):
             replace(path, previous)
         replace(temporary, path)
         sync_names(path.parent)
-    except BaseException as error:
-        if isinstance(error, OSError) and error.filename is None:  # a full disk does not say where
-            error.filename = str(path)
+    except BaseException:
         with contextlib.suppress(OSError):  # a read-only file system refuses to delete even what is not there
             temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def named(path):
+    """Let an OSError that does not say where, such as that of a full disk, say that it was ``path``."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
         raise
 
 

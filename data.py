@@ -17,7 +17,7 @@ import torch
 from filelock import FileLock
 
 from batches import ImageTensors
-from cli import Mistake, Parser, command, natural, positive, positive_number
+from cli import Mistake, Parser, between, command, natural, nonempty, positive_number, workers
 from files import ImageFiles, check_folder, fingerprint, read_split, unreadable, without
 from folders import check_classes, existing, find_splits, folders_of, interleave, list_images
 from reader import STREAM_FROM, Reader
@@ -377,8 +377,8 @@ def parse_args(argv=None):
     parser = Parser(prog="data.py", description=__doc__)
     add = parser.add_argument
     add("--dataset", choices=DATASETS, help="data set (default: cifar10; with --check folder)")
-    add("--data", metavar="DIR", default="data", help="where data sets live (default: %(default)s)")
-    add("--image-size", type=positive, default=32, metavar="N",
+    add("--data", type=nonempty, metavar="DIR", default="data", help="where data sets live (default: %(default)s)")
+    add("--image-size", type=between(1, 100_000, int), default=32, metavar="N",
         help="folder and digits: resize images to N×N pixels (default: %(default)s)")
     add("--channels", type=int, choices=(1, 3), default=3, help="1: folder and digits in grey (default: %(default)s)")
     add("--white", type=positive_number, metavar="X",
@@ -388,7 +388,7 @@ def parse_args(argv=None):
     add("--skip-unreadable", action="store_true", help="go on without images that cannot be read (default: off)")
     add("--stats", action="store_true", help="measure mean and standard deviation, training images")
     add("--check", action="store_true", help="read every image of a folder, and say what is there and what is damaged")
-    add("--workers", type=natural, default=0, metavar="N", help="processes that read images (default: %(default)s)")
+    add("--workers", type=workers, default=0, metavar="N", help="processes that read images (default: %(default)s)")
     args = parser.parse_args(argv)
     args.dataset = args.dataset or ("folder" if args.check else "cifar10")
     if args.check and args.dataset != "folder":

@@ -37,19 +37,34 @@ class FailedElsewhere(Exception):
         self.status = status
 
 
+def number(name, default):
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else default
+
+
 def world_size():
     """The number of ranks."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return number("WORLD_SIZE", 1)
 
 
 def rank():
     """This process's number, from 0, on all machines together."""
-    return int(os.environ.get("RANK", 0))
+    return number("RANK", 0)
 
 
 def local_rank():
     """This process's number, from 0, on its machine."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    return number("LOCAL_RANK", 0)
+
+
+def check_environment():
+    """Raises Mistake where RANK or WORLD_SIZE is set, but not by torchrun: nobody else would take part."""
+    given = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE") if name in os.environ}
+    alone = given.get("RANK", "0") == "0" and given.get("WORLD_SIZE", "1") == "1"
+    complete = len(given) == 2 and {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    if not alone and not (complete and all(map(str.isdecimal, given.values())) and rank() < world_size()):
+        found = ", ".join(f"{name}={text}" for name, text in given.items())
+        raise Mistake(f"the environment has {found}, but not all that torchrun sets: use torchrun, or unset it")
 
 
 def share():
@@ -88,6 +103,7 @@ def end_with_launcher():
 def process_group():
     """A context in which the ranks can communicate: NCCL between GPUs, gloo between CPUs."""
     global waiting
+    check_environment()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_launcher()
     if world_size() == 1:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from cli import Mistake, Parser, command, natural, positive, positive_number
+from cli import Mistake, Parser, command, natural, nonempty, positive, positive_number, workers
 from data import passed_over
 from device import PRECISIONS, choose_device, choose_precision, set_up_device
 from export import read_network
@@ -37,19 +37,19 @@ DRAWN = 32  # mistakes, at most
 def parse_args(argv=None):
     parser = Parser(prog="evaluate.py", description=__doc__)
     add = parser.add_argument
-    add("checkpoint", help="latest.pth, best.pth or weights.pth of a run, or an exported file")
-    add("paths", nargs="*", metavar="PATH",
+    add("checkpoint", type=nonempty, help="latest.pth, best.pth or weights.pth of a run, or an exported file")
+    add("paths", nargs="*", type=nonempty, metavar="PATH",
         help="image files to classify, and folders, searched at any depth (default: the test set)")
     add("--split", choices=KINDS,
         help="images of the run's data set: trained on (not augmented), held out, or tested on (default: test)")
-    add("--data", metavar="DIR", help="where the data set lives (default: as in training)")
+    add("--data", type=nonempty, metavar="DIR", help="where the data set lives (default: as in training)")
     add("--csv", type=Path, metavar="FILE", help="write a row per image: its class, and the probability of each class")
     add("--top", type=natural, metavar="N", help="classes to print of each file (default: 5; with --csv none)")
     add("--mistakes", type=Path, metavar="FILE.png", help=f"draw the {DRAWN} most confident mistakes")
     add("--confusion", type=Path, metavar="FILE.png", help="draw the confusion matrix")
     add("--white", type=positive_number, metavar="X",
         help="the value that is white in files of more than 8 bits (default: as in training)")
-    add("--workers", type=natural, default=0, metavar="N",
+    add("--workers", type=workers, default=0, metavar="N",
         help="processes that decode image files (default: %(default)s)")
     add("--batch-size", type=positive, metavar="N", help="images (default: as in training)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
@@ -162,10 +162,7 @@ def main(argv=None):
     device = choose_device(args.device)
     set_up_device(device)
     amp, _ = choose_precision(args.precision, device)
-    try:
-        return (classify_files if args.paths else evaluate_split)(args, checkpoint, device, amp)
-    except torch.OutOfMemoryError as error:
-        raise Mistake(f"{device} has too little memory for a batch: choose a smaller --batch-size") from error
+    return (classify_files if args.paths else evaluate_split)(args, checkpoint, device, amp)
 
 
 if __name__ == "__main__":

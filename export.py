@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 
-from cli import Mistake, written_whole
+from cli import Mistake, memory_problem, readable, written_whole
 from inference import load_model
 from reader import Reader
-from workdir import read_checkpoint
+from saved import check_checkpoint
+from workdir import naming, read_checkpoint
 
 SIZES = (1, 3, 64)  # of the batches that an exported network is checked with
 TOLERANCE = 1e-5  # of the largest logit, or of 1
@@ -70,15 +71,19 @@ def read_network(path):
     if suffix not in FORMATS:
         return read_checkpoint(path)
     try:
-        checkpoint = FORMATS[suffix][1](Path(path).read_bytes())
+        checkpoint = FORMATS[suffix][1](readable(path).read_bytes())
     except Mistake:
         raise
     except OSError as error:
         raise Mistake(f"{path} cannot be read: {error.strerror}") from error
     except Exception as error:  # each format has errors of its own
+        if memory_problem(error):
+            raise
         raise Mistake(f"{path} is damaged or no {suffix} file ({type(error).__name__})") from error
     if not checkpoint.keys() >= NEEDED:
         raise Mistake(f"{path} was not exported by publish.py: its metadata lack {', '.join(sorted(NEEDED))}")
+    with naming(path):
+        check_checkpoint(checkpoint)
     return checkpoint
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from cli import Mistake
+from cli import Mistake, readable
 
 SPLITS = ("train", "valid", "test")
 COLUMNS = ("epoch", "loss", "error")
@@ -180,10 +180,8 @@ def read_text(path):
     """What a text file holds, None where there is none. Raises Mistake where it cannot be read."""
     if not path.exists():
         return None
-    if not path.is_file():  # reading a named pipe would never end
-        raise Mistake(f"{path} is not a file")
     try:
-        return path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte-order mark
+        return readable(path).read_text(encoding="utf-8-sig")  # spreadsheets write a byte-order mark
     except (OSError, UnicodeDecodeError) as error:
         raise Mistake(f"{path} cannot be read ({error})") from error
 

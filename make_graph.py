@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from arguments import NETWORK, add_network_flags, architecture, given_flags
+from arguments import NETWORK, add_network_flags, architecture, channels, given_flags, pixels, possible
 from cli import Mistake, Parser, command, written_whole
 from densenet import DenseNet
 from graph import INPUT, arrows, describe_box, example, group, heading, layer_title, layers_of, size, trace
@@ -177,9 +177,10 @@ def make_parser():
     parser = Parser(prog="make_graph.py", description=__doc__)
     add = parser.add_argument_group("model").add_argument
     add_network_flags(add, depth="100")
-    add("--num-classes", type=int, metavar="N", help="length of the logits (default: 10; of ImageNet's networks 1000)")
-    add("--channels", type=int, default=3, metavar="N", help="of the images (default: %(default)s)")
-    add("--image-size", type=int, metavar="N", help="of N×N pixels (default: 32; of ImageNet's networks 224)")
+    add("--num-classes", type=channels, metavar="N",
+        help="length of the logits (default: 10; of ImageNet's networks 1000)")
+    add("--channels", type=channels, default=3, metavar="N", help="of the images (default: %(default)s)")
+    add("--image-size", type=pixels, metavar="N", help="of N×N pixels (default: 32; of ImageNet's networks 224)")
 
     add = parser.add_argument_group("graph").add_argument
     add("--out", type=Path, default=Path("images/model.svg"), metavar="FILE",
@@ -214,14 +215,10 @@ def build(given):
     options |= {name: given[name] for name in (*NETWORK, "num_classes") if name in given}
     options["in_channels"] = given.get("channels", 3)
     image_size = given.get("image_size", 224 if imagenet else 32)
-    try:
+    with possible(image_size):
         with torch.device("meta"):
             model = DenseNet(**options)
         model(example(model, image_size))
-    except ValueError as error:
-        raise Mistake(str(error)) from error
-    except RuntimeError as error:
-        raise Mistake(f"images of {image_size}×{image_size} pixels are too small: see --image-size") from error
     return model, image_size
 
 

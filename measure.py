@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from batches import memory_format
-from cli import Parser, command, written_whole
+from cli import Parser, command, memory_problem, written_whole
 from densenet import DenseNet
 from device import choose_precision, device_name, set_up_device, synchronize
 from step import GraphedStep, Step
@@ -89,10 +89,6 @@ def is_rounding(draws, precision):
     """
     most = 1e-4 if precision == "fp32" else 1
     return all(draw["output"] < most and max(draw.values()) < 1 for draw in draws)
-
-
-def is_out_of_memory(error):
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
 
 
 # In the process of a job.
@@ -174,8 +170,8 @@ def measure(job):
         try:
             function(block)
         except (RuntimeError, MemoryError, Wrong) as error:
-            reason = "out of memory" if is_out_of_memory(error) else str(error).partition("\n")[0]
-            if not (isinstance(error, Wrong) or is_out_of_memory(error)):  # which may have left the GPU unusable
+            reason = "out of memory" if memory_problem(error) else str(error).partition("\n")[0]
+            if not (isinstance(error, Wrong) or memory_problem(error)):  # which may have left the GPU unusable
                 say(begins=block, error=reason)
                 raise
             refused[block], lasting = reason, lasting and isinstance(error, Wrong)

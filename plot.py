@@ -9,7 +9,6 @@ Reads the logs of train.py, of bamos/densenet.pytorch (train.csv, test.csv witho
 gpleiss/efficient_densenet_pytorch (results.csv).
 """
 
-import argparse
 import io
 import os
 import sys
@@ -26,7 +25,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from cli import Mistake, Parser, command, written_whole
+from cli import Mistake, Parser, between, command, nonempty, written_whole
 from logs import SPLITS, leading, mean_log, read_log
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; of one run, the training curve is the lighter one.
@@ -226,26 +225,15 @@ def save(figure, path):
         file.write(buffer.getbuffer())
 
 
-def between(low, high):
-    """The type of an argument that is a number in low … high."""
-
-    def number(text):
-        if not low <= float(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not in {low:g} … {high:g}")
-        return float(text)
-
-    return number
-
-
 def make_parser():
     parser = Parser(prog="plot.py", description=__doc__)
     add, number = parser.add_argument, between(-1e6, 1e6)
-    add("runs", nargs="*", metavar="DIR", help="run directories; several are drawn over each other")
-    add("--mean", nargs="+", action="append", default=[], metavar="DIR",
+    add("runs", nargs="*", type=nonempty, metavar="DIR", help="run directories; several are drawn over each other")
+    add("--mean", nargs="+", type=nonempty, action="append", default=[], metavar="DIR",
         help="runs that differ in their seed: draw their mean and a band of one standard deviation")
     add("--unlike", action="store_true",
         help="--mean: also of runs that differ in more, over the epochs that all of them have (default: refuse)")
-    add("--out", metavar="PATH",
+    add("--out", type=nonempty, metavar="PATH",
         help="where figures go (default: DIR; of several, here); a file such as sgd-vs-adam.png: one figure of both")
     add("--format", choices=FORMATS, default="png", help="(default: %(default)s)")
     add("--title", metavar="TEXT", help="a line above the figure (default: network and data)")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from cli import Mistake, Parser, command
+from cli import Mistake, Parser, command, nonempty
 from device import choose_device, choose_precision, set_up_device
 from export import FORMATS, SIZES, export
 from inference import load_split, predictions, wilson
@@ -121,7 +121,8 @@ def markdown(rows):
 def main(argv=None):
     parser = Parser(prog="publish.py", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="directories of finished runs")
-    parser.add_argument("--data", metavar="DIR", help="where the data set lives (default: as in training)")
+    parser.add_argument("--data", type=nonempty, metavar="DIR",
+        help="where the data set lives (default: as in training)")  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
     parser.add_argument("--export", choices=[suffix[1:] for suffix in FORMATS], action="append", default=[],
         help="also write the network to weights.onnx, … in its directory (may be repeated)")  # fmt: skip

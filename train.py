@@ -17,14 +17,15 @@ from tqdm import tqdm
 
 import data
 import distributed
-from arguments import model_options, parse_args, try_out
+from arguments import model_options, try_out
 from batches import batch_positions, memory_format
-from cli import Mistake, command
+from cli import Mistake, command, memory_problem, one_line, output_is_lost
 from densenet import BLOCKS, DenseNet
 from device import choose_block, choose_device, choose_precision, device_name, peak_memory_mib, set_up_device
 from inference import evaluate
 from measure import fastest_block
 from reader import Reader
+from resume import parse_args
 from step import GraphedStep, Step, compile_model
 from workdir import Figures, Lost, Run, provenance, stages
 
@@ -167,6 +168,19 @@ def make_step(args, model, optimizer, amp, precision):
         return GraphedStep(model, optimizer, amp)
     parallel = distributed.data_parallel(model)
     return Step(parallel, optimizer, amp, distributed.world_size(), scaled=precision == "fp16")
+
+
+def restore(optimizer, saved):
+    """Load an optimiser's state; its settings stay those of the arguments. Raises Mistake where the state is not its.
+    """
+    try:
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
+        states = [(parameter.shape, optimizer.state[parameter]) for parameter in optimizer.state]
+        fits = all(value.shape in (shape, ()) for shape, state in states for value in state.values())
+    except Exception:  # nearly anything
+        fits = False
+    if not fits:
+        raise Mistake("the optimiser's state in the checkpoint is damaged, or of another program")
 
 
 def first_checkpoint(args, dataset, model, options, stage):
@@ -316,7 +330,7 @@ def train(args, checkpoint, run):
     else:
         add_stage(checkpoint, args, dataset, stage)
         model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        restore(optimizer, checkpoint["optimizer"])
     if args.compile:
         compile_model(model)
     step = make_step(args, model, optimizer, amp, precision)
@@ -391,12 +405,12 @@ def main(argv=None):
                 run = Run(args.save)
                 with run:
                     train(args, checkpoint, run)
-        except (distributed.FailedElsewhere, Interrupted, Mistake, NotFinite, OSError, RuntimeError) as error:
+        except (Exception, Interrupted) as error:
             ignore_signals()  # torchrun sends SIGTERM to those that are left when one has died, while they report it
             status, message = ending(error, run)
             if message:
                 with contextlib.suppress(OSError):  # the terminal may be closed
-                    print(f"train.py: {message}", file=sys.stderr)
+                    print(f"train.py: {one_line(message)}", file=sys.stderr)
             return status
 
 
@@ -414,20 +428,35 @@ def ending(error, run):
         if rank > 0:  # which do not know the epoch
             return 3, None
         where = f"epoch {run.epoch + 1}, iteration {error.step}"
-        return 3, f"error: the loss is not finite in {where}; {saved(run, slower=True)}"
+        return 3, f"error: the loss is not finite in {where}; {saved(run, slower)}"
     if isinstance(error, Interrupted):
         quiet = not distributed.reports_lost_rank() or (error.number == signal.SIGINT and rank > 0)
         return 128 + error.number, None if quiet else f"stopped; {saved(run)}"
+    if (problem := memory_problem(error)) and has_begun:
+        error.__traceback__ = None  # which holds on to what filled the memory
+        return 1, f"error: {problem}; {saved(run, smaller)}"
     if isinstance(error, OSError) and has_begun and not isinstance(error, BrokenPipeError):
-        return 1, f"error: {error.filename or run.path}: {error.strerror or error}; {saved(run)}"
+        place = error.filename or ("standard output" if output_is_lost() else run.path)
+        return 1, f"error: {place}: {error.strerror or error}; {saved(run)}"
     if distributed.is_lost_rank(error):
         quiet = not distributed.reports_lost_rank()
         return 1, None if quiet else f"error: another process of this run has ended; {saved(run)}"
     raise error
 
 
-def saved(run, slower=False):
-    """What of a run that ended early is safe on disk, as found there, and how to go on: as before, or ``slower``."""
+def slower(arguments):
+    return f" --lr {arguments['lr'] / 10:g} (at the same rate, the same would happen)"
+
+
+def smaller(arguments):
+    return "" if arguments["block"] == "checkpoint" else " --block checkpoint (which needs less memory)"
+
+
+def saved(run, change=lambda arguments: ""):
+    """What of a run that ended early is safe on disk, as found there, and how to go on.
+
+    ``change`` says what to add to the command, from the run's arguments.
+    """
     if run is None:
         return "nothing was written"
     try:
@@ -438,9 +467,9 @@ def saved(run, slower=False):
         return str(error)
     if run.epoch is None:
         return f"{path} is as it was, after epoch {checkpoint['epoch']}"
-    resume = f"{distributed.launcher()} {shlex.quote(sys.argv[0])} --save {shlex.quote(str(run.path))} --resume"
-    if slower:
-        resume += f" --lr {checkpoint['config']['arguments']['lr'] / 10:g} (at the same rate, the same would happen)"
+    save = ("--save=" if str(run.path).startswith("-") else "--save ") + shlex.quote(str(run.path))
+    resume = f"{distributed.launcher()} {shlex.quote(sys.argv[0])} {save} --resume"
+    resume += change(checkpoint["config"]["arguments"])
     return f"epoch {checkpoint['epoch']} is saved in {path}; to go on: {resume}"
 
 

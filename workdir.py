@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from cli import Mistake, check_records, written_whole
+from cli import Mistake, check_records, memory_problem, named, readable, written_whole
 from device import device_name
+from saved import check_checkpoint, check_config
 
 COLUMNS = {
     "train": ("epoch", "loss", "error", "lr", "images_per_second", "peak_memory_mib"),
@@ -130,7 +131,7 @@ class Run:
             self.rows[name].extend(rows)
         self._write_checkpoints(checkpoint, previous=self.path / "previous.pth")
         for name, rows in new_rows.items():
-            with open(self.path / f"{name}.csv", "a", newline="") as file:
+            with named(path := self.path / f"{name}.csv"), open(path, "a", newline="") as file:
                 file.write(csv_lines(name, rows))
                 file.flush()
                 os.fsync(file.fileno())
@@ -174,18 +175,29 @@ def read_config(directory):
     """The config.json of a run as a dict. Raises Mistake where there is none."""
     path = directory / "config.json"
     try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        config = json.loads(readable(path).read_text())
+    except (OSError, ValueError, RecursionError) as error:
         raise Mistake(f"{path} is missing or damaged ({type(error).__name__})") from error
-    if not isinstance(config, dict) or not {"arguments", "resumed"} <= config.keys():
+    if not isinstance(config, dict):
         raise Mistake(f"{path} is not one of train.py")
+    with naming(path):
+        check_config(config)
     return config
+
+
+@contextlib.contextmanager
+def naming(path):
+    """Let a Mistake begin with a path."""
+    try:
+        yield
+    except Mistake as error:
+        raise Mistake(f"{path}: {error}") from error
 
 
 def read_checkpoint(path, device="cpu"):
     """A checkpoint's dict, tensors on ``device``. Raises Mistake where the file is missing, damaged or of no run."""
     try:
-        file = io.BytesIO(Path(path).read_bytes())  # all at once: what is read is checked
+        file = io.BytesIO(readable(path).read_bytes())  # all at once: what is read is checked
     except (FileNotFoundError, IsADirectoryError) as error:
         raise Lost(f"{path} is not a checkpoint file, such as latest.pth in a run: {error.strerror}") from None
     except OSError as error:
@@ -193,13 +205,19 @@ def read_checkpoint(path, device="cpu"):
     try:
         check_records(file)
     except Exception as error:
+        if memory_problem(error):
+            raise
         raise Lost(f"{path} is damaged or no checkpoint ({type(error).__name__}): restore a copy") from error
     try:
         checkpoint = torch.load(file, map_location=device, weights_only=True)
     except Exception as error:  # nearly anything, of a file that another program wrote
+        if memory_problem(error):
+            raise
         raise Mistake(f"{path} is not a checkpoint of train.py ({type(error).__name__})") from error
     if not isinstance(checkpoint, dict) or not {"model", "config", "normalize", "classes"} <= checkpoint.keys():
         raise Mistake(f"{path} is not a checkpoint of train.py")
+    with naming(path):
+        check_checkpoint(checkpoint)
     return checkpoint
 
 
@@ -212,7 +230,7 @@ class Figures:
 
     def __init__(self, path, enabled=True):
         self.path = Path(path)
-        self.command = [sys.executable, str(Path(__file__).with_name("plot.py")), str(path)]
+        self.command = [sys.executable, str(Path(__file__).with_name("plot.py")), "--", str(path)]
         self.enabled, self.process, self.reported = enabled, None, False
 
     def redraw(self):

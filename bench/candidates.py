@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts o
 import arguments
 import data
 import measure
+import resume
 from batches import ImageTensors, memory_format
 from cli import Parser, command
 from densenet import BLOCKS, FROM_TORCHVISION, DenseNet, rename
@@ -298,7 +299,7 @@ def our_epochs(job, tensors, device):
     import train  # what is measured is that very script
 
     flags = {"--depth": job["depth"], "--batch-size": job["batch_size"], "--precision": job["precision"]}
-    args, _ = arguments.parse_args([*map(str, itertools.chain(*flags.items())), "--save", "never-written"])
+    args, _ = resume.parse_args([*map(str, itertools.chain(*flags.items())), "--save", "never-written"])
     set_up_device(device)
     train.set_up_torch(args)
     amp, precision = choose_precision(args.precision, device)

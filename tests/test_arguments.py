@@ -10,8 +10,9 @@ from conftest import status_of
 
 import arguments
 import train
-from arguments import make_parser, parse_args
+from arguments import make_parser
 from densenet import DenseNet
+from resume import parse_args
 
 
 def parsed(command):

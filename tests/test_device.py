@@ -5,9 +5,9 @@ import torch
 
 import device
 import fused
-from arguments import parse_args
 from cli import Mistake
 from device import choose_block, choose_device, choose_precision, has_bf16, set_up_device
+from resume import parse_args
 
 CPU = torch.device("cpu")
 

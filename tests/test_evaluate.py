@@ -28,6 +28,7 @@ import folders
 import inference
 import pictures
 import report
+import resume
 from batches import ImageTensors
 from cli import Mistake
 from reader import Reader
@@ -38,7 +39,7 @@ DIGITS = str(ROOT / "work/digits.bc16/weights.pth")
 def write_checkpoint(root, image_size=8, classes=("cat", "dog"), **changed):
     """run.pth: an untrained network for the images that ``write_folder`` writes to ``root``; returns its dict."""
     flags = f"--dataset folder --data {root} --image-size {image_size} --depth 10 --growth-rate 4 --batch-size 4 --save run"
-    args, _ = arguments.parse_args(flags.split())
+    args, _ = resume.parse_args(flags.split())
     options = arguments.model_options(args, len(classes))
     torch.manual_seed(0)
     checkpoint = {

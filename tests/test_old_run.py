@@ -13,6 +13,7 @@ import arguments
 import evaluate
 import plot
 import publish
+import resume
 import train
 
 RESUME = ["--save", "run", "--resume", "--no-plot", "--no-progress"]
@@ -59,8 +60,8 @@ def test_a_flag_that_it_did_not_know_is_off(monkeypatch, capsys):
         parser.add_argument("--mixup", type=float, default=0.0)
         return parser
 
-    monkeypatch.setattr(arguments, "make_parser", newer)
-    args, _ = arguments.parse_args([*RESUME, "--mixup", "0"])
+    monkeypatch.setattr(resume, "make_parser", newer)
+    args, _ = resume.parse_args([*RESUME, "--mixup", "0"])
     assert args.mixup == 0 and args.epochs == 4 and args.limit_train == 200
     assert status_of(train.main, [*RESUME, "--mixup", "0.5"]) == 2
     assert "the run in run was started with --mixup 0.0, not 0.5" in capsys.readouterr().err

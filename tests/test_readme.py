@@ -21,6 +21,7 @@ from PIL import Image
 import arguments
 import densenet
 import evaluate
+import resume
 from publish import error_cell
 from workdir import read_checkpoint
 
@@ -74,7 +75,7 @@ def commands():
 def test_every_training_command_is_valid(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = [flag for flag in shlex.split(command.replace("$seed", "1"))[1:] if flag not in ("--resume", "if-any", "--help")]
-    arguments.parse_args(flags)
+    resume.parse_args(flags)
 
 
 def test_table_of_networks_has_the_code_s_parameter_counts():

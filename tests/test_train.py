@@ -14,7 +14,7 @@ from PIL import Image
 from test_files import write_folder
 
 import train
-from arguments import parse_args
+from resume import parse_args
 from train import learning_rate
 
 

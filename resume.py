@@ -1,0 +1,83 @@
+"""The arguments of a run, new or resumed: from the command line, the run's checkpoint and the defaults."""
+
+import argparse
+import contextlib
+import sys
+from pathlib import Path
+
+import distributed
+from arguments import check_args, given_flags, make_parser, modernize, resolve_defaults
+from cli import Mistake
+from workdir import Run, stages
+
+# What --resume may change: none of it changes what is computed, but for the schedule and rounding.
+RESUMABLE = {
+    "lr",  # a run whose loss is not finite would come to the same loss again
+    *("data", "workers", "block", "epochs", "device", "precision", "compile", "cuda_graph", "deterministic"),
+    *("save", "resume", "overwrite", "log_every", "plot", "progress"),
+}
+
+
+def parse_args(argv=None, description=None):
+    """Arguments, resolved in this order: given on the command line, saved by the run that is resumed, defaults.
+
+    Returns the namespace and, with --resume, the checkpoint to go on from. Raises Mistake where arguments are wrong or
+    contradict each other, SystemExit where argparse finds that.
+    """
+    parser = make_parser(description)
+    defaults = vars(parser.parse_args([]))
+    given = given_flags(parser, modernize(sys.argv[1:] if argv is None else argv))
+    if started_by_this_launch(run_directory(given)):
+        given |= {"resume": True, "overwrite": False}
+    if given.get("resume") and given.get("overwrite"):
+        raise Mistake("--resume and --overwrite exclude each other: choose one")
+    if given.get("resume") == "if-any":
+        given["resume"] = Run(run_directory(given)).can_go_on()
+    checkpoint = None
+    if given.get("resume"):
+        checkpoint, saved = read_saved(given, defaults)
+        args = argparse.Namespace(**saved | given)
+    else:
+        args = argparse.Namespace(**resolve_defaults(defaults, given))
+        Run(args.save).check(resume=False, overwrite=args.overwrite)
+    check_args(args)
+    return args, checkpoint
+
+
+def started_by_this_launch(path):
+    """Whether torchrun, after the death of a process, starts us anew to go on with the run in ``path``."""
+    launch = distributed.launch_id()
+    with contextlib.suppress(Mistake):  # told later, if it matters
+        return launch is not None and stages(Run(path).latest()[0]["config"])[-1].get("launch") == launch
+    return False
+
+
+def run_directory(given):
+    return Path(given.get("save") or f"work/{given.get('dataset', 'cifar10')}.base")
+
+
+def read_saved(given, defaults):
+    """The checkpoint to resume, and its run's arguments. Raises Mistake where ``given`` would make it another run.
+
+    A run that is older than a flag takes its default, which is off: it did without.
+    """
+    path = run_directory(given)
+    Run(path).check(resume=True, overwrite=False)
+    checkpoint, source = Run(path).latest()
+    if source.name != "latest.pth":
+        reason = f"{path / 'latest.pth'} is missing or damaged"
+        print(f"{reason}: going on from {source}, after epoch {checkpoint['epoch']}", file=sys.stderr)
+    saved = defaults | checkpoint["config"]["arguments"] | {"save": str(path), "resume": True, "overwrite": False}
+    for name, value in given.items():
+        if name not in RESUMABLE and value != saved[name]:
+            flag = "--" + name.replace("_", "-")
+            raise Mistake(
+                f"the run in {path} was started with {flag} {saved[name]}, not {value}: "
+                f"leave out {flag}, or start another run with --save"
+            )
+    if given.get("epochs", saved["epochs"]) < checkpoint["epoch"]:
+        raise Mistake(f"--epochs {given['epochs']}: the run in {path} has finished {checkpoint['epoch']} already")
+    if not {"optimizer", "metrics", "seconds"} <= checkpoint.keys():
+        raise Mistake(f"training cannot go on from {source}: it holds weights only, or is too old")
+    saved["progress"] = sys.stderr.isatty()
+    return checkpoint, saved
