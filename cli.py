@@ -40,6 +40,7 @@ def between(low, high, kind=float):
             raise argparse.ArgumentTypeError(f"{text} is not in {low:{shown}} … {high:{shown}}")
         return kind(text)
 
+    number.__name__ = kind.__name__  # as argparse names it where a text is no number at all
     return number
 
 

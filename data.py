@@ -6,11 +6,15 @@ Example: python data.py --dataset digits --stats     (per-channel mean and stand
 
 import contextlib
 import os
+import signal
 import sys
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports is no traceback; main has its own way
 
 import psutil
 import torch
@@ -148,6 +152,7 @@ def load_digits(reader):
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
+    check_memory(1797, reader, 8 + reader.channels)  # float32 before and after rounding, then uint8
     digits = load_digits()
     grey = torch.tensor(digits.images, dtype=torch.float32)[:, None] * (255 / 16)  # (N, 1, 8, 8), was 0 … 16
     size = (reader.image_size, reader.image_size)
@@ -235,7 +240,8 @@ def load_folder(root, reader, test_size=0, layout=None):
     notes += passed_over(passed)
     classes = list(listed["train"])
     if not reader.streams:
-        check_memory(sum(len(paths) for found in listed.values() for paths in found.values()), reader)
+        count = sum(len(paths) for found in listed.values() for paths in found.values())
+        check_memory(count, reader, reader.channels, f", or one of {STREAM_FROM} or more, which streams from disk")
     images = read_splits(root, folders, listed, reader, notes)
     test_files = layout["test_files"] if layout else []
     if test_size and not layout:
@@ -252,14 +258,14 @@ def load_folder(root, reader, test_size=0, layout=None):
     return Dataset(**images, classes=classes, normalize=normalize, notes=notes, layout=layout)
 
 
-def check_memory(count, reader):
+def check_memory(count, reader, bytes_per_pixel, instead=""):
+    """Raises Mistake where so many images do not fit; ``instead`` is what may help beside a smaller size."""
     size, available = reader.image_size, psutil.virtual_memory().available / 1e9
-    needed = count * size**2 * reader.channels / 1e9
+    needed = count * size**2 * bytes_per_pixel / 1e9
     if needed > available:
         raise Mistake(
             f"{count:,} images of {size}×{size} pixels need {needed:.1f} GB of memory, of which "
-            f"{available:.1f} GB are available: choose a smaller --image-size, or one of {STREAM_FROM} or more, "
-            "which streams from disk"
+            f"{available:.1f} GB are available: choose a smaller --image-size{instead}"
         )
 
 

@@ -5,10 +5,14 @@ Example: python evaluate.py work/digits.bc16/weights.pth --mistakes mistakes.png
 """
 
 import argparse
+import signal
 import sys
 from collections import Counter
 from itertools import islice
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports is no traceback; main has its own way
 
 import torch
 from tqdm import tqdm

@@ -17,7 +17,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from batches import IGNORE_INDEX, ImageTensors, batch_positions, chosen, normalizer
-from cli import Mistake, check_records, written_whole
+from cli import Mistake, check_records, readable, written_whole
 from folders import existing, list_images
 from reader import Reader, Unreadable, in_8_bits, opened, orientation, random_box
 
@@ -226,7 +226,7 @@ def load_cache(cache, key, paths, reader):
     Those are read again: their folder may have moved, or the disk may have failed when they were read.
     """
     try:
-        with open(cache, "rb") as file:
+        with open(readable(cache), "rb") as file:
             check_records(file)
             cached = torch.load(file, weights_only=True)
         if cached["key"] != key:

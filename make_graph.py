@@ -7,8 +7,12 @@ Example: python make_graph.py
 torch.fx traces the network, so boxes and arrows are those of the model; dot (https://graphviz.org) lays them out.
 """
 
+import signal
 import sys
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports is no traceback; main has its own way
 
 import torch
 

@@ -11,11 +11,15 @@ gpleiss/efficient_densenet_pytorch (results.csv).
 
 import io
 import os
+import signal
 import sys
 import textwrap
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports is no traceback; main has its own way
 
 os.environ["MPLBACKEND"] = "agg"  # no window is opened; a notebook's backend may not be installed here
 

@@ -10,8 +10,12 @@ of the last epoch, also of a run with --valid-size. Of a run that has no latest.
 
 import datetime
 import os
+import signal
 import sys
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports is no traceback; main has its own way
 
 import torch
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import warnings
 from dataclasses import dataclass, fields
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image
 
-from cli import Mistake
+from cli import Mistake, readable
 
 # Formats that Pillow recognises but cannot decode, and EPS, whose files are programs.
 NO_IMAGES = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}
@@ -84,6 +85,8 @@ class Reader:
 @contextlib.contextmanager
 def opened(path):
     """An image file, opened by Pillow and not yet decoded. Raises Unreadable where it turns out to be damaged."""
+    if isinstance(path, (str, os.PathLike)):  # and not an opened file
+        readable(path)
     try:
         quiet = warnings.catch_warnings(action="ignore")  # of odd metadata
         with quiet, Image.open(path, formats=formats()) as image:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from arguments import make_parser, model_options, resolve_defaults
-from cli import Mistake
+from cli import Mistake, memory_problem
 from densenet import ARCHITECTURES, BLOCKS, DenseNet
 from device import PRECISIONS
 
@@ -51,22 +51,26 @@ def check_checkpoint(checkpoint):
 def holds(fits, *args):
     try:
         return fits(*args)
-    except Exception:  # nearly anything, where a value is of another type than is expected
+    except Exception as error:  # nearly anything, where a value is of another type than is expected
+        if memory_problem(error):
+            raise
         return False
 
 
 def check_config(config, of_run=True):
     """Raises Mistake where the config of a checkpoint cannot be one; without ``of_run``, of one that never trained."""
-    if not holds(json.dumps, config) or not all(isinstance(config.get(name), dict) for name in ("arguments", "model")):
+    if not holds(is_config, config, of_run):
         raise Mistake("its config is damaged, or of another program")
     check_arguments(config["arguments"])
-    if of_run:
-        stages = [config, *config["resumed"]] if isinstance(config.get("resumed"), list) else [None]
-        for name, fits in STAGE.items():
-            if not all(holds(lambda stage, name=name, fits=fits: fits(stage[name]), stage) for stage in stages):
-                raise Mistake(f"its config is damaged, or of another program: {name}")
-        if not is_count(config.get("parameters"), 1, 10**12):
-            raise Mistake("its config is damaged, or of another program: parameters")
+
+
+def is_config(config, of_run):
+    json.dumps(config)  # raises where it cannot be written as JSON
+    ours = isinstance(config["arguments"], dict) and isinstance(config["model"], dict)
+    if not of_run:
+        return ours
+    stages = [config, *config["resumed"]]
+    return ours and is_count(config["parameters"]) and all(STAGE[name](each[name]) for each in stages for name in STAGE)
 
 
 def check_arguments(arguments):

@@ -12,6 +12,9 @@ import signal
 import sys
 import time
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports is no traceback; main has its own way
+
 import torch
 from tqdm import tqdm
 
@@ -175,8 +178,9 @@ def restore(optimizer, saved):
     """
     try:
         optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
-        states = [(parameter.shape, optimizer.state[parameter]) for parameter in optimizer.state]
-        fits = all(value.shape in (shape, ()) for shape, state in states for value in state.values())
+        states = {p: optimizer.state.get(p, {}) for group in optimizer.param_groups for p in group["params"]}
+        fits = len({frozenset(state) for state in states.values()}) == 1 and optimizer.state.keys() <= states.keys()
+        fits = fits and all(value.shape in (p.shape, ()) for p, state in states.items() for value in state.values())
     except Exception:  # nearly anything
         fits = False
     if not fits:

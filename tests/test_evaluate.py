@@ -418,13 +418,13 @@ def test_matplotlib_is_imported_for_pictures_only():
         ("run.pth --csv images", "images is a directory: name a file in it"),
         ("run.pth --csv run.pth/a.csv", "run.pth"),
         ("run.pth images/none", "images/none holds no image: name a folder that has some"),
-        ("run.pth --batch-size 0", "--batch-size: 0 is not a positive number"),
+        ("run.pth --batch-size 0", "--batch-size: 0 is not in 1 … 1,000,000,000"),
     ],
 )
 def test_mistakes_are_one_line_before_anything_is_computed(tmp_path, capsys, monkeypatch, flags, words):
     write_checkpoint(write_folder(tmp_path / "images"))
     (tmp_path / "images/none").mkdir()
-    monkeypatch.delattr(densenet.DenseNet, "forward")
+    monkeypatch.setattr(inference, "load_model", None)
     err = evaluated(capsys, *flags.split(), status=2).err
     assert err.startswith("evaluate.py: error: ") and words in err and err.count("\n") == 1
 
@@ -433,13 +433,17 @@ def test_too_large_a_batch_is_one_line(tmp_path, capsys, monkeypatch):
     root = write_folder(tmp_path / "images")
     write_checkpoint(root)
 
+    real = densenet.DenseNet.forward
+
     def forward(model, images):
+        if images.is_meta:
+            return real(model, images)
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(densenet.DenseNet, "forward", forward)
     for paths in ([], [root]):
-        err = evaluated(capsys, "run.pth", *paths, status=2).err
-        assert err == "evaluate.py: error: cpu has too little memory for a batch: choose a smaller --batch-size\n"
+        err = evaluated(capsys, "run.pth", *paths, status=1).err
+        assert err == "evaluate.py: error: too little memory: use smaller batches, smaller images or a smaller network\n"
 
 
 def test_folders_are_searched_like_those_of_training(tmp_path):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import arguments
 import logs
 import plot
+import resume
 from cli import Mistake
 
 HEADER = "epoch,loss,error,lr,images_per_second,peak_memory_mib\n"
@@ -236,7 +237,7 @@ def test_a_mean_is_not_cut_to_the_shortest_run_in_silence(tmp_path):
 
 
 def test_what_is_not_compared_changes_at_most_the_rounding():
-    assert {"seed"} < logs.NOT_COMPARED <= arguments.RESUMABLE | {"seed"}
+    assert {"seed"} < logs.NOT_COMPARED <= resume.RESUMABLE | {"seed"}
 
 
 def test_flags_that_old_runs_do_not_know_are_off_or_listed():

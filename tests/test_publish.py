@@ -81,10 +81,11 @@ def test_publish_refuses_what_is_not_the_run_s_result(tiny, capsys):
         assert words in published("run", capsys, status=2)
         assert not Path("run/weights.pth").exists()
 
-    refused("run has finished 1 epochs, not all", epoch=1)
+    metrics = checkpoint["metrics"]
+    refused("run has finished 1 epochs, not all", epoch=1, metrics={name: rows[:1] for name, rows in metrics.items()})
     refused("run/latest.pth has no seconds", seconds=None)
-    others = checkpoint["metrics"]["test"][-1] | {"error": 100.0}
-    refused("but its log says 100.0 %", metrics={"test": [others]})
+    others = [row | {"error": 100.0} for row in metrics["test"]]
+    refused("but its log says 100.0 %", metrics=metrics | {"test": others})
     assert "nowhere is not a run directory" in published("nowhere", capsys, status=2)
     assert "run/latest.pth is not a run directory" in published("run/latest.pth", capsys, status=2)
     torch.save(checkpoint, "run/latest.pth")
