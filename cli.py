@@ -104,6 +104,7 @@ def explain(error):
     if isinstance(error, Mistake):
         return 2, error
     if problem := memory_problem(error):
+        forget_workers()
         return 1, problem
     if isinstance(error, OSError):
         status = 2 if isinstance(error, WRONG_PLACE) or error.errno in WRONG_NAME else 1
@@ -122,6 +123,12 @@ def memory_problem(error):
     if isinstance(error, MemoryError) or any(words in text for words in NO_MEMORY):
         return "too little memory: use smaller batches, smaller images or a smaller network"
     return None
+
+
+def forget_workers():
+    """Keep torch from raising once more for each process of a DataLoader that is killed, or found to have been."""
+    if hasattr(signal, "SIGCHLD"):  # Windows has none
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def one_line(message):

@@ -22,7 +22,7 @@ import data
 import distributed
 from arguments import model_options, try_out
 from batches import batch_positions, memory_format
-from cli import Mistake, command, memory_problem, one_line, output_is_lost
+from cli import Mistake, command, forget_workers, memory_problem, one_line, output_is_lost
 from densenet import BLOCKS, DenseNet
 from device import choose_block, choose_device, choose_precision, device_name, peak_memory_mib, set_up_device
 from inference import evaluate
@@ -437,8 +437,9 @@ def ending(error, run):
         quiet = not distributed.reports_lost_rank() or (error.number == signal.SIGINT and rank > 0)
         return 128 + error.number, None if quiet else f"stopped; {saved(run)}"
     if (problem := memory_problem(error)) and has_begun:
+        forget_workers()
         error.__traceback__ = None  # which holds on to what filled the memory
-        return 1, f"error: {problem}; {saved(run, smaller)}"
+        return 1, f"error: {problem}; {saved(run, fewer if '--workers' in problem else smaller)}"
     if isinstance(error, OSError) and has_begun and not isinstance(error, BrokenPipeError):
         place = error.filename or ("standard output" if output_is_lost() else run.path)
         return 1, f"error: {place}: {error.strerror or error}; {saved(run)}"
@@ -450,6 +451,10 @@ def ending(error, run):
 
 def slower(arguments):
     return f" --lr {arguments['lr'] / 10:g} (at the same rate, the same would happen)"
+
+
+def fewer(arguments):
+    return f" --workers {arguments['workers'] // 2}"
 
 
 def smaller(arguments):

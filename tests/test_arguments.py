@@ -95,6 +95,14 @@ def test_presets_set_the_architecture(capsys):
         ("--dataset imagenet", "invalid choice: 'imagenet'"),
         ("--depht 40", "unrecognized arguments: --depht 40"),
         ("--device cuda:99", "device 'cuda:99' is not available here"),
+        ("--lr 1e39", "argument --lr: 1e39 is not in 0 … 1e+06"),
+        ("--weight-decay 1e39", "argument --weight-decay: 1e39 is not in 0 … 1e+06"),
+        (f"--epochs {2**31}", "argument --epochs: 2147483648 is not in 1 … 1,000,000"),
+        (f"--growth-rate {10**20}", "argument --growth-rate: 100000000000000000000 is not in 1 … 100,000"),
+        (f"--dataset digits --image-size {10**20}", "argument --image-size: 100000000000000000000 is not in 1 … 100,000"),
+        ("--save=", "argument --save: needs a name, and got nothing"),
+        ("--device meta", "device 'meta' is not available here"),
+        ("--device privateuseone", "device 'privateuseone' is not available here"),
         ("--device tpu9", "device 'tpu9' is not available here"),
         ("--resume --overwrite", "--resume and --overwrite exclude each other"),
         ("--block fused --drop-rate 0.2", "--block fused has no dropout"),
@@ -114,6 +122,15 @@ def test_presets_set_the_architecture(capsys):
 def test_mistakes_end_with_one_line_and_status_2(capsys, command, words):
     assert words in refused(capsys, *command.split())
     assert list(Path().iterdir()) == []
+
+
+def test_what_else_fails_in_the_trial_is_not_blamed_on_small_images(capsys, monkeypatch):
+    def try_out(args, batch_size):
+        raise RuntimeError("Storage size calculation overflowed\nand more")
+
+    monkeypatch.setattr(arguments, "try_out", try_out)
+    words = "no such network can compute on images of 32×32 pixels (Storage size calculation overflowed and more)"
+    assert words in refused(capsys, "--dataset", "digits")
 
 
 def test_resume_keeps_the_arguments_and_refuses_others(tiny, capsys):
