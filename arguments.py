@@ -41,6 +41,13 @@ rate = between(0, 1e6)
 channels = pixels = between(1, 100_000, int)
 
 
+class Joined(argparse.Action):
+    """Several values, or one with commas in it, as one with commas."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, ",".join(values))
+
+
 def make_parser(description=None):
     parser = Parser(
         prog="train.py",
@@ -57,6 +64,7 @@ def make_parser(description=None):
     model("--block", choices=("auto", *BLOCKS), default="auto",
         help="how dense blocks run; auto measures which is fastest here, if the run is long (default: %(default)s)")
     add_optimisation_flags(parser.add_argument_group("optimisation").add_argument)
+    add_finetuning_flags(parser.add_argument_group("fine-tuning").add_argument)
     add_run_flags(parser.add_argument_group("run").add_argument)
     return parser
 
@@ -122,6 +130,16 @@ def add_optimisation_flags(add):
         help="step: ×0.1 in the epochs (from 1) at 50 %% and 75 %% (default: step; adam and rmsprop constant)")
     add("--seed", type=between(0, 2**32 - 1, int), default=1, metavar="N",
         help="of split, weights, order, augmentation, dropout (default: %(default)s)")
+
+
+def add_finetuning_flags(add):
+    add("--init-from", metavar="WHAT",
+        help="start from trained weights: a checkpoint, .safetensors or torchvision's state dict, or imagenet: "
+        "torchvision's published ones (default: none)")
+    add("--freeze", action=Joined, nargs="+", metavar="PART",
+        help="do not train these: features, stem, blocks.0, transitions.0, norm, … (default: none)")
+    add("--head-lr", type=positive_number, metavar="X",
+        help="initial learning rate of the classifier (default: as --lr)")
 
 
 def add_run_flags(add):

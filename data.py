@@ -47,6 +47,7 @@ class Dataset:
     ``train``, ``test`` and ``valid`` are ImageTensors, or ImageFiles where images are streamed from disk. ``notes`` are
     lines that a user should read. With ``layout``, a later call finds the same splits: it says which folders they are,
     which files were set apart for testing, and what the images were, so that it is noticed when they have changed.
+    ``measured`` is what ``normalize`` was before ``normalized_as``.
     """
 
     train: ImageTensors | ImageFiles
@@ -56,6 +57,7 @@ class Dataset:
     valid: ImageTensors | ImageFiles | None = None
     notes: list = field(default_factory=list)
     layout: dict | None = None
+    measured: tuple | None = None
 
     @property
     def splits(self):
@@ -66,6 +68,12 @@ class Dataset:
     def to(self, device):
         valid = self.valid and self.valid.to(device)
         return replace(self, train=self.train.to(device), test=self.test.to(device), valid=valid)
+
+    def normalized_as(self, normalize):
+        """Normalised by other values, those of the weights that training starts from, if they have as many channels."""
+        if not normalize or len(normalize[0]) != len(self.normalize[0]):
+            return self
+        return replace(self, normalize=tuple(map(tuple, normalize)), measured=self.normalize)
 
     def hold_out(self, count, seed):
         """Move ``count`` training images, the same share of each class, to ``valid``. Drawn by ``seed`` alone."""

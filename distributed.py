@@ -201,12 +201,16 @@ def all_reduce(tensor):
 
 
 def average_statistics(model):
-    """Give every rank the mean of the ranks' running statistics, each measured on its own share of the batches."""
+    """Give every rank the mean of the ranks' running statistics, each measured on its own share of the batches.
+
+    Those of modules in evaluation mode are the same everywhere, and stay as they are.
+    """
     if world_size() == 1:
         return
-    for buffer in model.buffers():
-        if buffer.is_floating_point():
-            all_reduce(buffer).div_(world_size())
+    for module in model.modules():
+        for buffer in module.buffers(recurse=False):
+            if module.training and buffer.is_floating_point():
+                all_reduce(buffer).div_(world_size())
 
 
 def is_lost_rank(error):

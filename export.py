@@ -17,8 +17,7 @@ import torch
 from cli import Mistake, memory_problem, readable, written_whole
 from inference import load_model
 from reader import Reader
-from saved import check_checkpoint
-from workdir import naming, read_checkpoint
+from workdir import read_checkpoint
 
 SIZES = (1, 3, 64)  # of the batches that an exported network is checked with
 TOLERANCE = 1e-5  # of the largest logit, or of 1
@@ -65,13 +64,21 @@ def read_network(path):
 
     Raises Mistake where the file is missing, damaged or of another program.
     """
+    if Path(path).suffix not in FORMATS:
+        return read_checkpoint(path)
+    checkpoint = read_exported(path)
+    if not checkpoint.keys() >= NEEDED:
+        raise Mistake(f"{path} was not exported by publish.py: its metadata lack {', '.join(sorted(NEEDED))}")
+    return checkpoint
+
+
+def read_exported(path):
+    """The same of an exported file, which another program may have written: then it is {"model": …}."""
     suffix = Path(path).suffix
     if suffix == ".pt2":
         raise Mistake(f"{path} could run any code when it is loaded: name a .pth, .onnx or .safetensors file")
-    if suffix not in FORMATS:
-        return read_checkpoint(path)
     try:
-        checkpoint = FORMATS[suffix][1](readable(path).read_bytes())
+        return FORMATS[suffix][1](readable(path).read_bytes())
     except Mistake:
         raise
     except OSError as error:
@@ -80,11 +87,6 @@ def read_network(path):
         if memory_problem(error):
             raise
         raise Mistake(f"{path} is damaged or no {suffix} file ({type(error).__name__})") from error
-    if not checkpoint.keys() >= NEEDED:
-        raise Mistake(f"{path} was not exported by publish.py: its metadata lack {', '.join(sorted(NEEDED))}")
-    with naming(path):
-        check_checkpoint(checkpoint)
-    return checkpoint
 
 
 def require(*packages):

@@ -92,7 +92,8 @@ def check_training_data(checkpoint, dataset, root, split):
     if changed := {"train", split} & {*data.changed(checkpoint.get("layout"), dataset)}:
         raise Mistake(f"images in {root} ({', '.join(sorted(changed))}) have changed since the training")
     # Which images are held out depends on how many there are. Their mean and standard deviation tell, if measured.
-    before, now = (torch.tensor(values, dtype=torch.float64) for values in (checkpoint["normalize"], dataset.normalize))
+    measured = checkpoint.get("measured", checkpoint["normalize"])
+    before, now = (torch.tensor(values, dtype=torch.float64) for values in (measured, dataset.normalize))
     if checkpoint["config"]["arguments"]["valid_size"] and not torch.equal(before, now):
         raise Mistake(f"the training images in {root} have changed: which were held out is not known any more")
 

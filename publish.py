@@ -63,7 +63,7 @@ def publish(directory, checkpoint, device, folder=None):
         )
     sample = wrong[:SAMPLE]
     test = {"images": count, "error": error, "sample": len(sample), "wrong_in_sample": int(sample.sum())}
-    kept = {name: checkpoint[name] for name in (*KEPT, "layout") if name in checkpoint}
+    kept = {name: checkpoint[name] for name in (*KEPT, "layout", "measured") if name in checkpoint}
     write_checkpoint(directory / "weights.pth", kept | {"test": test})
 
 

@@ -5,9 +5,13 @@ import contextlib
 import sys
 from pathlib import Path
 
+import torch
+
 import distributed
-from arguments import check_args, given_flags, make_parser, modernize, resolve_defaults
+from arguments import NETWORK, check_args, given_flags, make_parser, model_options, modernize, resolve_defaults
 from cli import Mistake
+from densenet import DenseNet
+from finetune import freeze, read_source, unfit
 from workdir import Run, stages
 
 # What --resume may change: none of it changes what is computed, but for the schedule and rounding.
@@ -21,6 +25,8 @@ RESUMABLE = {
 def parse_args(argv=None, description=None):
     """Arguments, resolved in this order: given on the command line, saved by the run that is resumed, defaults.
 
+    The network is also that of weights to start from, where no flag says which.
+
     Returns the namespace and, with --resume, the checkpoint to go on from. Raises Mistake where arguments are wrong or
     contradict each other, SystemExit where argparse finds that.
     """
@@ -33,15 +39,42 @@ def parse_args(argv=None, description=None):
         raise Mistake("--resume and --overwrite exclude each other: choose one")
     if given.get("resume") == "if-any":
         given["resume"] = Run(run_directory(given)).can_go_on()
-    checkpoint = None
+    checkpoint, source = None, None
     if given.get("resume"):
         checkpoint, saved = read_saved(given, defaults)
         args = argparse.Namespace(**saved | given)
     else:
-        args = argparse.Namespace(**resolve_defaults(defaults, given))
+        source = read_source(given["init_from"], given.get("arch")) if "init_from" in given else None
+        args = argparse.Namespace(**resolve_defaults(defaults, network_of(source, given) | given))
         Run(args.save).check(resume=False, overwrite=args.overwrite)
     check_args(args)
+    check_finetuning(args, source)
     return args, checkpoint
+
+
+def network_of(source, given):
+    """The flags of the network that a run's weights belong to; none of them where ``given`` has one."""
+    names = [name for name in ("arch", *NETWORK) if name != "drop_rate"]  # which is none of the network's weights
+    saved = source["config"]["arguments"] if source and "config" in source else {}
+    if given.keys() & set(names):
+        return {}
+    if saved.get("arch"):
+        return {"arch": saved["arch"]}
+    return {name: saved[name] for name in names[1:] if name in saved}
+
+
+def check_finetuning(args, source):
+    """Raises Mistake where the network has not the parts to freeze, or most weights of ``source`` don't fit it."""
+    if args.head_lr and not args.lr:
+        raise Mistake("--head-lr is kept in proportion to --lr, which is 0: to train the classifier, --freeze features")
+    with torch.device("meta"):
+        model = DenseNet(**model_options(args, num_classes=2))
+    if source:
+        unfit(model, source, args.init_from)
+    if args.freeze is not None:
+        freeze(model, args.freeze)
+    if args.head_lr and not model.classifier.weight.requires_grad:
+        raise Mistake("--head-lr: the classifier is frozen: leave out one of the two")
 
 
 def started_by_this_launch(path):

@@ -23,8 +23,9 @@ class Step:
         set_capturable(optimizer, False)
 
     def set_learning_rate(self, value):
+        """Of all parameters, but for a group that has an ``lr_factor``: that times as much."""
         for group in self.optimizer.param_groups:
-            group["lr"] = value
+            group["lr"] = value * group.get("lr_factor", 1)
 
     def __call__(self, images, labels, count):
         """Images (B, C, H, W), labels (B,), and how many images all ranks have: (3,), summed loss, wrong, images."""
@@ -60,7 +61,7 @@ class GraphedStep(Step):
 
     def set_learning_rate(self, value):
         for group in self.optimizer.param_groups:
-            group["lr"].fill_(value)
+            group["lr"].fill_(value * group.get("lr_factor", 1))
 
     def __call__(self, images, labels, count):
         if self.static is None:

@@ -25,6 +25,7 @@ from batches import batch_positions, memory_format
 from cli import Mistake, command, forget_workers, memory_problem, one_line, output_is_lost
 from densenet import BLOCKS, DenseNet
 from device import choose_block, choose_device, choose_precision, device_name, peak_memory_mib, set_up_device
+from finetune import freeze, parameter_groups, read_source, take, training_mode
 from inference import evaluate
 from measure import fastest_block
 from reader import Reader
@@ -72,7 +73,7 @@ def train_epoch(step, batches, schedule, bar):
     ``schedule`` gives the learning rate of a step. Nothing is read from the device but for the bar, once a second.
     Raises NotFinite.
     """
-    step.model.train()
+    training_mode(step.model)
     log, total, refreshed = [], 0, time.monotonic()
     for i, (images, labels, count) in enumerate(batches):
         step.set_learning_rate(schedule(i))
@@ -199,12 +200,14 @@ def first_checkpoint(args, dataset, model, options, stage):
         "classes": list(dataset.classes),
         "metrics": {name: [] for name in dataset.splits},
         **({"layout": dataset.layout} if dataset.layout else {}),
+        **({"measured": dataset.measured} if dataset.measured else {}),
     }
 
 
 def check_data(checkpoint, args, dataset, options):
     """Raises Mistake where the data to go on with are not those of the run."""
-    before = options | checkpoint["config"]["model"], checkpoint["classes"], checkpoint["normalize"]
+    measured = checkpoint.get("measured", checkpoint["normalize"])
+    before = options | checkpoint["config"]["model"], checkpoint["classes"], measured
     if before != (options, list(dataset.classes), dataset.normalize):
         reason = ", or by a release that read them differently" if dataset.layout and "layout" not in checkpoint else ""
         raise Mistake(
@@ -318,15 +321,22 @@ def train(args, checkpoint, run):
     set_up_torch(args)
     layout = checkpoint.get("layout", data.FIRST_LAYOUT) if checkpoint else None
     dataset = distributed.local_rank_0_first(load_data, args, device, layout)
-    options = model_options(args, len(dataset.classes))
+    options, source = model_options(args, len(dataset.classes)), None
     if checkpoint:
         distributed.on_every_rank(check_data, checkpoint, args, dataset, options)
+    elif args.init_from is not None:
+        source = distributed.on_rank_0(read_source, args.init_from, args.arch)
+    dataset = dataset.normalized_as((checkpoint or source or {}).get("normalize"))
     distributed.on_rank_0(claim, args, checkpoint, run)
     block, note = distributed.on_rank_0(pick_block, args, checkpoint, dataset, options, device, precision)
     if note:
         dataset.notes.append(note)
     model = make_model(options, device, block)
-    optimizer = make_optimizer(args, model.parameters())
+    if source:
+        dataset.notes.append(take(model, source, args.init_from, list(dataset.classes)))
+    if args.freeze is not None:
+        dataset.notes.append(freeze(model, args.freeze))
+    optimizer = make_optimizer(args, parameter_groups(model, args.head_lr and args.head_lr / args.lr))
     stage = provenance(device, distributed.launcher())
     stage |= {"precision": precision, "block": block, "lr": args.lr, "launch": distributed.launch_id()}
     if checkpoint is None:

@@ -53,7 +53,8 @@ def dense_block(layers, x):
     parameters = [parameter for layer in layers for parameter in layer_parameters(layer)]
     if not len(x):  # for which no kernel can be launched
         return torch.cat((x, x.new_empty(0, len(layers) * parameters[-1].shape[0], *x.shape[2:])), 1)
-    return SharedBuffer.apply(x, layers, torch.is_grad_enabled(), *parameters)
+    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *parameters))  # none: all is frozen
+    return SharedBuffer.apply(x, layers, keep, *parameters)
 
 
 def layer_parameters(layer):
