@@ -45,7 +45,7 @@ class Joined(argparse.Action):
     """Several values, or one with commas in it, as one with commas."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, ",".join(values))
+        setattr(namespace, self.dest, ",".join(part for value in values for part in value.split(",") if part))
 
 
 def make_parser(description=None):

@@ -112,7 +112,7 @@ def take(model, source, what, classes=None):
     taken = {name: value for name, value in source["model"].items() if name in own and name not in reasons}
     model.load_state_dict(taken, strict=False)
     fresh = [f"{name} {tuple(own[name].shape)}, {reason}" for name, reason in reasons.items()]
-    left = [name for name in source["model"] if name not in own]
+    left = [name for name in source["model"] if name not in own and not name.endswith(UNUSED)]
     line = f"weights taken from {what}"
     for title, names in (("fresh", fresh), ("not taken", left)):
         more = f"; … {len(names) - 4} more" if len(names) > 4 else ""

@@ -25,7 +25,7 @@ RESUMABLE = {
 def parse_args(argv=None, description=None):
     """Arguments, resolved in this order: given on the command line, saved by the run that is resumed, defaults.
 
-    The network is also that of weights to start from, where no flag says which.
+    Where no flag says which network, it is that of the weights to start from, if a run has saved it with them.
 
     Returns the namespace and, with --resume, the checkpoint to go on from. Raises Mistake where arguments are wrong or
     contradict each other, SystemExit where argparse finds that.

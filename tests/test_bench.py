@@ -1,6 +1,9 @@
 """The benchmark measures the right networks, refuses wrong ones, and knows the hardware's floor."""
 
+from pathlib import Path
+
 import candidates
+import few_images
 import pytest
 import speed
 from conftest import status_of
@@ -100,3 +103,12 @@ def test_a_candidate_that_fails_does_not_end_the_others(monkeypatch, capsys):
     rows = list(speed.rows_of(args, device))
     assert rows == [{"candidate": "fused", "ms": 2.0, "floor_share": 0.5}]
     assert capsys.readouterr().err == "speed.py: error: naive ended early\n"
+
+
+@pytest.mark.slow
+def test_fine_tuning_is_compared_with_training_from_scratch(tmp_path, capfd):
+    assert few_images.main(["a folder", "--seeds", "1", "--epochs", "1", "--csv", "errors.csv"]) == 0
+    assert len(Path("errors.csv").read_text().splitlines()) == 1 + len(few_images.METHODS)
+    assert capfd.readouterr().out.count("; fresh: classifier.weight (5, 48), there of other classes") == 3
+    counts = [len(list(Path("a folder/seed1", part).glob("train/*/*.png"))) for part in ("0-4", "5-9")]
+    assert counts == [700, 25]

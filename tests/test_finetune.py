@@ -83,7 +83,7 @@ def test_a_classifier_of_as_many_other_classes_is_fresh(trained, tmp_path, tiny,
 
 def test_normalisation_comes_with_the_weights_and_resuming_needs_no_file(trained, tmp_path, tiny, capsys):
     write_folder(tmp_path / "images", size=(8, 8), train=6)
-    flags = [*FOLDER, "--valid-size", "4", "--init-from", str(trained), "--freeze", "stem", "blocks.0", "--head-lr", "0.5"]
+    flags = [*FOLDER, "--valid-size", "4", "--init-from", str(trained), "--freeze", "stem,", "blocks.0", "--head-lr", "0.5"]
     assert tiny("--save", "whole", "--epochs", "4", args=flags) == 0
     assert tiny("--save", "run", "--epochs", "2", "--schedule", "step", args=flags) == 0
     normalize = state(trained, "normalize")
@@ -312,5 +312,5 @@ def test_a_network_with_a_few_other_layers_takes_what_fits():
     large, small = (DenseNet(block_config=layers, growth_rate=4, reduction=1) for layers in ((2, 2, 2, 1), (2, 2, 2)))
     line = take(small, {"model": large.state_dict()}, "large")
     assert line.startswith("weights taken from large; fresh: norm.weight (32,), there (36,); norm.bias")
-    assert "; … 2 more; not taken: blocks.3.layers.0.norm1.weight; " in line
+    assert "; … 1 more; not taken: blocks.3.layers.0.norm1.weight; " in line
     assert torch.equal(small.blocks[2].layers[1].conv2.weight, large.blocks[2].layers[1].conv2.weight)
