@@ -289,7 +289,7 @@ def test_ranks_average_no_statistics_that_are_frozen(monkeypatch):
         ("--freeze=", "--freeze : the network has the parts"),
         ("--freeze features,classifier", "--freeze features,classifier leaves nothing to train"),
         ("--freeze classifier --head-lr 1", "--head-lr: the classifier is frozen"),
-        ("--head-lr 0", "argument --head-lr: 0 is not a positive number"),
+        ("--head-lr 0", "argument --head-lr: 0 is not in 1e-30 … 1e+30"),
         ("--head-lr 1 --lr 0", "--head-lr is kept in proportion to --lr, which is 0"),
     ],
 )
