@@ -38,7 +38,7 @@ def read_source(what, arch=None):
     source = {"model": {rename(name, FROM_TORCHVISION): value for name, value in found.items()}}
     if content.keys() >= NEEDED:
         source |= {name: content[name] for name in NEEDED}
-    elif source["model"].keys() != found.keys():  # torchvision's names
+    elif any("features." in name for name in found):  # torchvision's names
         source["normalize"] = NORMALIZE["imagenet"]
     return source
 

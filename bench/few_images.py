@@ -61,7 +61,8 @@ def main(argv=None):
     parser = Parser(prog="few_images.py", description=__doc__)
     parser.add_argument("root", type=Path, metavar="DIR", help="where to write images and runs")
     parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="how many (default: %(default)s)")
-    parser.add_argument("--epochs", type=positive, nargs="+", default=[10, 30], metavar="N", help="(default: 10 30)")
+    parser.add_argument("--epochs", type=positive, nargs="+", default=[5, 10, 30], metavar="N",
+        help="of each comparison; the first network takes the most of them (default: 5 10 30)")  # fmt: skip
     parser.add_argument("--csv", type=Path, metavar="FILE", help="where to write the errors (default: nowhere)")
     args = parser.parse_args(argv)
     rows = []
