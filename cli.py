@@ -108,7 +108,7 @@ def explain(error):
         return 1, problem
     if isinstance(error, OSError):
         status = 2 if isinstance(error, WRONG_PLACE) or error.errno in WRONG_NAME else 1
-        return status, ": ".join(str(part) for part in (error.filename, error.strerror or error) if part is not None)
+        return status, ": ".join(str(part) for part in (place_of(error), error.strerror or error) if part is not None)
     raise error
 
 
@@ -154,13 +154,16 @@ def discard_output():
         os.dup2(devnull.fileno(), sys.stdout.fileno())
 
 
-def output_is_lost():
-    """Whether standard output cannot be written any more; what is buffered for it is then forgotten."""
+def place_of(error):
+    """Where an OSError happened, None if nothing is known. Where it does not say, an empty line tries the output."""
+    if error.filename is not None:
+        return error.filename
     try:
-        flush_output()
+        print(flush=True)
     except OSError:
-        return True
-    return False
+        discard_output()
+        return "standard output"
+    return None
 
 
 def readable(path):

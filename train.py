@@ -22,7 +22,7 @@ import data
 import distributed
 from arguments import model_options, try_out
 from batches import batch_positions, memory_format
-from cli import Mistake, command, forget_workers, memory_problem, one_line, output_is_lost
+from cli import Mistake, command, forget_workers, memory_problem, one_line, place_of
 from densenet import BLOCKS, DenseNet
 from device import choose_block, choose_device, choose_precision, device_name, peak_memory_mib, set_up_device
 from finetune import freeze, parameter_groups, read_source, take, training_mode
@@ -451,8 +451,7 @@ def ending(error, run):
         error.__traceback__ = None  # which holds on to what filled the memory
         return 1, f"error: {problem}; {saved(run, fewer if '--workers' in problem else smaller)}"
     if isinstance(error, OSError) and has_begun and not isinstance(error, BrokenPipeError):
-        place = error.filename or ("standard output" if output_is_lost() else run.path)
-        return 1, f"error: {place}: {error.strerror or error}; {saved(run)}"
+        return 1, f"error: {place_of(error) or run.path}: {error.strerror or error}; {saved(run)}"
     if distributed.is_lost_rank(error):
         quiet = not distributed.reports_lost_rank()
         return 1, None if quiet else f"error: another process of this run has ended; {saved(run)}"

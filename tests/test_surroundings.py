@@ -119,8 +119,10 @@ def test_killed_workers_are_one_line(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-def test_an_output_that_cannot_be_written_is_not_blamed_on_the_run(tiny, capsys, monkeypatch):
+@pytest.mark.parametrize("buffered", [True, False])
+def test_an_output_that_cannot_be_written_is_not_blamed_on_the_run(tiny, capsys, monkeypatch, buffered):
     with open("/dev/full", "w") as full:
+        full.reconfigure(write_through=not buffered)
         monkeypatch.setattr(sys, "stdout", full)
         assert tiny("--save", "run") == 1
         monkeypatch.undo()
