@@ -100,7 +100,7 @@ def add_data_flags(add):
 def add_network_flags(add, depth):
     """The flags that say which network; ``depth`` is what the help says of the default depth."""
     add("--arch", choices=ARCHITECTURES, metavar="NAME",
-        help=f"a network of the paper by name: {', '.join(ARCHITECTURES)}")
+        help=f"a network of the paper or its authors by name: {', '.join(ARCHITECTURES)}")
     add("--depth", type=between(1, 2000, int), metavar="L",
         help=f"layers with weights: 6n + 4, or 3n + 4 without bottlenecks (default: {depth})")
     add("--growth-rate", type=channels, default=12, metavar="K",

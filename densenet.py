@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fused
 
-# Table 2 (CIFAR, SVHN) and Table 1 (ImageNet) of the paper, as arguments of DenseNet.
+# Table 2 (CIFAR, SVHN) and Table 1 (ImageNet) of the paper, and the wide networks that its authors recommend
+# (github.com/liuzhuang13/DenseNet), as arguments of DenseNet.
 ARCHITECTURES = {
     "densenet_40_12": dict(depth=40, growth_rate=12, bottleneck=False, reduction=1.0),
     "densenet_100_12": dict(depth=100, growth_rate=12, bottleneck=False, reduction=1.0),
@@ -26,6 +27,7 @@ ARCHITECTURES = {
     "densenet_bc_100_12": dict(depth=100, growth_rate=12, bottleneck=True, reduction=0.5),
     "densenet_bc_250_24": dict(depth=250, growth_rate=24, bottleneck=True, reduction=0.5),
     "densenet_bc_190_40": dict(depth=190, growth_rate=40, bottleneck=True, reduction=0.5),
+    **{f"densenet_bc_40_{k}": dict(depth=40, growth_rate=k, bottleneck=True, reduction=0.5) for k in (36, 48, 60)},
     **{
         name: dict(block_config=layers, growth_rate=k, bottleneck=True, reduction=0.5, stem="imagenet")
         for name, layers, k in (

@@ -19,6 +19,9 @@ def test_parameter_counts_are_those_of_the_paper():
         "densenet_bc_100_12": 769_162,
         "densenet_bc_250_24": 15_324_406,
         "densenet_bc_190_40": 25_624_430,
+        "densenet_bc_40_36": 1_542_682,  # 1.5, 2.7 and 4.3 million, says the authors' repository
+        "densenet_bc_40_48": 2_733_130,
+        "densenet_bc_40_60": 4_261_690,
     }
     imagenet = {
         "densenet121": 7_978_856,
