@@ -13,6 +13,7 @@ from cli import Mistake, Parser, between, natural, nonempty, one_line, positive,
 from densenet import ARCHITECTURES, BLOCKS, DenseNet
 from device import PRECISIONS, choose_device, choose_precision, compiler_problem
 from reader import STREAM_FROM
+from recipe import RECIPES
 
 # Defaults that depend on another argument; everything else is the parser's default.
 BY_DATASET = {
@@ -22,6 +23,7 @@ BY_DATASET = {
 BY_OPTIMIZER = {
     "sgd": {"lr": 0.1, "schedule": "step"},
     "adam": {"lr": 1e-3, "schedule": "constant"},
+    "adamw": {"lr": 1e-3, "schedule": "constant", "weight_decay": 0.01},
     "rmsprop": {"lr": 1e-2, "schedule": "constant"},
 }
 # Flags of bamos/densenet.pytorch and gpleiss/efficient_densenet_pytorch, so that old command lines still run.
@@ -65,6 +67,7 @@ def make_parser(description=None):
         help="how dense blocks run; auto measures which is fastest here, if the run is long (default: %(default)s)")
     add_optimisation_flags(parser.add_argument_group("optimisation").add_argument)
     add_finetuning_flags(parser.add_argument_group("fine-tuning").add_argument)
+    add_newer_flags(parser.add_argument_group("newer than the paper").add_argument)
     add_run_flags(parser.add_argument_group("run").add_argument)
     return parser
 
@@ -121,13 +124,13 @@ def add_optimisation_flags(add):
     add("--batch-size", type=positive, default=64, metavar="N", help="images (default: %(default)s)")
     add("--opt", choices=BY_OPTIMIZER, default="sgd", help="optimiser (default: %(default)s)")
     add("--lr", type=rate, metavar="X",
-        help="initial learning rate (default: 0.1; adam 0.001, rmsprop 0.01)")
+        help="initial learning rate (default: 0.1; adam and adamw 0.001, rmsprop 0.01)")
     add("--momentum", type=rate, default=0.9, metavar="X", help="sgd only (default: %(default)s)")
     add("--nesterov", action=switch, default=True, help="sgd only (default: on)")
     add("--weight-decay", type=rate, default=1e-4, metavar="X",
-        help="on every parameter (default: %(default)s)")
+        help="see --decay; of adamw, apart from the gradient (default: %(default)s; adamw 0.01)")
     add("--schedule", choices=("step", "cosine", "constant"),
-        help="step: ×0.1 in the epochs (from 1) at 50 %% and 75 %% (default: step; adam and rmsprop constant)")
+        help="step: ×0.1 in the epochs (from 1) at 50 %% and 75 %% (default: step; adam, adamw, rmsprop constant)")
     add("--seed", type=between(0, 2**32 - 1, int), default=1, metavar="N",
         help="of split, weights, order, augmentation, dropout (default: %(default)s)")
 
@@ -140,6 +143,34 @@ def add_finetuning_flags(add):
         help="do not train these: features, stem, blocks.0, transitions.0, norm, … (default: none)")
     add("--head-lr", type=positive_number, metavar="X",
         help="initial learning rate of the classifier (default: as --lr)")
+
+
+def as_flags(values):
+    """{name: value} as on a command line."""
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in values.items())
+
+
+def add_newer_flags(add):
+    sets = "; ".join(f"{name}: {as_flags(values)}" for name, values in RECIPES.items())
+    add("--recipe", choices=RECIPES, metavar="NAME",
+        help=f"stands for several flags, each of which can be given, too; {sets} (default: the paper's)")
+    add("--label-smoothing", type=between(0, 0.999), default=0.0, metavar="E",
+        help="share of a label that is spread over all classes (default: off)")
+    add("--cutout", type=natural, default=0, metavar="N",
+        help="pixels of the side of a square that is hidden in each training image (default: off)")
+    add("--mixup", type=between(0, 1000), default=0.0, metavar="ALPHA",
+        help="mix each training image with another one, in shares drawn from Beta(ALPHA, ALPHA) (default: off)")
+    add("--warmup", type=rate, default=0.0, metavar="EPOCHS",
+        help="let the learning rate rise from 1 %% to all of the schedule's meanwhile (default: off)")
+    add("--ema", type=between(0, 0.999999), default=0.0, metavar="DECAY",
+        help="average weights over about 1 / (1 − DECAY) updates, and test these, too (default: off)")
+    add("--decay", choices=("all", "weights"), default="all",
+        help="weight decay on every parameter, or not on batch norms and biases (default: %(default)s)")
+    add("--accumulate", type=positive, default=1, metavar="N",
+        help="batches per update; batch norm sees each by itself (default: %(default)s)")
+    add("--clip-grad", type=rate, default=0.0, metavar="X", help="largest norm of the gradient (default: off)")
+    add("--class-weights", choices=("balanced",),
+        help="classes with fewer training images weigh more, so that all weigh the same (default: off)")
 
 
 def add_run_flags(add):
@@ -187,11 +218,12 @@ def given_flags(parser, argv):
 
 
 def resolve_defaults(defaults, given):
-    dataset, opt = given.get("dataset", defaults["dataset"]), given.get("opt", defaults["opt"])
+    preset = RECIPES.get(given.get("recipe"), {})
+    dataset, opt = given.get("dataset", defaults["dataset"]), (defaults | preset | given)["opt"]
     general = {"depth": 100, "epochs": 300, "augment": True, "valid_size": 0, "save": f"work/{dataset}.base"}
     photos = dataset == "folder" and ARCHITECTURES.get(given.get("arch"), {}).get("stem") == "imagenet"
     general["image_size"] = 224 if photos else 32
-    args = defaults | general | BY_DATASET.get(dataset, {}) | BY_OPTIMIZER[opt] | given
+    args = defaults | general | BY_DATASET.get(dataset, {}) | BY_OPTIMIZER[opt] | preset | given
     if "arch" in given:
         preset = architecture(given)
         args |= {"depth": None} | {name: value for name, value in preset.items() if name in args}
@@ -209,6 +241,7 @@ def architecture(given):
 
 def check_args(args):
     """Raises Mistake where arguments are out of range, contradict each other, or ask for what this machine lacks."""
+    check_newer_flags(args)
     if args.nesterov and args.opt == "sgd" and args.momentum == 0:
         raise Mistake("--momentum 0 excludes Nesterov momentum: add --no-nesterov")
     if args.block == "fused" and args.drop_rate > 0:
@@ -255,6 +288,15 @@ def possible(image_size):
         if "too small" in str(error):
             raise Mistake(f"{images} are too small for this network: see --image-size") from error
         raise Mistake(f"no such network can compute on {images} ({one_line(error)})") from error
+
+
+def check_newer_flags(args):
+    if args.cutout > args.image_size:
+        raise Mistake(f"--cutout {args.cutout} is larger than the images, of {args.image_size} pixels: choose less")
+    if args.warmup and args.warmup >= args.epochs:
+        raise Mistake(f"--warmup {args.warmup:g} takes all of {args.epochs} epochs: choose less, 0, or more --epochs")
+    if args.decay == "weights" and args.weight_decay == 0:
+        raise Mistake("--decay weights: nothing decays with --weight-decay 0: leave out one of the two")
 
 
 def try_out(args, batch_size):

@@ -1,11 +1,13 @@
 """Images as uint8 tensors on the training device, and batches of them, augmented as a whole.
 
-Shuffling, cropping and flipping are one gather per batch: no worker processes and no Python loop over images.
+Shuffling, cropping and flipping are one gather per batch: no worker processes and no Python loop over images. Cutout
+and mixup come on top where they are asked for.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 PAD = 4  # pixels by which the augmentation shifts an image at most (section 4.2 of the paper)
@@ -34,8 +36,8 @@ class ImageTensors:
     def to(self, device):
         return replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device))
 
-    def batches(self, batch_size, normalize, crop_fill=None, share=(0, 1)):
-        return Batches(self, batch_size, normalize, crop_fill, share)
+    def batches(self, batch_size, normalize, crop_fill=None, share=(0, 1), **newer):
+        return Batches(self, batch_size, normalize, crop_fill, share, **newer)
 
 
 class Batches:
@@ -44,10 +46,12 @@ class Batches:
     ``crop_fill`` turns augmentation on and says what a shifted image shows beyond its border: "mean" (zero after
     normalisation, as in the paper's Lua code) or "black" (zero before it, as bamos and gpleiss do). ``share``, (rank,
     ranks), gives a rank every ranks-th image of each batch, so that all together see the batches of a single process.
+    ``cutout``: pixels of the side of a square that is filled likewise; ``mixup``: α (see draw_squares, draw_partners).
     """
 
-    def __init__(self, tensors, batch_size, normalize, crop_fill=None, share=(0, 1)):
+    def __init__(self, tensors, batch_size, normalize, crop_fill=None, share=(0, 1), cutout=0, mixup=0.0):
         self.tensors, self.batch_size, self.crop_fill, self.share = tensors, batch_size, crop_fill, share
+        self.cutout, self.mixup = cutout, mixup
         self.normalized = normalizer(normalize, tensors.pixels.device)
         self.num_images = len(tensors)
 
@@ -64,29 +68,41 @@ class Batches:
     def shuffled(self, seed):
         """Yield every image once, shuffled and, with ``crop_fill``, augmented. ``seed`` alone decides both.
 
-        With each batch comes the number of images that all ranks together have in it. A rank whose share is empty gets
-        an image labelled IGNORE_INDEX, since it has to take part in the step.
+        With each batch comes the number of images that all ranks together have in it, and what mixup adds (see
+        mix). A rank whose share is empty gets an image labelled IGNORE_INDEX, since it has to take part in the step.
         """
-        # All draws of an epoch are made at once and on the CPU, so that they do not depend on device or batch size.
-        generator = torch.Generator().manual_seed(seed)
-        count, device = self.num_images, self.tensors.labels.device
-        order = torch.randperm(count, generator=generator).to(device)
-        offsets = torch.randint(-PAD, PAD + 1, (count, 2), generator=generator).to(device)  # rows, columns
-        flips = torch.randint(0, 2, (count,), generator=generator).bool().to(device)
-        for part, batch_length in batch_positions(count, self.batch_size, self.share):
+        draws = {name: values.to(self.tensors.labels.device) for name, values in self.draw(seed).items()}
+        for part, batch_length in batch_positions(self.num_images, self.batch_size, self.share):
             i = slice(part.start, part.stop, part.step) if part else slice(1)
-            if self.crop_fill:
-                batch = self.crop_and_flip(order[i], offsets[i], flips[i])
-            else:
-                batch = self.normalized(self.tensors.pixels[order[i]])
-            labels = self.tensors.labels[order[i]]
-            yield batch, labels if part else torch.full_like(labels, IGNORE_INDEX), batch_length
+            shown = {name: values[i] for name, values in draws.items()}
+            if self.mixup:  # images and their partners, of which each looks as it does in its own turn
+                shown = {name: torch.cat((values, draws[name][shown["partners"]])) for name, values in shown.items()}
+            images, labels = self.augmented(**shown), self.tensors.labels[shown["order"]]
+            labels = labels if part else torch.full_like(labels, IGNORE_INDEX)
+            yield mix(images, labels, batch_length, shown.get("shares"))
 
-    def crop_and_flip(self, index, offsets, flips):
+    def draw(self, seed):
+        """All draws of an epoch, made at once and on the CPU: they do not depend on device or batch size."""
+        generator, count = torch.Generator().manual_seed(seed), self.num_images
+        draws = {
+            "order": torch.randperm(count, generator=generator),
+            "offsets": torch.randint(-PAD, PAD + 1, (count, 2), generator=generator),  # rows, columns
+            "flips": torch.randint(0, 2, (count,), generator=generator).bool(),
+        }
+        return draws | draw_newer(count, self.tensors.pixels.shape[1:3], self.cutout, self.mixup, generator)
+
+    def augmented(self, order, offsets, flips, centres=None, **_):
+        """The images at ``order`` (B,) as the other draws say, normalised: (B, C, H, W)."""
+        seen = None if centres is None else outside(centres, self.cutout, self.tensors.pixels.shape[1:3])
+        if self.crop_fill:
+            return self.crop_and_flip(order, offsets, flips, seen)
+        return self.filled(self.tensors.pixels[order], seen)
+
+    def crop_and_flip(self, index, offsets, flips, seen=None):
         """The images at ``index``, shifted by ``offsets`` (B, 2), then mirrored where ``flips`` (B,) says.
 
         Shuffling, cropping and flipping are one gather of pixels: image i shows at (row, column) its source pixel
-        (row + offset, ±column + offset), or the fill where that lies outside.
+        (row + offset, ±column + offset), or the fill where that lies outside, or is not ``seen`` (B, H, W).
         """
         pixels = self.tensors.pixels
         _, height, width, channels = pixels.shape
@@ -96,10 +112,57 @@ class Batches:
         inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
         source = (index[:, None] * height + rows.clamp(0, height - 1))[:, :, None] * width
         source = source + columns.clamp(0, width - 1)[:, None, :]  # (B, H, W), into rows of pixels
-        batch = pixels.view(-1, channels)[source]
+        return self.filled(pixels.view(-1, channels)[source], inside if seen is None else inside & seen)
+
+    def filled(self, pixels, seen):
+        """Pixels (B, H, W, C), normalised, with the fill where they are not ``seen`` (B, H, W); None: all are."""
+        if seen is None:
+            return self.normalized(pixels)
         if self.crop_fill == "black":
-            return self.normalized(batch * inside[..., None])
-        return self.normalized(batch) * inside[:, None]
+            return self.normalized(pixels * seen[..., None])
+        return self.normalized(pixels) * seen[:, None]
+
+
+def draw_newer(count, size, cutout, mixup, generator):
+    """The draws of an epoch for cutout and mixup, as far as they are on: {name: (count, …)}.
+
+    "centres" of squares are rows and columns, each pixel of ``size``, (H, W), as likely as another. "partners" is a
+    permutation: every image is once another's partner. "shares", of an image in its mixture, come from Beta(α, α), or
+    from one minus that if that is more: i with a little of j is j with much of i.
+    """
+    draws = {}
+    if cutout:
+        draws["centres"] = torch.stack([torch.randint(side, (count,), generator=generator) for side in size], 1)
+    if mixup:
+        draws["partners"] = torch.randperm(count, generator=generator)
+        seed = int(torch.randint(2**62, (), generator=generator))
+        share = torch.from_numpy(np.random.default_rng(seed).beta(mixup, mixup, count))
+        draws["shares"] = torch.maximum(share, 1 - share).float()
+    return draws
+
+
+def outside(centres, side, size):
+    """(B, H, W) bool, with ``size`` = (H, W): what squares around ``centres`` (B, 2) leave (arXiv 1708.04552).
+
+    A part of a square may lie beyond the image.
+    """
+    first = centres - side // 2
+    rows, columns = (torch.arange(n, device=first.device) - first[:, i, None] for i, n in enumerate(size))
+    within = [(distance >= 0) & (distance < side) for distance in (rows, columns)]  # (B, H), (B, W)
+    return ~(within[0][:, :, None] & within[1][:, None, :])
+
+
+def mix(images, labels, count, shares=None):
+    """A batch for the step: images (B, C, H, W), labels (B,), ``count``, the images of all ranks; what mixup adds.
+
+    With ``shares`` (2B,), the second halves of images (2B, C, H, W) and labels (2B,) are the first ones' partners: each
+    image becomes its share of itself, and the rest its partner (arXiv 1710.09412). The partners' labels (B,) and the
+    shares (B,) come on top.
+    """
+    if shares is None:
+        return images, labels, count
+    (images, partners), (labels, other_labels), (shares, _) = (x.chunk(2) for x in (images, labels, shares))
+    return torch.lerp(partners, images, shares[:, None, None, None]), labels, count, other_labels, shares
 
 
 def memory_format(device):

@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock
 from tqdm import tqdm
 
-from batches import IGNORE_INDEX, ImageTensors, batch_positions, chosen, normalizer
+from batches import IGNORE_INDEX, ImageTensors, batch_positions, chosen, draw_newer, mix, normalizer, outside
 from cli import Mistake, check_records, readable, written_whole
 from folders import existing, list_images
 from reader import Reader, Unreadable, in_8_bits, opened, orientation, random_box
@@ -55,18 +55,20 @@ class ImageFiles:
         pixels, problems = read_all(paths, replace(self.reader, image_size=32, progress=False))
         return without(ImageTensors(pixels, torch.zeros(len(paths), dtype=torch.int64)), problems)
 
-    def batches(self, batch_size, normalize, crop_fill=None, share=(0, 1)):
-        return StreamedBatches(self, batch_size, normalize, bool(crop_fill), share)
+    def batches(self, batch_size, normalize, crop_fill=None, share=(0, 1), **newer):
+        return StreamedBatches(self, batch_size, normalize, bool(crop_fill), share, **newer)
 
 
 class StreamedBatches:
     """Batches decoded from files by a DataLoader, whose workers live on; the same interface as Batches.
 
     Augmentation and evaluation follow ImageNet practice: RandomResizedCrop and a flip; resize to 8/7 and centre crop.
+    With mixup, every image is decoded twice: once more as a partner.
     """
 
-    def __init__(self, files, batch_size, normalize, augment, share=(0, 1)):
+    def __init__(self, files, batch_size, normalize, augment, share=(0, 1), cutout=0, mixup=0.0):
         self.files, self.batch_size, self.augment, self.share = files, batch_size, augment, share
+        self.cutout, self.mixup = cutout, mixup
         self.normalized = normalizer(normalize, files.device)
         self.num_images = len(files)
         self.plan = []  # positions and seed of each batch of a pass
@@ -92,12 +94,20 @@ class StreamedBatches:
         yield from self._load([(list(part), None) for part in parts])
 
     def shuffled(self, seed):
-        order = torch.randperm(self.num_images, generator=torch.Generator().manual_seed(seed)).tolist()
+        generator, size = torch.Generator().manual_seed(seed), (self.files.reader.image_size,) * 2
+        order = torch.randperm(self.num_images, generator=generator)
+        draws = draw_newer(self.num_images, size, self.cutout, self.mixup, generator)
         parts = list(batch_positions(len(order), self.batch_size, self.share))
-        augmented = seed if self.augment else None
-        batches = self._load([([order[i] for i in part or [0]], augmented) for part, _ in parts])
-        for (part, batch_length), (batch, labels) in zip(parts, batches, strict=True):
-            yield batch, labels if part else torch.full_like(labels, IGNORE_INDEX), batch_length
+        shown = [torch.tensor(part or [0]) for part, _ in parts]
+        if self.mixup:
+            shown = [torch.cat((i, draws["partners"][i])) for i in shown]
+        batches = self._load([(order[i].tolist(), seed if self.augment else None) for i in shown])
+        for (part, batch_length), i, (images, labels) in zip(parts, shown, batches, strict=True):
+            drawn = {name: values[i].to(images.device) for name, values in draws.items()}
+            if self.cutout:
+                images = images * outside(drawn["centres"], self.cutout, size)[:, None]
+            labels = labels if part else torch.full_like(labels, IGNORE_INDEX)
+            yield mix(images, labels, batch_length, drawn.get("shares"))
 
     def _load(self, plan):
         self.plan[:], device = plan, self.files.device

@@ -28,9 +28,11 @@ DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "svhn": "SVHN"}
 NOT_COMPARED = {
     *("seed", "data", "workers", "block", "device", "precision", "compile", "cuda_graph", "deterministic"),
     *("save", "resume", "overwrite", "log_every", "plot", "progress"),
+    "recipe",  # a name for other arguments
 }
 SEED = re.compile(r"([.\-_ ]*seed)?[.\-_ ]*\d*$")  # at the end of what the names of several seeds have in common
-YOUNGER = {"channels": 3}  # defaults of flags that old runs did not know, where that is not "off"
+# Defaults of flags that old runs did not know, where that is not "off".
+YOUNGER = {"channels": 3, "decay": "all", "accumulate": 1}
 
 
 @dataclass

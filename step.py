@@ -1,9 +1,12 @@
 """One training step: forward pass, loss, backward pass and update, eager or replayed as a CUDA graph."""
 
+import contextlib
+import functools
+
 import torch
-import torch.nn.functional as F
 
 from batches import IGNORE_INDEX
+from recipe import PAPER, cross_entropy
 
 WARM_UP = 3  # eager steps before one is captured: libraries set themselves up, the optimiser makes its state
 
@@ -16,8 +19,8 @@ class Step:
     ``skipped`` counts those.
     """
 
-    def __init__(self, model, optimizer, amp, ranks=1, scaled=False):
-        self.model, self.optimizer, self.amp, self.ranks = model, optimizer, amp, ranks
+    def __init__(self, model, optimizer, amp, ranks=1, scaled=False, recipe=PAPER):
+        self.model, self.optimizer, self.amp, self.ranks, self.recipe = model, optimizer, amp, ranks, recipe
         # Where it is not enabled, its methods do nothing.
         self.scaler, self.skipped = torch.amp.GradScaler(next(model.parameters()).device.type, enabled=scaled), 0
         set_capturable(optimizer, False)
@@ -27,24 +30,44 @@ class Step:
         for group in self.optimizer.param_groups:
             group["lr"] = value * group.get("lr_factor", 1)
 
-    def __call__(self, images, labels, count):
-        """Images (B, C, H, W), labels (B,), and how many images all ranks have: (3,), summed loss, wrong, images."""
-        return self.eager(images, labels, count)
+    def __call__(self, images, labels, count, *mixed):
+        """Images (B, C, H, W), labels (B,), how many images all ranks have, and what mixup adds: (3,), summed
+        cross-entropy of the labels, wrong, images."""
+        return self.eager(images, labels, count, *mixed)
 
-    def eager(self, images, labels, count):
+    def eager(self, images, labels, count, *mixed):
         self.optimizer.zero_grad()
+        parts = -(-len(images) // (self.recipe.part or len(images)))
+        *first, last = zip(*(tensor.tensor_split(parts) for tensor in (images, labels, *mixed)), strict=True)
+        with getattr(self.model, "no_sync", contextlib.nullcontext)():  # several ranks: the last pass sums gradients up
+            sums = [self.add_gradient(count, *part) for part in first]
+        sums.append(self.add_gradient(count, *last))
+        self.update()
+        return functools.reduce(torch.add, sums)
+
+    def add_gradient(self, count, images, labels, *mixed):
+        """One forward and backward pass. Returns what ``__call__`` does."""
         with self.amp():
             logits = self.model(images)
-        loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-        scale = self.scaler.get_scale()
+        loss = self.recipe.loss(logits.float(), labels, *mixed)
         # The gradient of the mean loss, once averaged over the ranks.
         self.scaler.scale(loss * (self.ranks / count)).backward()
+        logits, counted = logits.detach(), labels != IGNORE_INDEX
+        if self.recipe.loss is not cross_entropy:
+            loss = cross_entropy(logits.float(), labels)
+        wrong = counted & (logits.argmax(1) != labels)
+        return torch.stack((loss.detach(), wrong.sum(), counted.sum()))
+
+    def update(self):
+        scale = self.scaler.get_scale()
+        if self.recipe.clip:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.skipped += self.scaler.get_scale() < scale
-        counted = labels != IGNORE_INDEX
-        wrong = counted & (logits.detach().argmax(1) != labels)
-        return torch.stack((loss.detach(), wrong.sum(), counted.sum()))
+        if self.recipe.average:
+            self.recipe.average.update()
 
 
 class GraphedStep(Step):
@@ -54,8 +77,9 @@ class GraphedStep(Step):
     the learning rate are copied there, and weights, momentum and statistics stay where they are.
     """
 
-    def __init__(self, model, optimizer, amp):
-        super().__init__(model, optimizer, lambda: amp(cache_enabled=False))  # a cached cast would outlive its weight
+    def __init__(self, model, optimizer, amp, recipe=PAPER):
+        # A cached cast would outlive its weight.
+        super().__init__(model, optimizer, lambda: amp(cache_enabled=False), recipe=recipe)
         set_capturable(optimizer, True)
         self.stream, self.seen, self.replay, self.static = torch.cuda.Stream(), 0, None, None
 
@@ -63,15 +87,16 @@ class GraphedStep(Step):
         for group in self.optimizer.param_groups:
             group["lr"].fill_(value * group.get("lr_factor", 1))
 
-    def __call__(self, images, labels, count):
+    def __call__(self, images, labels, count, *mixed):
+        batch = (images, labels, *mixed)
         if self.static is None:
-            self.static = torch.empty_like(images), torch.empty_like(labels)
+            self.static = [torch.empty_like(tensor) for tensor in batch]
         if images.shape != self.static[0].shape:
-            return self.eager(images, labels, count)
+            return self.eager(images, labels, count, *mixed)
         if self.seen < WARM_UP:
             self.seen += 1
-            return self.beside(self.eager, images, labels, count)
-        for place, value in zip(self.static, (images, labels), strict=True):
+            return self.beside(self.eager, images, labels, count, *mixed)
+        for place, value in zip(self.static, batch, strict=True):
             place.copy_(value)
         if self.replay is None:
             self.replay, self.result = self.capture(count)
@@ -92,7 +117,8 @@ class GraphedStep(Step):
         self.optimizer.zero_grad()  # the gradients are to be the graph's own
         # The thread that pins a DataLoader's memory may go on meanwhile.
         with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-            result = self.eager(*self.static, count)
+            images, labels, *mixed = self.static
+            result = self.eager(images, labels, count, *mixed)
         return graph.replay, result
 
 

@@ -5,6 +5,7 @@ Without arguments: DenseNet-BC-100 (growth rate 12) on augmented CIFAR-10 by the
 
 import contextlib
 import datetime
+import itertools
 import math
 import os
 import shlex
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 import data
 import distributed
-from arguments import model_options, try_out
+from arguments import as_flags, model_options, try_out
 from batches import batch_positions, memory_format
 from cli import Mistake, command, forget_workers, memory_problem, one_line, place_of
 from densenet import BLOCKS, DenseNet
@@ -29,6 +30,7 @@ from finetune import freeze, parameter_groups, read_source, take, training_mode
 from inference import evaluate
 from measure import fastest_block
 from reader import Reader
+from recipe import PAPER, RECIPES, learning_rate, make_optimizer, make_recipe
 from resume import parse_args
 from step import GraphedStep, Step, compile_model
 from workdir import Figures, Lost, Run, provenance, stages
@@ -50,23 +52,6 @@ class Interrupted(BaseException):
         self.number = number
 
 
-def make_optimizer(args, parameters):
-    if args.opt == "sgd":
-        momentum = {"momentum": args.momentum, "nesterov": args.nesterov}
-        return torch.optim.SGD(parameters, args.lr, weight_decay=args.weight_decay, **momentum)
-    kind = {"adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}[args.opt]
-    return kind(parameters, args.lr, weight_decay=args.weight_decay)
-
-
-def learning_rate(args, epoch, progress):
-    """The learning rate of an epoch (from 1), at ``progress`` in [0, 1) through it."""
-    if args.schedule == "step":  # with 300 epochs: epoch 150 is the first at a tenth, as in the paper's Lua code
-        return args.lr / 10 ** ((epoch >= 0.5 * args.epochs) + (epoch >= 0.75 * args.epochs))
-    if args.schedule == "cosine":
-        return args.lr * 0.5 * (1 + math.cos(math.pi * (epoch - 1 + progress) / args.epochs))
-    return args.lr
-
-
 def train_epoch(step, batches, schedule, bar):
     """One pass over ``batches``, an iterator. Returns (steps, 3) float64: summed loss, wrong images, images.
 
@@ -75,9 +60,9 @@ def train_epoch(step, batches, schedule, bar):
     """
     training_mode(step.model)
     log, total, refreshed = [], 0, time.monotonic()
-    for i, (images, labels, count) in enumerate(batches):
+    for i, (images, labels, count, *mixed) in enumerate(batches):
         step.set_learning_rate(schedule(i))
-        log.append(step(images, labels, count))
+        log.append(step(images, labels, count, *mixed))
         total = total + log[-1]
         bar.update(count)
         if time.monotonic() - refreshed > 1:
@@ -122,8 +107,12 @@ def load_data(args, device, layout):
     dataset = data.load_run(vars(args), args.data, reader, layout)
     if len(dataset.train) < distributed.world_size():
         raise Mistake(f"{len(dataset.train)} training images for {distributed.world_size()} processes: use fewer")
-    positions = batch_positions(len(dataset.train), args.batch_size, distributed.share())
-    if any(len(part) < 2 for part, _ in positions):
+    if args.mixup and len(dataset.classes) < 2:
+        raise Mistake("--mixup mixes images of two classes or more, and here is one: leave it out")
+    positions = batch_positions(len(dataset.train), args.batch_size * args.accumulate, distributed.share())
+    size = -(-args.batch_size // distributed.world_size())
+    passes = [len(part) // max(1, -(-len(part) // size)) for part, _ in positions]  # images in the smallest of each
+    if min(passes) < 2:
         try:
             try_out(args, batch_size=1)
         except ValueError as error:
@@ -133,10 +122,11 @@ def load_data(args, device, layout):
 
 def make_batches(args, dataset):
     """Batches by split: "train", "valid" where images are held out, "test"."""
-    fill = {"train": args.crop_fill} if args.augment else {}
+    common = {"batch_size": args.batch_size, "normalize": dataset.normalize, "share": distributed.share()}
+    training = {"batch_size": args.batch_size * args.accumulate, "crop_fill": args.crop_fill if args.augment else None}
+    training |= {"cutout": args.cutout, "mixup": args.mixup}
     return {
-        name: split.batches(args.batch_size, dataset.normalize, fill.get(name), distributed.share())
-        for name, split in dataset.splits.items()
+        name: split.batches(**common | (training if name == "train" else {})) for name, split in dataset.splits.items()
     }
 
 
@@ -167,11 +157,11 @@ def make_model(options, device, block):
     return DenseNet(**options, block=block).to(device, memory_format=memory_format(device))
 
 
-def make_step(args, model, optimizer, amp, precision):
+def make_step(args, model, optimizer, amp, precision, recipe=PAPER):
     if args.cuda_graph:
-        return GraphedStep(model, optimizer, amp)
+        return GraphedStep(model, optimizer, amp, recipe)
     parallel = distributed.data_parallel(model)
-    return Step(parallel, optimizer, amp, distributed.world_size(), scaled=precision == "fp16")
+    return Step(parallel, optimizer, amp, distributed.world_size(), precision == "fp16", recipe)
 
 
 def restore(optimizer, saved):
@@ -198,10 +188,16 @@ def first_checkpoint(args, dataset, model, options, stage):
         "config": stage | {"arguments": vars(args), "model": options, "parameters": parameters, "resumed": []},
         "normalize": dataset.normalize,
         "classes": list(dataset.classes),
-        "metrics": {name: [] for name in dataset.splits},
+        "metrics": {name: [] for name in logs_of(args, dataset)},
         **({"layout": dataset.layout} if dataset.layout else {}),
         **({"measured": dataset.measured} if dataset.measured else {}),
     }
+
+
+def logs_of(args, dataset):
+    """Names of a run's logs: those of the splits, and of the averaged weights on all but the training images."""
+    splits = list(dataset.splits)
+    return splits + [f"{name}-ema" for name in splits[1:] if args.ema]
 
 
 def check_data(checkpoint, args, dataset, options):
@@ -215,7 +211,7 @@ def check_data(checkpoint, args, dataset, options):
         )
     if changed := data.changed(checkpoint.get("layout"), dataset):
         raise Mistake(f"images in {args.data} ({', '.join(changed)}) have changed since the run in {args.save} began")
-    if checkpoint["metrics"].keys() != dataset.splits.keys():
+    if checkpoint["metrics"].keys() != set(logs_of(args, dataset)):
         logged, found = ", ".join(checkpoint["metrics"]), ", ".join(dataset.splits)
         raise Mistake(f"the run in {args.save} was trained with the splits {logged}, not {found}")
 
@@ -254,11 +250,15 @@ def train_and_test(args, epoch, model, step, batches):
         "peak_memory_mib": round(peak_memory_mib(device), 1),
     }
     rows = {"train": train_rows(steps, epoch, schedule, args.log_every, costs)}
-    for name in list(batches)[1:]:
-        loss, error = evaluate(model, batches[name], step.amp)
+    networks = {"": model}
+    if step.recipe.average:
+        networks["-ema"] = step.recipe.average.model
+        distributed.average_statistics(networks["-ema"])
+    for (suffix, network), name in itertools.product(networks.items(), list(batches)[1:]):
+        loss, error = evaluate(network, batches[name], step.amp)
         if not math.isfinite(loss):  # the last update of the epoch was the one too many
             raise NotFinite(len(steps))
-        rows[name] = [log_row(epoch, loss, error)]
+        rows[name + suffix] = [log_row(epoch, loss, error)]
     return rows
 
 
@@ -274,6 +274,8 @@ def print_start(args, config, stage, dataset):
     counts = ", ".join(f"{len(split):,} {kinds[name]}" for name, split in dataset.splits.items())
     print(f"{name}, {config['parameters']:,} parameters, block {stage['block']}, {stage['precision']}")
     print(f"{args.dataset}: {counts} images in {len(dataset.classes)} classes")
+    if args.recipe:
+        print(f"recipe {args.recipe}: {as_flags({name: getattr(args, name) for name in RECIPES.get(args.recipe, {})})}")
     for note in dataset.notes:
         print(note)
     print(f"{stage['device']}; writing {args.save}", flush=True)
@@ -283,7 +285,7 @@ def print_epoch(args, rows, skipped, seconds):
     """A line per epoch; ``seconds`` is what the epoch took, its evaluations included."""
     train = rows["train"][-1]
     parts = [f"epoch {train['epoch']:3}/{args.epochs}", f"loss {train['loss']:.4f}", f"error {train['error']:5.2f} %"]
-    parts += [f"{name} {rows[name][0]['error']:5.2f} %" for name in ("valid", "test") if name in rows]
+    parts += [f"{name} {rows[name][0]['error']:5.2f} %" for name in rows if name != "train"]
     left = datetime.timedelta(seconds=round(seconds * (args.epochs - train["epoch"])))
     parts += [f"lr {train['lr']:.3g}", f"{train['images_per_second']:.0f} images/s", f"{left} left"]
     parts += [f"{skipped} updates skipped, their gradients too large for fp16"] if skipped else []
@@ -296,6 +298,8 @@ def print_end(args, first_epoch, run, seconds):
     final, best = run.rows["test"][-1], run.best("test")
     took = datetime.timedelta(seconds=round(seconds))
     print(f"test error {final['error']:.2f} % after epoch {final['epoch']}, the last; all epochs took {took}")
+    if "test-ema" in run.rows:
+        print(f"test error {run.rows['test-ema'][-1]['error']:.2f} % of the averaged weights, after the same epoch")
     if "valid" in run.rows:
         chosen = run.rows["test"][run.best("valid")["epoch"] - 1]
         print(
@@ -337,6 +341,7 @@ def train(args, checkpoint, run):
     if args.freeze is not None:
         dataset.notes.append(freeze(model, args.freeze))
     optimizer = make_optimizer(args, parameter_groups(model, args.head_lr and args.head_lr / args.lr))
+    recipe = make_recipe(args, model, dataset, distributed.world_size())
     stage = provenance(device, distributed.launcher())
     stage |= {"precision": precision, "block": block, "lr": args.lr, "launch": distributed.launch_id()}
     if checkpoint is None:
@@ -345,14 +350,17 @@ def train(args, checkpoint, run):
         add_stage(checkpoint, args, dataset, stage)
         model.load_state_dict(checkpoint["model"])
         restore(optimizer, checkpoint["optimizer"])
+        if recipe.average:
+            recipe.average.model.load_state_dict(checkpoint["ema"])
     if args.compile:
         compile_model(model)
-    step = make_step(args, model, optimizer, amp, precision)
+    step = make_step(args, model, optimizer, amp, precision, recipe)
     if checkpoint.get("scaler"):  # nothing, of a run in another precision
         step.scaler.load_state_dict(checkpoint["scaler"])
 
     def state(epoch):
         parts = {"model": model, "optimizer": optimizer, "scaler": step.scaler}
+        parts |= {"ema": recipe.average.model} if recipe.average else {}
         return checkpoint | {"epoch": epoch} | {name: part.state_dict() for name, part in parts.items()}
 
     def start():

@@ -28,6 +28,8 @@ COLUMNS = {
     "train": ("epoch", "loss", "error", "lr", "images_per_second", "peak_memory_mib"),
     "valid": ("epoch", "loss", "error"),
     "test": ("epoch", "loss", "error"),
+    "valid-ema": ("epoch", "loss", "error"),  # of the averaged weights
+    "test-ema": ("epoch", "loss", "error"),
 }
 FIGURES = ("loss.png", "error.png", "loss-error.png")
 WEIGHTS = tuple(f"weights.{suffix}" for suffix in ("pth", "onnx", "safetensors", "pt2"))
@@ -42,8 +44,8 @@ class Lost(Mistake):
 class Run:
     """One run directory.
 
-    ``rows`` maps "train", "valid", "test" to the rows (dicts) logged so far; ``epoch`` counts the epochs that are over,
-    None before this process has written anything. As a context manager it lets go of its lock at the end.
+    ``rows`` maps "train", "valid", "test", … to the rows (dicts) logged so far; ``epoch`` counts the epochs that are
+    over, None before this process has written anything. As a context manager it lets go of its lock at the end.
     """
 
     def __init__(self, path):

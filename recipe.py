@@ -1,0 +1,111 @@
+"""The recipe of a run: optimiser, learning rate, and what a step does. The defaults are the paper's (arXiv 1608.06993).
+
+What is newer is off unless a flag asks for it; ``--recipe NAME`` stands for several flags.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+RECIPES = {"modern": {"schedule": "cosine", "warmup": 5.0, "label_smoothing": 0.1, "cutout": 16, "ema": 0.999}}
+
+
+def make_optimizer(args, parameters):
+    groups = list(parameters)
+    if args.decay == "weights":  # of convolutions and the classifier; scales, shifts and biases have one dimension
+        decayed, others = ([p for p in groups if (p.ndim > 1) == several] for several in (True, False))
+        groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    if args.opt == "sgd":
+        momentum = {"momentum": args.momentum, "nesterov": args.nesterov}
+        return torch.optim.SGD(groups, args.lr, weight_decay=args.weight_decay, **momentum)
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}[args.opt]
+    return kind(groups, args.lr, weight_decay=args.weight_decay)
+
+
+def learning_rate(args, epoch, progress):
+    """The learning rate of an epoch (from 1), at ``progress`` in [0, 1) through it."""
+    done = epoch - 1 + progress
+    peak = args.lr * min(1, 0.01 + 0.99 * done / args.warmup) if args.warmup else args.lr
+    if args.schedule == "step":  # with 300 epochs: epoch 150 is the first at a tenth, as in the paper's Lua code
+        drops = (epoch >= 0.5 * args.epochs) + (epoch >= 0.75 * args.epochs)
+        return peak / 10 ** (drops if epoch > 1 else 0)  # a run of one or two epochs has to learn in the first
+    if args.schedule == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * done / args.epochs))
+    return peak
+
+
+def cross_entropy(logits, labels):
+    """Summed over the images."""
+    return F.cross_entropy(logits, labels, reduction="sum")
+
+
+def make_loss(smoothing=0.0, weights=None):
+    """A loss as in Recipe: of smoothed labels (arXiv 1512.00567, section 7), classes weighted (classes,), images mixed.
+
+    ``share`` (B,) of each image is its own, the rest its partner's: so is the loss (arXiv 1710.09412, equation 2).
+    """
+
+    def loss(logits, labels, partners=None, share=None):
+        def each(labels):
+            return F.cross_entropy(logits, labels, weights, reduction="none", label_smoothing=smoothing)
+
+        return (each(labels) if share is None else share * each(labels) + (1 - share) * each(partners)).sum()
+
+    return loss
+
+
+def balanced_weights(labels, num_classes):
+    """(classes,) float32: every class weighs the same, and an image 1 on average. 0 for a class without images."""
+    counts = labels.cpu().bincount(minlength=num_classes)
+    return (len(labels) / ((counts > 0).sum() * counts)).nan_to_num(posinf=0.0)
+
+
+class Average:
+    """A model whose weights and running statistics follow those of ``model``, as an exponential moving average."""
+
+    def __init__(self, model, decay):
+        self.model, self.blend = copy.deepcopy(model), get_ema_multi_avg_fn(decay)
+        self.own, self.followed = floating(self.model), floating(model)
+
+    def update(self):
+        """average ← decay · average + (1 − decay) · model."""
+        self.blend(self.own, self.followed, None)
+
+
+def floating(model):
+    """Weights and running statistics, without counts of batches."""
+    return [*model.parameters(), *(buffer for buffer in model.buffers() if buffer.is_floating_point())]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a training step does. The defaults are the paper's.
+
+    ``loss`` takes logits (B, classes) float32, labels (B,) and what mixup adds to a batch, and returns the summed loss
+    to minimise. ``part``: images per forward and backward pass, where a batch has more. ``clip``: the gradient's
+    largest norm. ``average`` follows the model, update by update.
+    """
+
+    loss: Callable = cross_entropy
+    part: int | None = None
+    clip: float | None = None
+    average: Average | None = None
+
+
+PAPER = Recipe()
+
+
+def make_recipe(args, model, dataset, ranks):
+    """The Recipe that the arguments of a run ask for."""
+    loss, weights = cross_entropy, None
+    if args.class_weights:
+        weights = balanced_weights(dataset.train.labels, len(dataset.classes)).to(model.classifier.weight.device)
+    if args.label_smoothing or args.mixup or args.class_weights:
+        loss = make_loss(args.label_smoothing, weights)
+    part = -(-args.batch_size // ranks) if args.accumulate > 1 else None
+    return Recipe(loss, part, args.clip_grad or None, Average(model, args.ema) if args.ema else None)
