@@ -57,12 +57,12 @@ def test_a_flag_that_it_did_not_know_is_off(monkeypatch, capsys):
 
     def newer(description=None):
         parser = real(description)
-        parser.add_argument("--mixup", type=float, default=0.0)
+        parser.add_argument("--later", type=float, default=0.0)
         return parser
 
     monkeypatch.setattr(resume, "make_parser", newer)
-    args, _ = resume.parse_args([*RESUME, "--mixup", "0"])
-    assert args.mixup == 0 and args.epochs == 4 and args.limit_train == 200
-    assert status_of(train.main, [*RESUME, "--mixup", "0.5"]) == 2
-    assert "the run in run was started with --mixup 0.0, not 0.5" in capsys.readouterr().err
+    args, _ = resume.parse_args([*RESUME, "--later", "0"])
+    assert args.later == 0 and args.epochs == 4 and args.limit_train == 200
+    assert status_of(train.main, [*RESUME, "--later", "0.5"]) == 2
+    assert "the run in run was started with --later 0.0, not 0.5" in capsys.readouterr().err
     assert train.main(RESUME) == 0

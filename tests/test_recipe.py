@@ -1,7 +1,7 @@
 """The recipe once more, in plain PyTorch and float64: train.py must end with the same parameters, statistics and logs.
 
-It is written from the paper (arXiv 1608.06993), README.md and the formulas of the optimisers, and shares nothing with
-train.py but the network. Every draw of an epoch comes from the seed --seed·1,000,003 + epoch.
+It is written from the paper (arXiv 1608.06993), README.md and the formulas of the optimisers and of newer recipes, and
+shares nothing with train.py but the network. Every draw of an epoch comes from the seed --seed·1,000,003 + epoch.
 """
 
 import copy
@@ -11,6 +11,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -22,7 +23,9 @@ from sklearn.model_selection import train_test_split
 from densenet import DenseNet
 
 PAPER = dict(opt="sgd", momentum=0.9, nesterov=True, weight_decay=1e-4, crop_fill="mean", drop_rate=0.0, bottleneck=True)
-RATES = {"sgd": dict(lr=0.1, schedule="step"), "adam": dict(lr=0.001, schedule="constant"), "rmsprop": dict(schedule="constant")}
+OFF = dict(label_smoothing=0, cutout=0, mixup=0, warmup=0, ema=0, decay="all", accumulate=1, clip_grad=0, class_weights=None)
+ADAM = dict(lr=0.001, schedule="constant")
+RATES = {"sgd": dict(lr=0.1, schedule="step"), "adam": ADAM, "adamw": ADAM | dict(weight_decay=0.01), "rmsprop": dict(schedule="constant")}
 
 # Batches of 5, 5 and 3 images. Where the input of a ReLU is nearly 0, rounding decides whether its gradient passes, and
 # the runs part: few images have few such inputs, and with this seed none is within 5e-6 of 0 in any case below.
@@ -33,16 +36,17 @@ TOLERANCE = 1e-5
 
 
 def digits(fill):
-    """All training images, normalised, with 4 pixels of border (1437, 1, 16, 16), and their labels."""
+    """All training images, normalised, with 4 pixels of border (1437, 1, 16, 16), their labels, and what fills the border."""
     images, labels = (torch.tensor(array) for array in load_digits(return_X_y=True))
     train, _ = train_test_split(range(1797), test_size=360, random_state=0)
     x = (images[train] * (255 / 16)).round().view(-1, 1, 8, 8)
     mean, std = x.mean(), x.std(correction=0)
-    return F.pad((x - mean) / std, (4, 4, 4, 4), value=0.0 if fill == "mean" else float(-mean / std)), labels[train]
+    value = 0.0 if fill == "mean" else float(-mean / std)
+    return F.pad((x - mean) / std, (4, 4, 4, 4), value=value), labels[train], value
 
 
-def batches_of(epoch, x, labels, o):
-    """Batches of images (B, 3, 8, 8) and labels, shuffled and augmented."""
+def batches_of(epoch, x, labels, value, o):
+    """Images (B, 3, 8, 8), labels (B,) and targets (B, 10) of each update, shuffled, augmented, cut out and mixed."""
     n = o.limit_train
     random = torch.Generator().manual_seed(o.seed * 1_000_003 + epoch)
     order = torch.randperm(n, generator=random)
@@ -51,26 +55,44 @@ def batches_of(epoch, x, labels, o):
         shifts, mirrored = torch.zeros_like(shifts), torch.zeros_like(mirrored)
     crops = [x[i, :, 4 + dy : 12 + dy, 4 + dx : 12 + dx] for i, (dy, dx) in zip(order, shifts.tolist(), strict=True)]
     crops = torch.stack([crop.flip(-1) if flip else crop for crop, flip in zip(crops, mirrored, strict=True)])
-    return list(zip(crops.expand(-1, 3, -1, -1).split(o.batch_size), labels[order].split(o.batch_size), strict=True))
+    y = labels[order]
+    targets = F.one_hot(y, 10).double()
+    if o.cutout:
+        corners = torch.stack([torch.randint(8, (n,), generator=random) for _ in "yx"], 1) - o.cutout // 2
+        for image, (top, left) in zip(crops, corners.tolist(), strict=True):
+            image[:, max(0, top) : max(0, top + o.cutout), max(0, left) : max(0, left + o.cutout)] = value
+    if o.mixup:
+        partner = torch.randperm(n, generator=random)
+        share = np.random.default_rng(int(torch.randint(2**62, (), generator=random))).beta(o.mixup, o.mixup, n)
+        share = torch.tensor(np.maximum(share, 1 - share))
+        crops = share.view(-1, 1, 1, 1) * crops + (1 - share).view(-1, 1, 1, 1) * crops[partner]
+        targets = share[:, None] * targets + (1 - share)[:, None] * targets[partner]
+    targets = (1 - o.label_smoothing) * targets + o.label_smoothing / 10
+    if o.class_weights:
+        counts = labels[:n].bincount(minlength=10)
+        targets *= torch.tensor([n / (counts.count_nonzero().item() * c) if c else 0 for c in counts.tolist()])
+    return list(zip(*(part.split(o.batch_size * o.accumulate) for part in (crops.expand(-1, 3, -1, -1), y, targets)), strict=True))
 
 
 def learning_rate(o, epoch, part):
     """``part`` is the share of the epoch that is over."""
+    peak = o.lr * min(1, 0.01 + 0.99 * (epoch - 1 + part) / o.warmup) if o.warmup else o.lr
     if o.schedule == "step":
-        return o.lr * (0.01 if epoch >= 0.75 * o.epochs else 0.1 if epoch >= 0.5 * o.epochs else 1)
-    return o.lr / 2 * (1 + math.cos(math.pi * (epoch - 1 + part) / o.epochs)) if o.schedule == "cosine" else o.lr
+        return peak * (1 if epoch == 1 else 0.01 if epoch >= 0.75 * o.epochs else 0.1 if epoch >= 0.5 * o.epochs else 1)
+    return peak / 2 * (1 + math.cos(math.pi * (epoch - 1 + part) / o.epochs)) if o.schedule == "cosine" else peak
 
 
 def update(w, state, t, lr, o):
     """Step t, from 1, of one parameter; ``state`` keeps its two moving averages, m and v."""
-    g = w.grad + o.weight_decay * w
+    decay = o.weight_decay if o.decay == "all" or w.ndim > 1 else 0
+    g = w.grad + (0 if o.opt == "adamw" else decay * w)
     m, v = state.get(w, (0, 0))
     if o.opt == "sgd":
         m = o.momentum * m + g
         change = g + o.momentum * m if o.nesterov else m
-    elif o.opt == "adam":
+    elif o.opt in ("adam", "adamw"):
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
-        change = m / (1 - 0.9**t) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+        change = m / (1 - 0.9**t) / ((v / (1 - 0.999**t)).sqrt() + 1e-8) + (decay * w if o.opt == "adamw" else 0)
     else:
         v = 0.99 * v + 0.01 * g**2
         change = g / (v.sqrt() + 1e-8)
@@ -79,39 +101,50 @@ def update(w, state, t, lr, o):
 
 
 def recipe(options, ranks=1):
-    """The network's state and the rows (loss, error) of train.csv after ``options``, as ``ranks`` processes get there."""
-    o = SimpleNamespace(**PAPER | SMALL | RATES[options.get("opt", "sgd")] | options)
+    """State of the network and of its average, and the rows (loss, error) of train.csv, as ``ranks`` processes get there."""
+    opt = options.get("opt", "sgd")
+    o = SimpleNamespace(**PAPER | OFF | SMALL | RATES[opt] | options)
     torch.manual_seed(o.seed)
     model = DenseNet(depth=10, growth_rate=4, bottleneck=o.bottleneck, drop_rate=o.drop_rate, block="naive")
     model.to(torch.float64, memory_format=torch.channels_last)  # in which dropout masks are drawn
     weights = list(model.parameters())
     models = [copy.deepcopy(model, {id(w): w for w in weights}) for _ in range(ranks)]  # shared weights, own statistics
-    images, labels = digits(o.crop_fill)
+    averages = [copy.deepcopy(model) for _ in range(ranks)]
+    *images_and_labels, value = digits(o.crop_fill)
     state, rows, t = {}, [], 0
     for epoch in range(1, o.epochs + 1):
         masks = [torch.manual_seed(o.seed * 1_000_003 + epoch + 2_654_435_761 * rank).get_state() for rank in range(ranks)]
-        batches = batches_of(epoch, images, labels, o)
+        batches = batches_of(epoch, *images_and_labels, value, o)
         loss_sum = wrong = 0
-        for i, (x, y) in enumerate(batches):
+        for i, batch in enumerate(batches):
             model.zero_grad()
             for rank in range(ranks):
                 torch.set_rng_state(masks[rank])
-                logits = models[rank](x[rank::ranks].contiguous(memory_format=torch.channels_last))
+                share = [part[rank::ranks] for part in batch]
+                passes = math.ceil(len(share[0]) / math.ceil(o.batch_size / ranks))
+                for x, y, target in zip(*(part.tensor_split(passes) for part in share), strict=True):
+                    logits = models[rank](x.contiguous(memory_format=torch.channels_last))
+                    (-(target * logits.log_softmax(1)).sum() / len(batch[0])).backward()
+                    loss_sum += F.cross_entropy(logits, y, reduction="sum").item()
+                    wrong += (logits.argmax(1) != y).sum().item()
                 masks[rank] = torch.get_rng_state()
-                loss = F.cross_entropy(logits, y[rank::ranks], reduction="sum")
-                (loss / len(y)).backward()
-                loss_sum += loss.item()
-                wrong += (logits.argmax(1) != y[rank::ranks]).sum().item()
             t += 1
             with torch.no_grad():
+                if o.clip_grad:
+                    norm = sum(w.grad.square().sum() for w in weights).sqrt()
+                    for w in weights:
+                        w.grad *= min(1, o.clip_grad / norm)
                 for w in weights:
                     update(w, state, t, learning_rate(o, epoch, i / len(batches)), o)
+                for average, followed in zip(averages, models, strict=True):
+                    for a, b in zip(average.state_dict().values(), followed.state_dict().values(), strict=True):
+                        a.copy_(o.ema * a + (1 - o.ema) * b)
         rows.append((loss_sum / o.limit_train, 100 * wrong / o.limit_train))
-        for statistics in zip(*(model.buffers() for model in models), strict=True):
+        for statistics in [*zip(*(m.buffers() for m in models), strict=True), *zip(*(m.buffers() for m in averages), strict=True)]:
             mean = sum(statistics) / ranks
             for statistic in statistics:
                 statistic.copy_(mean)
-    return models[0].state_dict(), rows
+    return models[0].state_dict(), averages[0].state_dict(), rows
 
 
 CONSTANT = dict(schedule="constant")
@@ -138,6 +171,21 @@ CASES = [
     dict(opt="rmsprop", lr=1e-4),
     dict(opt="rmsprop", lr=1e-4, weight_decay=0.1),
     dict(opt="rmsprop", lr=1e-4, schedule="cosine"),
+    CONSTANT | dict(label_smoothing=0.1),
+    CONSTANT | dict(cutout=3),
+    CONSTANT | dict(cutout=4, crop_fill="black"),
+    CONSTANT | dict(cutout=3, augment=False),
+    CONSTANT | dict(mixup=0.5),
+    CONSTANT | dict(mixup=1.0, cutout=3, label_smoothing=0.1, class_weights="balanced"),
+    dict(warmup=1, schedule="cosine"),
+    CONSTANT | dict(warmup=1.5),
+    CONSTANT | dict(ema=0.8),
+    dict(opt="adamw"),
+    CONSTANT | dict(decay="weights", weight_decay=0.02),
+    dict(opt="adamw", decay="weights", weight_decay=0.1),
+    CONSTANT | dict(accumulate=2),
+    CONSTANT | dict(clip_grad=0.5),
+    CONSTANT | dict(class_weights="balanced"),
 ]
 
 
@@ -152,9 +200,13 @@ def flags(options):
     yield from "--precision fp32 --limit-test 10 --save run".split()
 
 
-def assert_follows(state, rows):
-    found = torch.load("run/latest.pth", weights_only=True)["model"]
-    torch.testing.assert_close(found, state, rtol=TOLERANCE, atol=TOLERANCE, check_dtype=False)
+def assert_follows(state, average, rows):
+    found = torch.load("run/latest.pth", weights_only=True)
+    torch.testing.assert_close(found["model"], state, rtol=TOLERANCE, atol=TOLERANCE, check_dtype=False)
+    if "ema" in found:
+        averaged = {name: value for name, value in average.items() if value.is_floating_point()}
+        found = {name: found["ema"][name] for name in averaged}
+        torch.testing.assert_close(found, averaged, rtol=TOLERANCE, atol=TOLERANCE, check_dtype=False)
     log = pd.read_csv("run/train.csv")
     assert log["loss"].tolist() == pytest.approx([loss for loss, _ in rows], abs=TOLERANCE)
     assert log["error"].tolist() == pytest.approx([error for _, error in rows], abs=1e-4)
@@ -168,7 +220,15 @@ def test_one_process(tiny, options):
 
 def test_two_processes():
     """Shares of 3 and 2 images, in the last batch of 2 and 1; the running statistics are the mean of both processes'."""
-    options = CONSTANT | dict(drop_rate=0.2, block="naive", weight_decay=0.02)
+    follows_in_two_processes(CONSTANT | dict(drop_rate=0.2, block="naive", weight_decay=0.02))
+
+
+def test_two_processes_by_a_newer_recipe():
+    newer = dict(label_smoothing=0.1, cutout=3, mixup=0.5, ema=0.8, accumulate=2, clip_grad=0.5, class_weights="balanced")
+    follows_in_two_processes(CONSTANT | newer)
+
+
+def follows_in_two_processes(options):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", ROOT / "train.py", *TINY, *flags(options), "--no-plot"]
     process = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240)
     assert process.returncode == 0, process.stderr

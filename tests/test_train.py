@@ -174,7 +174,7 @@ def test_a_loss_that_is_not_finite_stops_with_status_3(tiny, capsys):
     assert tiny("--save", "run", "--resume", "--lr", "0.05", args=[]) == 0
     config = json.loads(Path("run/config.json").read_text())
     assert [config["lr"], config["arguments"]["lr"], config["resumed"][0]["lr"]] == [1e30, 0.05, 0.05]
-    assert pd.read_csv("run/train.csv").lr.tolist() == [0.005, 0.0005]
+    assert pd.read_csv("run/train.csv").lr.tolist() == [0.05, 0.0005]
 
 
 def test_a_last_update_that_diverges_is_not_saved(tiny, capsys):
