@@ -163,7 +163,7 @@ def add_newer_flags(add):
     add("--warmup", type=rate, default=0.0, metavar="EPOCHS",
         help="let the learning rate rise from 1 %% to all of the schedule's meanwhile (default: off)")
     add("--ema", type=between(0, 0.999999), default=0.0, metavar="DECAY",
-        help="average weights over about 1 / (1 − DECAY) updates, and test these, too (default: off)")
+        help="average weights over the last 1 / (1 − DECAY) updates or so, and test these, too (default: off)")
     add("--decay", choices=("all", "weights"), default="all",
         help="weight decay on every parameter, or not on batch norms and biases (default: %(default)s)")
     add("--accumulate", type=positive, default=1, metavar="N",

@@ -23,6 +23,7 @@ from device import PRECISIONS, choose_device, choose_precision, set_up_device
 from export import read_network
 from folders import find_images
 from inference import (
+    averaged,
     classifier,
     classify_each,
     confusion_matrix,
@@ -46,6 +47,7 @@ def parse_args(argv=None):
         help="image files to classify, and folders, searched at any depth (default: the test set)")
     add("--split", choices=KINDS,
         help="images of the run's data set: trained on (not augmented), held out, or tested on (default: test)")
+    add("--ema", action="store_true", help="evaluate the averaged weights of a run with --ema (default: the last ones)")
     add("--data", type=nonempty, metavar="DIR", help="where the data set lives (default: as in training)")
     add("--csv", type=Path, metavar="FILE", help="write a row per image: its class, and the probability of each class")
     add("--top", type=natural, metavar="N", help="classes to print of each file (default: 5; with --csv none)")
@@ -163,6 +165,7 @@ def classify_split(args, checkpoint, images, device, amp):
 def main(argv=None):
     args = parse_args(argv)
     checkpoint = read_network(args.checkpoint)
+    checkpoint = averaged(checkpoint) if args.ema else checkpoint
     device = choose_device(args.device)
     set_up_device(device)
     amp, _ = choose_precision(args.precision, device)

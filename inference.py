@@ -58,6 +58,13 @@ def load_model(checkpoint):
     return model.eval()
 
 
+def averaged(checkpoint):
+    """The checkpoint with the averaged weights of its run, that of --ema, in place of the last ones. Raises Mistake."""
+    if "ema" not in checkpoint:
+        raise Mistake("the checkpoint has no averaged weights, which train.py --ema makes: leave out --ema")
+    return checkpoint | {"model": checkpoint["ema"]["model"], "averaged": True}
+
+
 def reader_of(checkpoint, **options):
     """The Reader of a checkpoint's run; it decodes in this process and shows no bar, if ``options`` don't say so."""
     return Reader.of_run(checkpoint["config"]["arguments"], **{"workers": 0, "progress": False} | options)
@@ -160,14 +167,6 @@ def class_scores(matrix):
     """(3, classes) float64: precision, recall and F1 of each class in percent, NaN where one is zero by zero."""
     right, images, taken = matrix.diagonal().double(), matrix.sum(1), matrix.sum(0)
     return 100 * torch.stack((right / taken, right / images, 2 * right / (taken + images)))
-
-
-def wilson(error, count, z=1.96):
-    """Wilson's score interval of an error measured on ``count`` images, errors in percent; z = 1.96 for 95 %."""
-    share = error / 100
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * (share * (1 - share) / count + z * z / (4 * count * count)) ** 0.5
-    return 100 * max(0.0, centre - half), 100 * min(1.0, centre + half)
 
 
 def preprocess(image, arguments, normalize):

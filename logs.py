@@ -19,6 +19,7 @@ import pandas as pd
 from cli import Mistake, readable
 
 SPLITS = ("train", "valid", "test")
+LOGS = (*SPLITS, "test-ema")  # of the averaged weights, which are not drawn
 COLUMNS = ("epoch", "loss", "error")
 OPTIONAL = ("lr", "test_error", "images_per_second")
 LIMITS = {"epoch": (0, 1e6), "loss": (-1e100, 1e100), "error": (0, 100)}  # what is beyond them is damage
@@ -87,7 +88,7 @@ def read_log(directory):
     directory = Path(directory)
     if not directory.is_dir():
         raise Mistake(f"{directory} is not a run directory")
-    found = {split: read_table(directory / f"{split}.csv", names=COLUMNS) for split in SPLITS}
+    found = {split: read_table(directory / f"{split}.csv", names=COLUMNS) for split in LOGS}
     tables = {split: table for split, table in found.items() if table is not None}
     tables = tables or read_results(directory / "results.csv")
     if not tables:
@@ -212,7 +213,7 @@ def mean_log(logs, unlike=False):
     if different and not unlike:
         raise Mistake(f"--mean {names}: they differ in {', '.join(different)}: leave some out, or add --unlike")
     tables, deviations = {}, {}
-    for split in (split for split in SPLITS if all(split in log.tables for log in logs)):
+    for split in (split for split in LOGS if all(split in log.tables for log in logs)):
         parts = [log.tables[split].set_index("epoch") for log in logs]
         epochs = functools.reduce(pd.Index.intersection, [part.index for part in parts])
         columns = [name for name in ("loss", "error", "lr") if all(name in part for part in parts)]
@@ -228,13 +229,18 @@ def mean_log(logs, unlike=False):
 
 def differences(logs):
     """In what runs differ beside their seed, the rows of their logs included: texts such as "depth (16, 40)"."""
-    recipes = [recipe(log.config) for log in logs]
-    values = {name: [recipe.get(name, "–") for recipe in recipes] for name in dict.fromkeys(itertools.chain(*recipes))}
-    found = {name: list(dict.fromkeys(map(str, each))) for name, each in values.items()}
+    found = {name: list(dict.fromkeys(each)) for name, each in differing([recipe(log.config) for log in logs]).items()}
     for split in SPLITS:
         epochs = dict.fromkeys(tuple(log.tables[split].epoch) if split in log.tables else () for log in logs)
         found[f"epochs of {split}"] = [str(len(each)) for each in epochs]
     return [f"{name} ({', '.join(each)})" for name, each in found.items() if len(each) > 1]
+
+
+def differing(recipes):
+    """{name: its value in each, as text} of what is not the same in all of the dicts."""
+    names = dict.fromkeys(itertools.chain(*recipes))
+    values = {name: [str(recipe.get(name, "–")) for recipe in recipes] for name in names}
+    return {name: each for name, each in values.items() if len(set(each)) > 1}
 
 
 def recipe(config):

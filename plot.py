@@ -4,6 +4,7 @@ Example: python plot.py work/digits.base
          python plot.py work/sgd work/adam --out figures --format svg --smooth 3
          python plot.py work/sgd work/adam --out sgd-vs-adam.png --labels SGD Adam --only test --ylim 0 20
          python plot.py --mean work/sgd.1 work/sgd.2 work/sgd.3 --mean work/adam.1 work/adam.2 work/adam.3
+         python plot.py work/digits.* --table markdown    (what differs, and what came out; draws nothing)
 
 Reads the logs of train.py, of bamos/densenet.pytorch (train.csv, test.csv without header) and of
 gpleiss/efficient_densenet_pytorch (results.csv).
@@ -31,6 +32,8 @@ from matplotlib.lines import Line2D
 
 from cli import Mistake, Parser, between, command, nonempty, written_whole
 from logs import SPLITS, leading, mean_log, read_log
+from tables import FORMATS as TABLES
+from tables import comparison, formatted
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; of one run, the training curve is the lighter one.
 SPLIT_COLORS = {"train": "#56B4E9", "valid": "#009E73", "test": "#D55E00"}
@@ -237,6 +240,8 @@ def make_parser():
         help="runs that differ in their seed: draw their mean and a band of one standard deviation")
     add("--unlike", action="store_true",
         help="--mean: also of runs that differ in more, over the epochs that all of them have (default: refuse)")
+    add("--table", choices=TABLES, nargs="?", const="text",
+        help="print what differs between the runs and what came out, and draw nothing (default: draw; text)")
     add("--out", type=nonempty, metavar="PATH",
         help="where figures go (default: DIR; of several, here); a file such as sgd-vs-adam.png: one figure of both")
     add("--format", choices=FORMATS, default="png", help="(default: %(default)s)")
@@ -259,6 +264,8 @@ def parse_args(argv=None):
     args = make_parser().parse_args(argv)
     if not args.runs and not args.mean:
         raise Mistake("name a run directory, such as work/cifar10.base")
+    if args.table and args.out:
+        raise Mistake(f"--out {args.out}: a table is printed; > FILE at the end of the command writes it to a file")
     for name, scale in (("xlim", ""), ("ylim", args.error_scale), ("loss_ylim", args.loss_scale)):
         low, high = getattr(args, name) or (1, 2)
         if low >= high or (scale == "log" and low <= 0):
@@ -299,6 +306,9 @@ def main(argv=None):
     ylim, scale = {"loss": args.loss_ylim, "error": args.ylim}, {"loss": args.loss_scale, "error": args.error_scale}
     view = View(args.only, args.smooth, args.xlim, ylim, scale)
     logs = read_logs(args, view)
+    if args.table:
+        print(formatted(*comparison(logs), args.table))
+        return
     for path, quantities in figures(args).items():
         path.parent.mkdir(parents=True, exist_ok=True)
         save(make_figure(logs, quantities, view, args.title, args.figsize), path)

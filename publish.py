@@ -5,7 +5,8 @@ Example: python publish.py work/digits.base
 
 Evaluates latest.pth once more, compares the error with test.csv, and writes the network without the optimiser to
 weights.pth: small, and all that evaluate.py needs. Then prints a table of the runs in Markdown. The weights are those
-of the last epoch, also of a run with --valid-size. Of a run that has no latest.pth, as in a clone, weights.pth stays.
+of the last epoch, also of a run with --valid-size; with --ema, their average. Of a run that has no latest.pth, as in a
+clone, weights.pth stays.
 """
 
 import datetime
@@ -22,7 +23,8 @@ import torch
 from cli import Mistake, Parser, command, nonempty
 from device import choose_device, choose_precision, set_up_device
 from export import FORMATS, SIZES, export
-from inference import load_split, predictions, wilson
+from inference import averaged, load_split, predictions
+from intervals import wilson
 from logs import read_table
 from workdir import read_checkpoint, read_config, stages, write_checkpoint
 
@@ -34,8 +36,11 @@ KEPT = ("model", "config", "normalize", "classes", "epoch", "seconds")
 SAMPLE = 500  # test images whose mistakes weights.pth counts apart, so that a quick check can count them again
 
 
-def finished(directory):
-    """The checkpoint of a finished run, latest.pth, or else weights.pth. Raises Mistake where it is not finished."""
+def finished(directory, ema=False):
+    """The checkpoint of a finished run, latest.pth (with ``ema``: averaged), or else weights.pth.
+
+    Raises Mistake where the run is not finished.
+    """
     if not directory.is_dir():
         raise Mistake(f"{directory} is not a run directory")
     name = "latest.pth" if (directory / "latest.pth").exists() else "weights.pth"
@@ -45,7 +50,12 @@ def finished(directory):
         raise Mistake(f"{directory / name} has no {min(missing)}: another program or version wrote it")
     if checkpoint["epoch"] < checkpoint["config"]["arguments"]["epochs"]:
         raise Mistake(f"{directory} has finished {checkpoint['epoch']} epochs, not all: go on with --resume first")
-    return checkpoint
+    return averaged(checkpoint) if ema and name == "latest.pth" else checkpoint
+
+
+def test_log(checkpoint):
+    """The log that has the test errors of a checkpoint's weights: the last ones, or their average."""
+    return "test-ema" if checkpoint.get("averaged") else "test"
 
 
 def publish(directory, checkpoint, device, folder=None):
@@ -55,7 +65,7 @@ def publish(directory, checkpoint, device, folder=None):
     """
     images, _ = load_split(checkpoint, directory=folder)
     wrong = mistakes(checkpoint, images, device)
-    count, error = len(wrong), checkpoint["metrics"]["test"][-1]["error"]
+    count, error = len(wrong), checkpoint["metrics"][test_log(checkpoint)][-1]["error"]
     if abs(int(wrong.sum()) - error * count / 100) > 1 + count / 5000:  # close cases depend on the hardware
         raise Mistake(
             f"{directory}: latest.pth mistakes {int(wrong.sum())} of {count} test images, but its log says {error} %: "
@@ -63,7 +73,7 @@ def publish(directory, checkpoint, device, folder=None):
         )
     sample = wrong[:SAMPLE]
     test = {"images": count, "error": error, "sample": len(sample), "wrong_in_sample": int(sample.sum())}
-    kept = {name: checkpoint[name] for name in (*KEPT, "layout", "measured") if name in checkpoint}
+    kept = {name: checkpoint[name] for name in (*KEPT, "layout", "measured", "averaged") if name in checkpoint}
     write_checkpoint(directory / "weights.pth", kept | {"test": test})
 
 
@@ -94,7 +104,7 @@ def table_row(directory):
     weights = read_checkpoint(directory / "weights.pth")
     config = read_config(directory)
     train = read_table(directory / "train.csv", ("epoch", "images_per_second"))
-    test = read_table(directory / "test.csv")
+    test = read_table(directory / f"{test_log(weights)}.csv")
     last = None if train is None or test is None else (test.epoch.iloc[-1], test.error.iloc[-1])
     if last != (weights["epoch"], weights["test"]["error"]):
         raise Mistake(f"{directory}: the logs are not those of weights.pth: publish it where latest.pth is")
@@ -110,7 +120,7 @@ def table_row(directory):
         ", then ".join(each("device")) + f", {stages(config)[-1]['precision']}",
         str(datetime.timedelta(seconds=round(weights["seconds"]))),
         f"{train.images_per_second.median():.0f}",
-        error_cell(weights["test"]["error"], weights["test"]["images"]),
+        error_cell(weights["test"]["error"], weights["test"]["images"]) + ", averaged" * bool(weights.get("averaged")),
         f"{best.error:.2f} (epoch {best.epoch:.0f})",
         ", then ".join(f"`{commit[:7]}{commit[40:]}`" for commit in each("commit")),  # 40: where -dirty begins
     )
@@ -128,12 +138,13 @@ def main(argv=None):
     parser.add_argument("--data", type=nonempty, metavar="DIR",
         help="where the data set lives (default: as in training)")  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
+    parser.add_argument("--ema", action="store_true", help="averaged weights of runs with --ema (default: the last)")
     parser.add_argument("--export", choices=[suffix[1:] for suffix in FORMATS], action="append", default=[],
         help="also write the network to weights.onnx, … in its directory (may be repeated)")  # fmt: skip
     args = parser.parse_args(argv)
     device = choose_device(args.device)
     set_up_device(device)
-    for directory, checkpoint in [(directory, finished(directory)) for directory in args.runs]:
+    for directory, checkpoint in [(directory, finished(directory, args.ema)) for directory in args.runs]:
         if "optimizer" in checkpoint:
             publish(directory, checkpoint, device, args.data)
         for name in args.export:

@@ -66,15 +66,27 @@ def balanced_weights(labels, num_classes):
 
 
 class Average:
-    """A model whose weights and running statistics follow those of ``model``, as an exponential moving average."""
+    """A model whose weights and running statistics follow those of ``model``, as an exponential moving average.
+
+    ``update`` stays outside a CUDA graph: ``updates``, the number of those so far, is of the host.
+    """
 
     def __init__(self, model, decay):
-        self.model, self.blend = copy.deepcopy(model), get_ema_multi_avg_fn(decay)
+        self.model, self.decay, self.updates = copy.deepcopy(model), decay, 0
         self.own, self.followed = floating(self.model), floating(model)
 
     def update(self):
-        """average ← decay · average + (1 − decay) · model."""
-        self.blend(self.own, self.followed, None)
+        """average ← d · average + (1 − d) · model; d grows up to ``decay``, so that the first weights are forgotten."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        get_ema_multi_avg_fn(decay)(self.own, self.followed, None)
+        self.updates += 1
+
+    def state_dict(self):
+        return {"model": self.model.state_dict(), "updates": self.updates}
+
+    def load_state_dict(self, state):
+        self.model.load_state_dict(state["model"])
+        self.updates = state["updates"]
 
 
 def floating(model):
@@ -88,7 +100,7 @@ class Recipe:
 
     ``loss`` takes logits (B, classes) float32, labels (B,) and what mixup adds to a batch, and returns the summed loss
     to minimise. ``part``: images per forward and backward pass, where a batch has more. ``clip``: the gradient's
-    largest norm. ``average`` follows the model, update by update.
+    largest norm. ``average`` is to follow the model, update by update.
     """
 
     loss: Callable = cross_entropy

@@ -7,7 +7,8 @@ import math
 import sys
 
 from cli import written_whole
-from inference import class_scores, wilson
+from inference import class_scores
+from intervals import wilson
 
 
 def headline(matrix, kind="test"):

@@ -66,8 +66,6 @@ class Step:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.skipped += self.scaler.get_scale() < scale
-        if self.recipe.average:
-            self.recipe.average.update()
 
 
 class GraphedStep(Step):

@@ -63,6 +63,8 @@ def train_epoch(step, batches, schedule, bar):
     for i, (images, labels, count, *mixed) in enumerate(batches):
         step.set_learning_rate(schedule(i))
         log.append(step(images, labels, count, *mixed))
+        if step.recipe.average:
+            step.recipe.average.update()
         total = total + log[-1]
         bar.update(count)
         if time.monotonic() - refreshed > 1:
@@ -107,8 +109,6 @@ def load_data(args, device, layout):
     dataset = data.load_run(vars(args), args.data, reader, layout)
     if len(dataset.train) < distributed.world_size():
         raise Mistake(f"{len(dataset.train)} training images for {distributed.world_size()} processes: use fewer")
-    if args.mixup and len(dataset.classes) < 2:
-        raise Mistake("--mixup mixes images of two classes or more, and here is one: leave it out")
     positions = batch_positions(len(dataset.train), args.batch_size * args.accumulate, distributed.share())
     size = -(-args.batch_size // distributed.world_size())
     passes = [len(part) // max(1, -(-len(part) // size)) for part, _ in positions]  # images in the smallest of each
@@ -185,7 +185,8 @@ def first_checkpoint(args, dataset, model, options, stage):
         "epoch": 0,
         "seconds": 0.0,  # that the finished epochs took, evaluations included
         "rng": {"seed": args.seed},  # with the epoch, the seed decides every random number
-        "config": stage | {"arguments": vars(args), "model": options, "parameters": parameters, "resumed": []},
+        "config": stage | {"arguments": vars(args), "model": options, "parameters": parameters}
+        | {"images": {name: len(split) for name, split in dataset.splits.items()}, "resumed": []},
         "normalize": dataset.normalize,
         "classes": list(dataset.classes),
         "metrics": {name: [] for name in logs_of(args, dataset)},
@@ -351,7 +352,7 @@ def train(args, checkpoint, run):
         model.load_state_dict(checkpoint["model"])
         restore(optimizer, checkpoint["optimizer"])
         if recipe.average:
-            recipe.average.model.load_state_dict(checkpoint["ema"])
+            recipe.average.load_state_dict(checkpoint["ema"])
     if args.compile:
         compile_model(model)
     step = make_step(args, model, optimizer, amp, precision, recipe)
@@ -360,7 +361,7 @@ def train(args, checkpoint, run):
 
     def state(epoch):
         parts = {"model": model, "optimizer": optimizer, "scaler": step.scaler}
-        parts |= {"ema": recipe.average.model} if recipe.average else {}
+        parts |= {"ema": recipe.average} if recipe.average else {}
         return checkpoint | {"epoch": epoch} | {name: part.state_dict() for name, part in parts.items()}
 
     def start():

@@ -12,6 +12,7 @@ import arguments
 import train
 from arguments import make_parser
 from densenet import DenseNet
+from recipe import RECIPES
 from resume import parse_args
 
 
@@ -46,6 +47,21 @@ def test_defaults_that_depend_on_data_set_and_optimiser():
     assert (parsed("--opt adam").lr, parsed("--opt adam").schedule) == (1e-3, "constant")
     assert (parsed("--opt rmsprop").lr, parsed("--opt rmsprop --lr 0.5").lr) == (1e-2, 0.5)
     assert parsed("--dataset digits --depth 40 --augment").augment is True
+    assert (parsed("--opt adamw").weight_decay, parsed("--opt adamw --weight-decay 0.1").weight_decay) == (0.01, 0.1)
+
+
+def test_a_recipe_is_its_flags_and_single_flags_override_it(monkeypatch):
+    monkeypatch.setitem(arguments.RECIPES, "modern", {"schedule": "cosine", "cutout": 16, "ema": 0.999, "opt": "adamw"})
+    args = parsed("--recipe modern")
+    assert (args.schedule, args.cutout, args.ema, args.opt, args.lr) == ("cosine", 16, 0.999, "adamw", 1e-3)
+    assert vars(args) == vars(parsed("--schedule cosine --cutout 16 --ema 0.999 --opt adamw")) | {"recipe": "modern"}
+    args = parsed("--recipe modern --ema 0 --opt sgd --schedule step")
+    assert (args.schedule, args.cutout, args.ema, args.opt, args.lr) == ("step", 16, 0, "sgd", 0.1)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_valid(name):
+    assert parsed(f"--recipe {name}").recipe == name
 
 
 def test_every_flag_says_what_it_does_and_its_default():
@@ -115,6 +131,21 @@ def test_presets_set_the_architecture(capsys):
         ("--image-size 64", "--image-size 64: the images of cifar10 have 32×32 pixels"),
         ("--dataset digits --crop-fill black", "--crop-fill black: no image is shifted in this run"),
         ("--arch densenet_bc_100_12 --reduction 0.9", "--arch densenet_bc_100_12 sets the reduction"),
+        ("--cutout 33", "--cutout 33 is larger than the images, of 32 pixels"),
+        ("--dataset digits --image-size 16 --recipe modern --cutout 17", "--cutout 17 is larger than the images, of 16 pixels"),
+        ("--cutout -1", "argument --cutout: -1 is not in 0 … 1,000,000,000"),
+        ("--mixup -0.1", "argument --mixup: -0.1 is not in 0 … 1000"),
+        ("--mixup inf", "argument --mixup: inf is not in"),
+        ("--epochs 5 --warmup 5", "--warmup 5 takes all of 5 epochs: choose less"),
+        ("--warmup nan", "argument --warmup: nan is not in 0 … 1e+06"),
+        ("--clip-grad -1", "argument --clip-grad: -1 is not in 0 … 1e+06"),
+        ("--ema 1", "argument --ema: 1 is not in 0 … 0.999999"),
+        ("--ema nan", "argument --ema: nan is not in"),
+        ("--label-smoothing 1", "argument --label-smoothing: 1 is not in 0 … 0.999"),
+        ("--decay weights --weight-decay 0", "--decay weights: nothing decays with --weight-decay 0"),
+        ("--accumulate 0", "argument --accumulate: 0 is not in 1 …"),
+        ("--class-weights inverse", "invalid choice: 'inverse'"),
+        ("--recipe 2017", "invalid choice: '2017'"),
         ("--seed 4294967296", "4294967296 is not in 0 … 4,294,967,295"),
         ("--resume --save nowhere", "nowhere has no latest.pth to resume"),
     ],

@@ -26,6 +26,7 @@ import densenet
 import evaluate
 import folders
 import inference
+import intervals
 import pictures
 import report
 import resume
@@ -84,8 +85,8 @@ def test_the_logged_error_is_that_of_the_saved_weights(tiny, capsys):
 
 def test_wilson_interval():
     """Newcombe 1998, table I: 81 of 263, 0 of 20."""
-    assert inference.wilson(100 * 81 / 263, 263) == pytest.approx((25.53, 36.62), abs=0.01)
-    assert inference.wilson(0, 20) == pytest.approx((0, 16.11), abs=0.01)
+    assert intervals.wilson(100 * 81 / 263, 263) == pytest.approx((25.53, 36.62), abs=0.01)
+    assert intervals.wilson(0, 20) == pytest.approx((0, 16.11), abs=0.01)
 
 
 def test_scores_are_scikit_learn_s():

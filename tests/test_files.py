@@ -130,6 +130,26 @@ def test_folder_too_large_for_memory_says_how_much_it_needs(tmp_path, monkeypatc
         data.load("folder", write_folder(tmp_path), Reader(100))
 
 
+def test_streamed_images_are_cut_out_and_mixed(tmp_path):
+    """As those in memory, of which tests/test_batches.py has more; several ranks make the batches of one process."""
+    dataset = data.load("folder", write_folder(tmp_path, size=(300, 200)), Reader(128))
+
+    def batches(size=6, share=(0, 1), **newer):
+        return list(dataset.train.batches(size, dataset.normalize, "mean", share, **newer).shuffled(1))
+
+    [(x, labels, _)], [(cut, *_)] = batches(), batches(cutout=40)
+    assert (cut[cut != x] == 0).all() and 0 < (cut != x).any(1).sum((1, 2)).amax() <= 40 * 40
+    [(mixed, own, count, partners, share)] = batches(cutout=40, mixup=0.5)
+    assert torch.equal(own, labels) and count == 6 and share.min() >= 0.5
+    all_pairs = torch.lerp(cut[None], cut[:, None], share.view(-1, 1, 1, 1, 1))
+    is_pair = (mixed[:, None] - all_pairs).abs().amax((2, 3, 4)) < 1e-5
+    assert (is_pair & (labels == partners[:, None])).any(1).all()
+    whole, *parts = (batches(4, share, cutout=40, mixup=0.5) for share in ((0, 1), (0, 2), (1, 2)))
+    for step, batch in enumerate(whole):
+        for rank, part in enumerate(parts):
+            assert all(torch.equal(mine, all_[rank::2]) for mine, all_ in zip(part[step], batch, strict=True) if torch.is_tensor(mine))
+
+
 def test_large_images_are_streamed_behind_the_same_interface(tmp_path):
     root = write_folder(tmp_path, size=(300, 200))
     dataset = data.load("folder", root, Reader(128))

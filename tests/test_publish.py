@@ -14,6 +14,7 @@ from conftest import ROOT
 
 import evaluate
 import inference
+import intervals
 import publish
 from device import choose_precision
 from workdir import read_checkpoint
@@ -40,7 +41,7 @@ def test_publish_keeps_the_network_and_its_numbers(tiny, capsys):
     assert tiny("--save", "run") == 0
     cells = published("run", capsys)
     test = pd.read_csv("run/test.csv").error
-    low, high = inference.wilson(test.iloc[-1], 100)
+    low, high = intervals.wilson(test.iloc[-1], 100)
     assert cells["final test error (%), 95 % interval"] == f"{test.iloc[-1]:.2f} ({low:.2f} … {high:.2f})"
     assert cells["best on test (%), not a result"] == f"{test.min():.2f} (epoch {test.idxmin() + 1})"
     assert cells["command"].startswith("`python ") and cells["hardware"].endswith(f", {choose_precision('auto', CPU)[1]}")

@@ -10,6 +10,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from densenet import DenseNet
+from recipe import Recipe, make_loss
 from step import WARM_UP, GraphedStep, Step, compile_model, set_capturable
 
 sgd = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
@@ -19,8 +20,8 @@ no_amp = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=False)
 class Replayed(GraphedStep):
     """A graph that is captured and replayed like a CUDA graph: it knows only tensors, at the addresses of the capture."""
 
-    def __init__(self, model, optimizer, amp):
-        Step.__init__(self, model, optimizer, lambda: amp(cache_enabled=False))
+    def __init__(self, model, optimizer, amp, recipe):
+        Step.__init__(self, model, optimizer, lambda: amp(cache_enabled=False), recipe=recipe)
         set_capturable(optimizer, True)
         self.seen, self.replay, self.static = 0, None, None
 
@@ -32,7 +33,8 @@ class Replayed(GraphedStep):
 
         def replay():
             assert self.addresses() == addresses
-            result.copy_(self.eager(*self.static, count))
+            images, labels, *mixed = self.static
+            result.copy_(self.eager(images, labels, count, *mixed))
 
         return replay, result
 
@@ -42,30 +44,40 @@ class Replayed(GraphedStep):
         return [t.data_ptr() for t in (*self.model.parameters(), *self.model.buffers(), *self.static, *momenta, *rates)]
 
 
+NEWER = Recipe(make_loss(0.1, torch.linspace(0.5, 1.5, 10)), part=4, clip=0.5)
+
+
+def random_batch(n, mixup=False):
+    mixed = (torch.randint(10, (n,)), torch.rand(n)) if mixup else ()
+    return torch.randn(n, 3, 8, 8, dtype=torch.float64), torch.randint(10, (n,)), n, *mixed
+
+
 def train(kind, batches, **options):
     torch.manual_seed(0)
     model = DenseNet(depth=10, growth_rate=4).double()
     step = kind(model, sgd(model.parameters()), no_amp, **options)
     log = []
-    for i, (images, labels) in enumerate(batches):
+    for i, batch in enumerate(batches):
         step.set_learning_rate(0.5 ** (3 + i))  # exact in float32, which a graph has it in
-        log.append(step(images, labels, len(labels)))
+        log.append(step(*batch))
     return model.state_dict(), torch.stack(log)
 
 
-def test_replayed_steps_are_eager_steps():
+@pytest.mark.parametrize("recipe", [Recipe(), NEWER], ids=["paper", "newer"])
+def test_replayed_steps_are_eager_steps(recipe):
     """SGD, which alone lets itself be captured on a CPU, with a learning rate that changes, warm-up steps that count, and an odd batch between replays."""
     sizes = [6] * (WARM_UP + 2) + [4] + [6] * 2
-    batches = [(torch.randn(n, 3, 8, 8, dtype=torch.float64), torch.randint(10, (n,))) for n in sizes]
-    (eager, log), (replayed, replayed_log) = (train(kind, batches) for kind in (Step, Replayed))
+    batches = [random_batch(n, mixup=recipe is NEWER) for n in sizes]
+    (eager, log), (replayed, replayed_log) = (train(kind, batches, recipe=recipe) for kind in (Step, Replayed))
     torch.testing.assert_close(replayed_log, log, rtol=1e-12, atol=1e-12)
     for name, value in eager.items():
         torch.testing.assert_close(replayed[name], value, rtol=1e-10, atol=1e-12)
 
 
-def test_a_scaled_step_is_the_same_step():
-    batches = [(torch.randn(6, 3, 8, 8, dtype=torch.float64), torch.randint(10, (6,))) for _ in range(3)]
-    (plain, log), (scaled, scaled_log) = train(Step, batches), train(Step, batches, scaled=True)
+@pytest.mark.parametrize("recipe", [Recipe(), NEWER], ids=["paper", "newer"])
+def test_a_scaled_step_is_the_same_step(recipe):
+    batches = [random_batch(6, mixup=recipe is NEWER) for _ in range(3)]
+    (plain, log), (scaled, scaled_log) = (train(Step, batches, recipe=recipe, scaled=scaled) for scaled in (False, True))
     assert torch.equal(log, scaled_log)
     assert all(torch.equal(scaled[name], value) for name, value in plain.items())
 
@@ -121,8 +133,9 @@ def test_a_step_reads_nothing_back():
     """A CUDA graph could not hold that, and the processor would wait for the GPU. Tensors without data refuse it."""
     with FakeTensorMode():
         model = DenseNet(depth=10, growth_rate=4)
-        step = Step(model, sgd(model.parameters()), no_amp)
         images, labels = torch.empty(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64)
-        assert step(images, labels, 4).shape == (3,)
+        assert Step(model, sgd(model.parameters()), no_amp)(images, labels, 4).shape == (3,)
+        newer = Recipe(make_loss(0.1), part=2, clip=0.5)
+        assert Step(model, sgd(model.parameters()), no_amp, recipe=newer)(images, labels, 4, labels, labels / 2).shape == (3,)
         with pytest.raises(Exception, match="_local_scalar_dense"):
             torch.ones(1).item()

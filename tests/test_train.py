@@ -28,6 +28,12 @@ def test_step_schedule_drops_at_half_and_three_quarters():
     assert rates == {1: 0.1, 149: 0.1, 150: 0.01, 224: 0.01, 225: 0.001, 300: 0.001}
 
 
+def test_short_runs_begin_at_the_full_rate():
+    """That of one epoch and of two would otherwise never have it."""
+    rates = [[learning_rate(arguments_of(f"--epochs {n}"), epoch, 0.5) for epoch in range(1, n + 1)] for n in (1, 2, 3, 4)]
+    assert rates == [[0.1], [0.1, 0.001], [0.1, 0.01, 0.001], [0.1, 0.01, 0.001, 0.001]]
+
+
 def test_other_schedules():
     args = arguments_of("--schedule cosine --epochs 10")
     assert learning_rate(args, 1, 0.0) == 0.1
@@ -69,6 +75,30 @@ def test_seeds_decide_everything(tiny):
     assert not rows("a/train.csv").equals(rows("c/train.csv"))
 
 
+NEWER = "--label-smoothing 0.1 --cutout 3 --mixup 0.5 --warmup 1.5 --ema 0.9 --decay weights --accumulate 2 --clip-grad 1 --class-weights balanced".split()
+
+
+def test_a_newer_recipe_resumes_bit_for_bit(tiny, capsys):
+    flags = [*NEWER, "--recipe", "modern", "--schedule", "constant", "--batch-size", "30", "--valid-size", "300", "--augment"]
+    assert tiny(*flags, "--save", "whole", "--epochs", "3") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert tiny(*flags, "--save", "run", "--epochs", "2") == 0
+    assert tiny("--save", "run", "--resume", "--epochs", "3", args=[]) == 0
+    logs = ("train.csv", "test.csv", "valid.csv", "test-ema.csv", "valid-ema.csv")
+    assert_same_run("whole", "run", logs)
+    one, two = (torch.load(f"{name}/latest.pth", weights_only=True)["ema"] for name in ("whole", "run"))
+    assert one["updates"] == two["updates"] == 3 * 4  # 200 images, 60 in each
+    assert all(torch.equal(two["model"][name], value) for name, value in one["model"].items())
+    # What stands in the recipe, as other flags have changed it.
+    assert "recipe modern: --schedule constant --warmup 1.5 --label-smoothing 0.1 --cutout 3 --ema 0.9" in lines
+    error = pd.read_csv("whole/test-ema.csv").error.iloc[-1]
+    assert f"test error {error:.2f} % of the averaged weights, after the same epoch" in lines
+    assert any(line.startswith("epoch   3") and f"test-ema {error:5.2f} %" in line for line in lines)
+    capsys.readouterr()
+    assert tiny("--save", "run", "--resume", "--mixup", "0.2", args=[]) == 2
+    assert "the run in run was started with --mixup 0.5, not 0.2" in capsys.readouterr().err
+
+
 def test_resume_notices_other_images(tiny, capsys, tmp_path):
     write_folder(tmp_path / "images")
     flags = ["--dataset", "folder", "--data", "images", "--depth", "10", "--save", "run"]
@@ -97,6 +127,8 @@ def test_a_batch_of_one_image_is_refused_where_batch_norm_would_fail(tiny, capsy
     err = capsys.readouterr().err
     assert "--batch-size 64 makes a batch of one image" in err and err.count("\n") == 1
     assert not Path("run").exists()
+    assert tiny(*flags, "--batch-size", "2", "--accumulate", "2") == 2  # one pass of two images, or two of one
+    assert "--batch-size 2 makes a batch of one image" in capsys.readouterr().err
     assert tiny(*flags, "--batch-size", "63") == 0
     assert tiny(*flags, "--image-size", "8", "--save", "other") == 0
 
