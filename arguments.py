@@ -130,7 +130,8 @@ def add_optimisation_flags(add):
     add("--weight-decay", type=rate, default=1e-4, metavar="X",
         help="see --decay; of adamw, apart from the gradient (default: %(default)s; adamw 0.01)")
     add("--schedule", choices=("step", "cosine", "constant"),
-        help="step: ×0.1 in the epochs (from 1) at 50 %% and 75 %% (default: step; adam, adamw, rmsprop constant)")
+        help="step: ×0.1 in the epochs (from 1) at 50 %% and 75 %%, not in the first "
+        "(default: step; adam, adamw, rmsprop constant)")
     add("--seed", type=between(0, 2**32 - 1, int), default=1, metavar="N",
         help="of split, weights, order, augmentation, dropout (default: %(default)s)")
 

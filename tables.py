@@ -17,7 +17,7 @@ def comparison(logs):
 
     The interval covers the choice of the test images; of a mean over seeds, there is the standard deviation instead.
     """
-    recipes = [recipe(log.config) | {"seed": seed_of(log)} for log in logs.values()]
+    recipes = [recipe(log.config) | seed_of(log) for log in logs.values()]
     columns = {"run": list(logs)} | differing(recipes)
     for name, values in results(list(logs.values())).items():
         columns[name] = ["–" if value is None else value for value in values]
@@ -25,7 +25,8 @@ def comparison(logs):
 
 
 def seed_of(log):
-    return log.config["arguments"].get("seed") if log.config and log.runs == 1 else None
+    arguments = log.config.get("arguments", {}) if log.runs == 1 else {}
+    return {name: value for name, value in arguments.items() if name == "seed"}
 
 
 def results(logs):

@@ -1,12 +1,18 @@
 """The benchmark measures the right networks, refuses wrong ones, and knows the hardware's floor."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import candidates
 import few_images
+import numpy as np
 import pytest
+import recipes
+import scipy.stats
 import speed
 from conftest import status_of
+
+from arguments import parse_args
 
 NAMES = [*candidates.BLOCKS, *candidates.available()]
 
@@ -112,3 +118,39 @@ def test_fine_tuning_is_compared_with_training_from_scratch(tmp_path, capfd):
     assert capfd.readouterr().out.count("; fresh: classifier.weight (5, 48), there of other classes") == 3
     counts = [len(list(Path("a folder/seed1", part).glob("train/*/*.png"))) for part in ("0-4", "5-9")]
     assert counts == [700, 25]
+
+
+def test_recipes_are_trained_once_and_compared_by_seed(monkeypatch, capsys):
+    errors = {("paper", 1): 30.0, ("paper", 2): 32.0, ("cutout", 1): 29.5, ("cutout", 2): 31.0, ("ema", 1): 28.0, ("ema", 2): 29.0}
+    calls = []
+
+    def call(command, env, stdout):
+        calls.append(command)
+        path = Path(command[command.index("--save") + 1])
+        path.mkdir(parents=True, exist_ok=True)
+        if len(calls) == 2:  # killed
+            (path / "latest.pth").touch()
+            return SimpleNamespace(returncode=143)
+        name, seed = path.name.split(".")
+        (path / "train.csv").write_text("epoch,images_per_second\n1,100\n2,100\n")
+        for kind in ("valid", "valid-ema") if name == "ema" else ("valid",):
+            (path / f"{kind}.csv").write_text(f"epoch,error\n1,50\n2,{errors[name, int(seed)] if kind != 'valid' or name != 'ema' else 99}\n")
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(recipes.subprocess, "run", call)
+    flags = ["--out", "out", "--epochs", "2", "--only", "paper", "cutout", "ema", "--seeds", "1", "2"]
+    assert recipes.main(flags) == 2
+    assert "out/cutout.1 ended with status 143: the same command goes on" in capsys.readouterr().err
+    assert recipes.main(flags) == 0 and len(calls) == 2 + 5
+    assert calls[2] == [*calls[1][:-1], "--resume", "--no-plot"] and "--cutout" in calls[1]
+    paper, cutout, ema = capsys.readouterr().out.splitlines()[2:]
+    assert paper == "| paper | – | 31.00 ± 1.41 | – | 100 |"
+    low, high = scipy.stats.ttest_1samp(np.array([-0.5, -1.0]), 0).confidence_interval(0.95)
+    assert cutout == f"| cutout | `--cutout 16` | 30.25 ± 1.06 | {f'-0.75 ({low:+.2f} … {high:+.2f})'.replace('-', '−')} | 100 |"
+    assert ema.startswith("| ema | `--ema 0.999` | 28.50 ± 0.71 | −2.50 (")  # of the averaged weights
+    assert recipes.main(flags) == 0 and len(calls) == 7
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_recipes_of_the_comparison_are_valid(name):
+    parse_args(["--epochs", "20", *recipes.RECIPES[name].split()])

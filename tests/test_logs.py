@@ -14,6 +14,7 @@ import arguments
 import logs
 import plot
 import resume
+import tables
 from cli import Mistake
 
 HEADER = "epoch,loss,error,lr,images_per_second,peak_memory_mib\n"
@@ -237,7 +238,7 @@ def test_a_mean_is_not_cut_to_the_shortest_run_in_silence(tmp_path):
 
 
 def test_what_is_not_compared_changes_at_most_the_rounding():
-    assert {"seed"} < logs.NOT_COMPARED <= resume.RESUMABLE | {"seed"}
+    assert {"seed"} < logs.NOT_COMPARED <= resume.RESUMABLE | {"seed", "recipe"}  # which is a name for others
 
 
 def test_flags_that_old_runs_do_not_know_are_off_or_listed():
@@ -276,5 +277,6 @@ def test_a_damaged_log_is_drawn_or_is_one_line(tmp_path, write, examples):
         else:
             figure = plot.make_figure({"run": log}, ("loss", "error"), plot.View(smooth=smooth))
             assert len(figure.axes) == 2
+            assert len(tables.formatted(*tables.comparison({"run": log}), "text").splitlines()) == 2
 
     check()

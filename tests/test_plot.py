@@ -186,6 +186,8 @@ def test_shows_what_is_asked_for(tmp_path):
         ("--xlim 5 2", "--xlim 5 2: needs two numbers, the lower one first"),
         ("--ylim 0 20 --error-scale log", "--ylim 0 20: needs two numbers above 0, the lower one first"),
         ("--loss-ylim 1 nan", "argument --loss-ylim: nan is not in"),
+        ("--table --out runs.csv", "--out runs.csv: a table is printed; > FILE at the end of the command writes it"),
+        ("--table latex", "argument --table: invalid choice: 'latex'"),
         ("--only everything", "argument --only: invalid choice"),
         ("--figsize 2 2", "no room for curves: choose a larger --figsize"),
     ],
@@ -204,9 +206,11 @@ def test_a_mistake_is_one_line(tmp_path, capsys, flags, words):
 def test_needs_no_torch_and_no_backend():
     """A notebook passes on the name of its own backend, which may not be installed here."""
     program = "import sys, plot; sys.exit(plot.main(sys.argv[1:]) or 'torch' in sys.modules)"
-    command = [sys.executable, "-c", program, str(ROOT / "work/digits.bc16"), "--out", "figure.png"]
+    command = [sys.executable, "-c", program, str(ROOT / "work/digits.bc16")]
     env = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTHONPATH": str(ROOT)}
-    assert subprocess.run(command, env=env).returncode == 0 and Path("figure.png").exists()
+    for flags in (["--out", "figure.png"], ["--table"]):
+        assert subprocess.run([*command, *flags], env=env).returncode == 0
+    assert Path("figure.png").exists()
 
 
 def test_two_drawings_of_one_run_do_not_meet(tmp_path, monkeypatch):

@@ -96,6 +96,31 @@ def test_publish_refuses_what_is_not_the_run_s_result(tiny, capsys):
     assert "the logs are not those of weights.pth" in published("run", capsys, status=2)
 
 
+def test_averaged_weights_are_published_instead(tiny, capsys):
+    assert tiny("--save", "run", "--ema", "0.8", "--epochs", "2") == 0
+    latest, logs = read_checkpoint("run/latest.pth"), [pd.read_csv(f"run/{name}.csv").error for name in ("test", "test-ema")]
+    capsys.readouterr()
+    assert publish.main(["run", "--ema"]) == 0
+    low, high = intervals.wilson(logs[1].iloc[-1], 100)
+    row = capsys.readouterr().out.splitlines()[-1]
+    assert f"| {logs[1].iloc[-1]:.2f} ({low:.2f} … {high:.2f}), averaged | {logs[1].min():.2f} (epoch " in row
+    weights = read_checkpoint("run/weights.pth")
+    assert all(torch.equal(weights["model"][name], value) for name, value in latest["ema"]["model"].items())
+    assert "ema" not in weights and weights["test"]["error"] == logs[1].iloc[-1]
+    for flags in (["run/latest.pth", "--ema"], ["run/weights.pth"]):
+        assert evaluate.main(flags) == 0
+        assert capsys.readouterr().out.startswith(f"test error {logs[1].iloc[-1]:.2f} %")
+    published("run", capsys)  # the last ones again
+    assert "averaged" not in read_checkpoint("run/weights.pth")
+    assert tiny("--save", "other", "--epochs", "1") == 0
+    for main, flags in ((publish.main, ["other", "--ema"]), (evaluate.main, ["other/latest.pth", "--ema"])):
+        capsys.readouterr()
+        assert main(flags) == 2
+        assert "the checkpoint has no averaged weights, which train.py --ema makes" in capsys.readouterr().err
+    Path("run/latest.pth").unlink()
+    assert publish.main(["run"]) == 0
+
+
 def test_overwriting_a_run_deletes_its_weights(tiny, capsys):
     assert tiny("--save", "run", "--epochs", "1") == 0
     published("run", capsys)

@@ -268,6 +268,9 @@ if "train.py" in args:
         args[args.index("--save") + 1] = f"run-{{os.getpid()}}"
     args += "--dataset digits --image-size 8 --limit-train 64 --limit-test 50 --epochs 2 --device cpu".split()
     args += "--depth 10 --valid-size 0 --no-plot".split()
+    args += ["--warmup", "1", "--cutout", "4"] if "--recipe" in args else []
+if args[0] == "bench/recipes.py":
+    args = ["bench/recipes.py", "--help"]
 if args[0] == "data.py" and "--check" not in args:
     args += ["--dataset", "digits"]
 if args[0] == "bench/speed.py":
