@@ -46,7 +46,7 @@ class Batches:
     ``crop_fill`` turns augmentation on and says what a shifted image shows beyond its border: "mean" (zero after
     normalisation, as in the paper's Lua code) or "black" (zero before it, as bamos and gpleiss do). ``share``, (rank,
     ranks), gives a rank every ranks-th image of each batch, so that all together see the batches of a single process.
-    ``cutout``: pixels of the side of a square that is filled likewise; ``mixup``: α (see draw_squares, draw_partners).
+    ``cutout``: pixels of the side of a square that is filled likewise; ``mixup``: α of Beta(α, α) (see draw_newer).
     """
 
     def __init__(self, tensors, batch_size, normalize, crop_fill=None, share=(0, 1), cutout=0, mixup=0.0):
@@ -68,8 +68,8 @@ class Batches:
     def shuffled(self, seed):
         """Yield every image once, shuffled and, with ``crop_fill``, augmented. ``seed`` alone decides both.
 
-        With each batch comes the number of images that all ranks together have in it, and what mixup adds (see
-        mix). A rank whose share is empty gets an image labelled IGNORE_INDEX, since it has to take part in the step.
+        With each batch comes the number of images that all ranks together have in it, and what ``mix`` adds. A rank
+        whose share is empty gets an image labelled IGNORE_INDEX, since it has to take part in the step.
         """
         draws = {name: values.to(self.tensors.labels.device) for name, values in self.draw(seed).items()}
         for part, batch_length in batch_positions(self.num_images, self.batch_size, self.share):

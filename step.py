@@ -16,7 +16,7 @@ class Step:
 
     ``amp`` makes the autocast context. Nothing is read back from the device, but with ``scaled``: for fp16, in which
     small gradients would be 0, ``scaler`` multiplies the loss, and leaves out an update where that was too much.
-    ``skipped`` counts those.
+    ``skipped`` counts those. ``recipe`` says what is done beyond the paper's.
     """
 
     def __init__(self, model, optimizer, amp, ranks=1, scaled=False, recipe=PAPER):

@@ -61,7 +61,7 @@ def images_of(log):
     if not log.config or log.runs > 1:
         return None, None
     arguments = log.config["arguments"]
-    train, test = IMAGES.get(arguments.get("dataset"), (0, 0))
+    train, test = IMAGES.get(str(arguments.get("dataset")), (0, 0))
     limited = {
         "train": min(train - count_of(arguments, "valid_size"), count_of(arguments, "limit_train") or train),
         "test": min(test, count_of(arguments, "limit_test") or test),
@@ -73,7 +73,7 @@ def images_of(log):
 def count_of(values, name):
     """A number of images, 0 where there is none."""
     value = values.get(name) if isinstance(values, dict) else None
-    return value if isinstance(value, int) and value > 0 else 0
+    return value if isinstance(value, int) and 0 < value < 10**9 else 0
 
 
 def interval(log, error):
@@ -86,7 +86,7 @@ def training_time(log):
     """Of all epochs, evaluations left out."""
     train, _ = images_of(log)
     speeds = log.tables.get("train", {}).get("images_per_second")
-    if not train or speeds is None or speeds.isna().any():
+    if not train or speeds is None or not speeds.between(1e-3, 1e9).all():  # none in a mean, or damaged
         return None
     return str(datetime.timedelta(seconds=round((train / speeds).sum())))
 

@@ -213,7 +213,7 @@ def check_data(checkpoint, args, dataset, options):
     if changed := data.changed(checkpoint.get("layout"), dataset):
         raise Mistake(f"images in {args.data} ({', '.join(changed)}) have changed since the run in {args.save} began")
     if checkpoint["metrics"].keys() != set(logs_of(args, dataset)):
-        logged, found = ", ".join(checkpoint["metrics"]), ", ".join(dataset.splits)
+        logged, found = ", ".join(checkpoint["metrics"]), ", ".join(logs_of(args, dataset))
         raise Mistake(f"the run in {args.save} was trained with the splits {logged}, not {found}")
 
 
