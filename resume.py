@@ -110,7 +110,7 @@ def read_saved(given, defaults):
             )
     if given.get("epochs", saved["epochs"]) < checkpoint["epoch"]:
         raise Mistake(f"--epochs {given['epochs']}: the run in {path} has finished {checkpoint['epoch']} already")
-    if not {"optimizer", "metrics", "seconds"} <= checkpoint.keys():
+    if not {"optimizer", "metrics", "seconds", *["ema"] * bool(saved["ema"])} <= checkpoint.keys():
         raise Mistake(f"training cannot go on from {source}: it holds weights only, or is too old")
     saved["progress"] = sys.stderr.isatty()
     return checkpoint, saved

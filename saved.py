@@ -138,6 +138,12 @@ def fits_normalize(checkpoint):
     return numbers and len(mean) == len(std) == channels and min(std) > 1e-6
 
 
+def fits_ema(checkpoint):
+    """Averaged weights, of the same shapes, with a log of their own where there are logs."""
+    ema, logs = checkpoint["ema"], checkpoint.get("metrics", {"test-ema"})
+    return is_count(ema["updates"]) and "test-ema" in logs and fits_model(checkpoint | {"model": ema["model"]})
+
+
 def fits_epoch(checkpoint):
     return is_count(checkpoint["epoch"], 0, checkpoint["config"]["arguments"]["epochs"])
 
@@ -182,6 +188,8 @@ def fits_test(checkpoint):
 CHECKS = {
     "classes": fits_classes,
     "model": fits_model,
+    "ema": fits_ema,
+    "averaged": lambda checkpoint: type(checkpoint["averaged"]) is bool,
     "normalize": fits_normalize,
     "epoch": fits_epoch,
     "seconds": fits_seconds,

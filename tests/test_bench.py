@@ -12,7 +12,7 @@ import scipy.stats
 import speed
 from conftest import status_of
 
-from arguments import parse_args
+from resume import parse_args
 
 NAMES = [*candidates.BLOCKS, *candidates.available()]
 

@@ -28,7 +28,7 @@ def trained(tmp_path_factory):
     folder, checkpoints = tmp_path_factory.mktemp("trained"), {}
     for opt in ("sgd", "adam"):
         path = folder / opt
-        flags = ["--valid-size", "50", "--epochs", "2", "--log-every", "2", "--no-plot", "--no-progress"]
+        flags = ["--valid-size", "50", "--epochs", "2", "--log-every", "2", "--ema", "0.9", "--no-plot", "--no-progress"]
         assert train.main([*TINY, *flags, "--opt", opt, "--save", str(path)]) == 0
         checkpoints[opt] = torch.load(path / "latest.pth", weights_only=True)
     return folder / "sgd", checkpoints
@@ -59,7 +59,7 @@ def outcomes(checkpoint, source, capsys, commands=("evaluate", "publish", "train
     shutil.copy("run/latest.pth", "altered.pth")
     found, flags = {}, {
         "evaluate": ["altered.pth", "--device", "cpu"],
-        "publish": ["run", "--device", "cpu"],
+        "publish": ["run", "--ema", "--device", "cpu"],
         "train": ["--resume", "--epochs", "3", "--save", "run", "--no-plot", "--no-progress"],
     }  # fmt: skip
     for name in commands:
@@ -114,6 +114,9 @@ def test_whatever_is_altered_is_refused_in_a_line_or_works_many_times(trained, c
         (("config", "versions"), torch.zeros(2), "its config is damaged"),
         (("model", "norm.weight"), torch.zeros(3), "its entry 'model'"),
         (("model", "norm.weight"), torch.zeros(46, dtype=torch.int64), "its entry 'model'"),
+        (("ema", "model", "norm.weight"), torch.zeros(3), "its entry 'ema'"),
+        (("ema", "updates"), -1, "its entry 'ema'"),
+        (("config", "arguments", "ema"), 1.0, "its argument ema"),
         (("classes", 0), "1", "its entry 'classes'"),
         (("classes",), [], "its entry 'classes'"),
         (("normalize", 1), (1.0, 0.0, 1.0), "its entry 'normalize'"),
@@ -156,6 +159,14 @@ def test_settings_of_an_optimiser_are_those_of_the_arguments(trained, capsys):
         assert outcomes(checkpoint, source, capsys, ["train"])["train"] == (0, "")
         errors.append(read_checkpoint("run/latest.pth")["metrics"]["test"][-1])
     assert errors[0] == errors[1]
+
+
+def test_averaged_weights_do_not_go_missing(trained, capsys):
+    checkpoint = copy.deepcopy(trained[1]["sgd"])
+    del checkpoint["ema"]
+    found = outcomes(checkpoint, trained[0], capsys, ["train", "publish"])
+    assert found["train"][0] == found["publish"][0] == 2
+    assert "training cannot go on from run/latest.pth" in found["train"][1] and "no averaged weights" in found["publish"][1]
 
 
 def test_keys_of_an_older_release_are_no_damage(trained):
