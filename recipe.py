@@ -15,16 +15,26 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 RECIPES = {"modern": {"schedule": "cosine", "warmup": 5.0, "label_smoothing": 0.1, "cutout": 16, "ema": 0.999}}
 
 
-def make_optimizer(args, parameters):
-    groups = list(parameters)
-    if args.decay == "weights":  # of convolutions and the classifier; scales, shifts and biases have one dimension
-        decayed, others = ([p for p in groups if (p.ndim > 1) == several] for several in (True, False))
-        groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+def make_optimizer(args, groups):
+    """The optimiser of parameters, or of groups of them as torch's optimisers take them."""
+    groups = list(groups)
+    if args.decay == "weights":
+        groups = without_decay(groups if isinstance(groups[0], dict) else [{"params": groups}])
     if args.opt == "sgd":
         momentum = {"momentum": args.momentum, "nesterov": args.nesterov}
         return torch.optim.SGD(groups, args.lr, weight_decay=args.weight_decay, **momentum)
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}[args.opt]
     return kind(groups, args.lr, weight_decay=args.weight_decay)
+
+
+def without_decay(groups):
+    """The same groups, with scales, shifts and biases apart, which have one dimension: they do not decay."""
+    parts = []
+    for group in groups:
+        for several, change in ((True, {}), (False, {"weight_decay": 0.0})):
+            params = [p for p in group["params"] if (p.ndim > 1) == several]
+            parts += [group | {"params": params} | change] if params else []
+    return parts
 
 
 def learning_rate(args, epoch, progress):

@@ -13,7 +13,10 @@ from conftest import assert_same_run, rows
 from PIL import Image
 from test_files import write_folder
 
+import finetune
+import recipe
 import train
+from densenet import DenseNet
 from resume import parse_args
 from train import learning_rate
 
@@ -40,6 +43,19 @@ def test_other_schedules():
     assert learning_rate(args, 6, 0.0) == pytest.approx(0.05)
     assert learning_rate(args, 3, 0.5) == pytest.approx(0.05 * (1 + math.cos(math.pi / 4)))
     assert learning_rate(arguments_of("--schedule constant"), 290, 0.9) == 0.1
+
+
+@pytest.mark.parametrize("head_factor", [None, 5.0])
+def test_decay_of_weights_leaves_norms_and_biases_alone(head_factor):
+    """Also where the classifier has a learning rate of its own."""
+    model = DenseNet(depth=10, growth_rate=4)
+    args = arguments_of("--decay weights --weight-decay 0.02")
+    groups = recipe.make_optimizer(args, finetune.parameter_groups(model, head_factor)).param_groups
+    found = {p: (group["weight_decay"], group.get("lr_factor")) for group in groups for p in group["params"]}
+    assert found == {
+        p: (0.02 if name.endswith("weight") and "norm" not in name else 0.0, head_factor if "classifier" in name else None)
+        for name, p in model.named_parameters()
+    }
 
 
 def test_a_run_writes_what_it_should(tiny, capsys):
