@@ -17,7 +17,8 @@ import torch
 from cli import Mistake, memory_problem, readable, written_whole
 from inference import load_model
 from reader import Reader
-from workdir import read_checkpoint
+from saved import check_checkpoint
+from workdir import naming, read_checkpoint
 
 SIZES = (1, 3, 64)  # of the batches that an exported network is checked with
 TOLERANCE = 1e-5  # of the largest logit, or of 1
@@ -69,6 +70,8 @@ def read_network(path):
     checkpoint = read_exported(path)
     if not checkpoint.keys() >= NEEDED:
         raise Mistake(f"{path} was not exported by publish.py: its metadata lack {', '.join(sorted(NEEDED))}")
+    with naming(path):
+        check_checkpoint(checkpoint)
     return checkpoint
 
 

@@ -16,10 +16,12 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from cli import Mistake, check_records
+from cli import Mistake, check_records, memory_problem, readable
 from data import NORMALIZE
 from densenet import ARCHITECTURES, FROM_TORCHVISION, rename
 from export import FORMATS, NEEDED, read_exported
+from saved import check_checkpoint
+from workdir import naming
 
 PUBLISHED = [name for name, options in ARCHITECTURES.items() if options.get("stem") == "imagenet"]  # by torchvision
 UNUSED = "num_batches_tracked"  # what early releases of torch did not count, and nothing here depends on
@@ -37,6 +39,8 @@ def read_source(what, arch=None):
         raise Mistake(f"--init-from {what}: the file holds no weights; name a .pth or .safetensors file that does")
     source = {"model": {rename(name, FROM_TORCHVISION): value for name, value in found.items()}}
     if content.keys() >= NEEDED:
+        with naming(what):
+            check_checkpoint(content)
         source |= {name: content[name] for name in NEEDED}
     elif any("features." in name for name in found):  # torchvision's names
         source["normalize"] = NORMALIZE["imagenet"]
@@ -52,7 +56,7 @@ def read_file(path):
     if Path(path).suffix in FORMATS:
         return read_exported(path)
     try:
-        file = io.BytesIO(Path(path).read_bytes())
+        file = io.BytesIO(readable(path).read_bytes())
     except OSError as error:
         raise Mistake(f"{path} is not a file of weights, such as latest.pth in a run: {error.strerror}") from error
     try:
@@ -61,6 +65,8 @@ def read_file(path):
         file.seek(0)
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes torch.load raise nearly anything
+        if memory_problem(error):
+            raise
         raise Mistake(f"{path} is damaged, or holds other things than weights ({type(error).__name__})") from error
 
 

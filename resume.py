@@ -112,5 +112,7 @@ def read_saved(given, defaults):
         raise Mistake(f"--epochs {given['epochs']}: the run in {path} has finished {checkpoint['epoch']} already")
     if not {"optimizer", "metrics", "seconds", *["ema"] * bool(saved["ema"])} <= checkpoint.keys():
         raise Mistake(f"training cannot go on from {source}: it holds weights only, or is too old")
+    if saved["head_lr"] and "lr" in given:  # the same proportion
+        saved["head_lr"] *= given["lr"] / saved["lr"]
     saved["progress"] = sys.stderr.isatty()
     return checkpoint, saved

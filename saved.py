@@ -132,10 +132,12 @@ def alike(one, other):
 
 
 def fits_normalize(checkpoint):
-    mean, std = checkpoint["normalize"]
     channels = checkpoint["config"]["arguments"].get("channels", 3)
-    numbers = all(is_number(value, -1e6, 1e6) for value in (*mean, *std))
-    return numbers and len(mean) == len(std) == channels and min(std) > 1e-6
+    for mean, std in (checkpoint["normalize"], checkpoint.get("measured", checkpoint["normalize"])):
+        numbers = all(is_number(value, -1e6, 1e6) for value in (*mean, *std))
+        if not (numbers and len(mean) == len(std) == channels and min(std) > 1e-6):
+            return False
+    return True
 
 
 def fits_ema(checkpoint):

@@ -114,6 +114,9 @@ def test_a_resumed_run_with_frozen_parts_is_the_run_that_was_not_stopped(trained
     assert_same_run("whole", "run")
     rates = [group["lr"] for group in state("run/latest.pth", "optimizer")["param_groups"]]
     assert rates[1] == pytest.approx(2 * rates[0]) and len(rates) == 2
+    assert tiny("--save", "run", "--resume", "--epochs", "3", "--lr", "0.01", args=[]) == 0
+    rates = [group["lr"] for group in state("run/latest.pth", "optimizer")["param_groups"]]
+    assert rates[1] == pytest.approx(2 * rates[0])
     before, after = state(trained), state("run/latest.pth")
     frozen = {name for name in before if name.startswith(("stem.", "blocks.1."))}
     assert_equal({name: after[name] for name in frozen}, {name: before[name] for name in frozen})
@@ -283,6 +286,7 @@ def test_ranks_average_no_statistics_that_are_frozen(monkeypatch):
         ("--init-from flipped.pth", "flipped.pth is damaged, or holds other things than weights (BadZipFile)"),
         ("--init-from numbers.pth", "--init-from numbers.pth: the file holds no weights"),
         ("--init-from other.pth", "only 0 of this network's"),
+        ("--init-from altered.pth", "altered.pth: its config is damaged, or of another program"),
         ("--init-from file.pt2", "file.pt2 could run any code"),
         ("--init-from=", "is not a file of weights"),
         ("--freeze blocks.9", "--freeze blocks.9: the network has the parts features, stem, blocks.0, blocks.1, blocks.2, transitions.0, transitions.1, norm, classifier"),
@@ -300,6 +304,7 @@ def test_mistakes_end_with_one_line_and_status_2(trained, capsys, flags, words):
     Path("flipped.pth").write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
     torch.save({0: torch.ones(1)}, "numbers.pth")
     torch.save({"weight": torch.ones(1)}, "other.pth")
+    torch.save(torch.load(trained) | {"config": 3}, "altered.pth")
     capsys.readouterr()
     assert status_of(train.main, [*DIGITS, *flags.split(), "--save", "run"]) == 2
     err = capsys.readouterr().err

@@ -75,7 +75,7 @@ def commands():
 @pytest.mark.parametrize("command", sorted(set(commands())))
 def test_every_training_command_is_valid(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(arguments, "read_source", lambda *_: None)  # which another command writes, or a download
+    monkeypatch.setattr(resume, "read_source", lambda *_: None)  # which another command writes, or a download
     flags = [flag for flag in shlex.split(command.replace("$seed", "1"))[1:] if flag not in ("--resume", "if-any", "--help")]
     resume.parse_args(flags)
 
