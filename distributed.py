@@ -203,13 +203,14 @@ def all_reduce(tensor):
 def average_statistics(model):
     """Give every rank the mean of the ranks' running statistics, each measured on its own share of the batches.
 
-    Those of modules in evaluation mode are the same everywhere, and stay as they are.
+    Those of frozen modules are the same everywhere, and stay as they are.
     """
     if world_size() == 1:
         return
     for module in model.modules():
+        frozen = not all(parameter.requires_grad for parameter in module.parameters(recurse=False))
         for buffer in module.buffers(recurse=False):
-            if module.training and buffer.is_floating_point():
+            if buffer.is_floating_point() and not frozen:
                 all_reduce(buffer).div_(world_size())
 
 

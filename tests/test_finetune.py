@@ -21,6 +21,7 @@ import train
 from data import NORMALIZE
 from densenet import BLOCKS, DenseNet, densenet121
 from finetune import freeze, parameter_groups, read_source, take, training_mode
+from recipe import PAPER
 from step import Step
 
 DIGITS = "--device cpu --dataset digits --image-size 8 --limit-train 200 --limit-test 100 --epochs 1 --precision fp32".split()
@@ -238,7 +239,7 @@ def test_the_classifier_has_its_own_learning_rate(kind):
     for factor in (None, 4):
         torch.manual_seed(0)
         model = DenseNet(depth=10, growth_rate=4).double()
-        step = kind(model, plain(parameter_groups(model, factor)), no_amp)
+        step = kind(model, plain(parameter_groups(model, factor)), no_amp, recipe=PAPER)
         if factor is None:
             for parameter in model.classifier.parameters():
                 parameter.register_hook(lambda gradient: 4 * gradient)
@@ -263,10 +264,9 @@ def test_ranks_average_no_statistics_that_are_frozen(monkeypatch):
     """Sums of equal numbers, divided by how many they are, are not always those numbers again."""
     reduced, model = [], DenseNet(depth=10, growth_rate=4)
     freeze(model, "stem,blocks.0,norm")
-    training_mode(model)
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
     monkeypatch.setattr(distributed, "all_reduce", lambda value: reduced.append(value) or value)
-    distributed.average_statistics(model)
+    distributed.average_statistics(model.eval())  # as averaged weights are, which are only evaluated
     parts = [*model.blocks[1:], *model.transitions]
     assert {id(value) for value in reduced} == {id(b) for part in parts for b in part.buffers() if b.is_floating_point()}
 
