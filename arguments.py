@@ -39,7 +39,7 @@ NETWORK = ("depth", "growth_rate", "reduction", "bottleneck", "drop_rate", "init
 switch = argparse.BooleanOptionalAction
 
 
-rate = between(0, 1e6)
+rate = between(0, 1e30)  # beyond, float32 has infinity
 channels = pixels = between(1, 100_000, int)
 
 

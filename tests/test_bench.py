@@ -71,7 +71,7 @@ def test_candidates_take_turns_with_the_reference(tmp_path, monkeypatch, capsys)
 
 @pytest.mark.parametrize(
     ("flags", "words"),
-    [("--depths 11", "depth 11"), ("--batch-size 0", "0 is not a positive"), ("--candidates bamos --precisions bf16", "fp32")],
+    [("--depths 11", "depth 11"), ("--batch-size 0", "0 is not in 1 … "), ("--candidates bamos --precisions bf16", "fp32")],
 )
 def test_mistakes_end_with_one_line_and_status_2(capsys, flags, words):
     assert status_of(speed.main, flags.split()) == 2
