@@ -181,7 +181,7 @@ def test_shows_what_is_asked_for(tmp_path):
         ("--smooth nan", "argument --smooth: nan is not in 0 … 1e+06"),
         ("--smooth inf", "argument --smooth: inf is not in 0 … 1e+06"),
         ("--smooth -1", "argument --smooth: -1 is not in 0 … 1e+06"),
-        ("--smooth x", "argument --smooth: invalid number value: 'x'"),
+        ("--smooth x", "argument --smooth: invalid float value: 'x'"),
         ("--figsize 0 5", "argument --figsize: 0 is not in 2 … 50"),
         ("--xlim 5 2", "--xlim 5 2: needs two numbers, the lower one first"),
         ("--ylim 0 20 --error-scale log", "--ylim 0 20: needs two numbers above 0, the lower one first"),
