@@ -165,13 +165,16 @@ def make_step(args, model, optimizer, amp, precision, recipe=PAPER):
 
 
 def restore(optimizer, saved):
-    """Load an optimiser's state; its settings stay those of the arguments. Raises Mistake where the state is not its.
+    """Load an optimiser's state, not its settings: those are the arguments'. Raises Mistake where it is of another one.
+
+    Of every parameter there is the same: tensors of its shape, and a count of steps.
     """
     try:
         optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
         states = {p: optimizer.state.get(p, {}) for group in optimizer.param_groups for p in group["params"]}
         fits = len({frozenset(state) for state in states.values()}) == 1 and optimizer.state.keys() <= states.keys()
-        fits = fits and all(value.shape in (p.shape, ()) for p, state in states.items() for value in state.values())
+        for p, state in states.items():
+            fits = fits and all(x.shape == p.shape or (x.shape == () and x >= 0) for x in state.values())
     except Exception:  # nearly anything
         fits = False
     if not fits:
