@@ -56,6 +56,7 @@ def test_floor_of_the_default_network():
     assert speed.moved_elements(100) == pytest.approx(18.3e6, rel=0.01)
 
 
+@pytest.mark.slow
 def test_candidates_take_turns_with_the_reference(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(speed, "TURNS", 1)
     monkeypatch.setattr(speed, "hardware", lambda device, precision: (2e10, 2e11))

@@ -186,6 +186,7 @@ def test_a_launch_is_told_from_another_whatever_clocks_say(tiny, monkeypatch, ca
     assert launched("none_b", 1, "--resume", "--epochs", "3") == 0 and launched("none_a", 0, "--epochs", "3") == 2
 
 
+@pytest.mark.slow
 def test_ranks_end_when_their_launcher_is_killed(tmp_path):
     """One of them in a collective that the other never joins: it does not hear of signals."""
     program = """

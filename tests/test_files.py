@@ -335,7 +335,7 @@ def test_only_the_first_ten_unreadable_images_are_named(tmp_path):
         data.load("folder", root)
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("workers", [pytest.param("0", marks=pytest.mark.slow), "2"])
 def test_a_corrupt_streamed_file_ends_training_in_one_line(tmp_path, workers):
     damage(write_folder(tmp_path / "images", size=(130, 130)))
     flags = "--device cpu --dataset folder --data images --image-size 128 --depth 10 --growth-rate 4 --no-plot --save run"

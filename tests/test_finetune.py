@@ -251,6 +251,7 @@ def test_the_classifier_has_its_own_learning_rate(kind):
         torch.testing.assert_close(ends[1][name], value, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_several_processes_start_from_the_same_weights_and_keep_frozen_parts(trained):
     flags = ["--epochs", "2", "--init-from", str(trained), "--freeze", "blocks.1,norm", "--head-lr", "0.3", "--block", "fused"]
     output = finished(torchrun(2, str(ROOT / "train.py"), *TINY, *flags, "--save", "run", "--no-plot"), 0)

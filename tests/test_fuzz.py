@@ -77,7 +77,7 @@ def test_every_command_line_works_or_is_one_line(name, nothing_starts, capsys):
     fuzz(name, capsys, examples=60 if name == "train" else 25)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_line_works_or_is_one_line_many_times(name, nothing_starts, capsys):
     fuzz(name, capsys, examples=1500)

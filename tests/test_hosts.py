@@ -1,6 +1,6 @@
 """Two machines, really: two network namespaces that a veth pair joins, each with a host name, a launcher and its ranks.
 
-They share a file system, and nothing else. Needs root and the command `ip`: pytest -m slow tests/test_hosts.py -s
+They share a file system, and nothing else. Needs root and the command `ip`: pytest -m long tests/test_hosts.py -s
 """
 
 import os
@@ -31,7 +31,7 @@ distributed.exit_from(train.main)
 """
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() or not shutil.which("ip"), reason="needs root and ip"),
 ]
 

@@ -259,7 +259,7 @@ def damaged(text, edits):
     return text
 
 
-@pytest.mark.parametrize("examples", [60, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [60, pytest.param(2000, marks=pytest.mark.long)])
 @pytest.mark.parametrize("write", [write_ours, write_bamos, write_gpleiss])
 def test_a_damaged_log_is_drawn_or_is_one_line(tmp_path, write, examples):
     run = write(tmp_path / "run")

@@ -314,6 +314,7 @@ def test_what_is_pinned_is_not_measured(tiny, measured, flag, tmp_path):
     assert block_of(tmp_path / "run") == ("fused" if flag == "--deterministic" and fused.loops else "naive")
 
 
+@pytest.mark.slow
 def test_rank_0_decides_for_all(tmp_path):
     """Two ranks that would choose differently train with one block: that of rank 0."""
     program = (

@@ -90,7 +90,7 @@ def test_whatever_is_altered_is_refused_in_a_line_or_works(trained, capsys):
     sweep(trained, capsys, 12)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_whatever_is_altered_is_refused_in_a_line_or_works_many_times(trained, capsys):
     sweep(trained, capsys, 1000)
 

@@ -255,7 +255,7 @@ sys.exit(train.main(sys.argv[1:]))"""
         assert Path("run", name).read_bytes() == (whole_run / name).read_bytes()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_runs_survive_harm_at_random():
     result = subprocess.run([sys.executable, ROOT / "tests/campaign.py", "--count", "5"], capture_output=True, text=True)
