@@ -283,7 +283,7 @@ os.execv("{python}", ["{python}", *args])
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_block_of_commands_runs(tmp_path):
     """The pages' blocks of commands, verbatim and in their order, in a copy of the repository; then the README's Python."""
     shutil.copytree(ROOT, tmp_path / "clone", ignore=shutil.ignore_patterns(".git", "data", "work", "__pycache__"))
