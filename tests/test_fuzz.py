@@ -102,7 +102,7 @@ def test_command_lines_work_or_are_one_line_many_times(name, outcome, flags_of):
     fuzz(flags_of(name), partial(outcome, name), examples=1500)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_flag_with_every_value(name, outcome, flags_of):
     wrong, small = {}, ["--depth", "10"] if name in ("train", "make_graph") else []
