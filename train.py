@@ -8,7 +8,6 @@ import datetime
 import itertools
 import math
 import os
-import shlex
 import signal
 import sys
 import time
@@ -23,33 +22,19 @@ import data
 import distributed
 from arguments import as_flags, model_options, try_out
 from batches import batch_positions, memory_format
-from cli import Mistake, command, forget_workers, memory_problem, one_line, place_of
+from cli import Mistake, command, one_line
 from densenet import BLOCKS, DenseNet
 from device import choose_block, choose_device, choose_precision, device_name, peak_memory_mib, set_up_device
+from ending import Interrupted, NotFinite, ending, interruptible
 from finetune import freeze, parameter_groups, read_source, take, training_mode
 from inference import evaluate
 from measure import fastest_block
 from reader import Reader
 from recipe import PAPER, RECIPES, learning_rate, make_optimizer, make_recipe
 from resume import parse_args
+from saved import stages
 from step import GraphedStep, Step, compile_model
-from workdir import Figures, Lost, Run, provenance, stages
-
-
-class NotFinite(Exception):
-    """The loss became NaN or infinite in iteration ``step`` (from 1) of an epoch."""
-
-    def __init__(self, step):
-        super().__init__(step)
-        self.step = step
-
-
-class Interrupted(BaseException):
-    """SIGINT, SIGTERM or SIGHUP arrived."""
-
-    def __init__(self, number):
-        super().__init__(number)
-        self.number = number
+from workdir import Figures, Run, provenance
 
 
 def train_epoch(step, batches, schedule, bar):
@@ -155,6 +140,16 @@ def pick_block(args, checkpoint, dataset, options, device, precision):
 
 def make_model(options, device, block):
     return DenseNet(**options, block=block).to(device, memory_format=memory_format(device))
+
+
+def start_model(args, dataset, options, source, device, block):
+    """The network that training starts with: weights of a source taken, parts frozen, and notes about both."""
+    model = make_model(options, device, block)
+    if source:
+        dataset.notes.append(take(model, source, args.init_from, list(dataset.classes)))
+    if args.freeze is not None:
+        dataset.notes.append(freeze(model, args.freeze))
+    return model
 
 
 def make_step(args, model, optimizer, amp, precision, recipe=PAPER):
@@ -274,8 +269,7 @@ def progress_bar(args, epoch, batches):
 
 def print_start(args, config, stage, dataset):
     name = args.arch or f"DenseNet{'-BC' if args.bottleneck else ''}-{args.depth} (k = {args.growth_rate})"
-    kinds = {"train": "training", "valid": "validation", "test": "test"}
-    counts = ", ".join(f"{len(split):,} {kinds[name]}" for name, split in dataset.splits.items())
+    counts = ", ".join(f"{len(split):,} {data.KINDS[name]}" for name, split in dataset.splits.items())
     print(f"{name}, {config['parameters']:,} parameters, block {stage['block']}, {stage['precision']}")
     print(f"{args.dataset}: {counts} images in {len(dataset.classes)} classes")
     if args.recipe:
@@ -339,11 +333,7 @@ def train(args, checkpoint, run):
     block, note = distributed.on_rank_0(pick_block, args, checkpoint, dataset, options, device, precision)
     if note:
         dataset.notes.append(note)
-    model = make_model(options, device, block)
-    if source:
-        dataset.notes.append(take(model, source, args.init_from, list(dataset.classes)))
-    if args.freeze is not None:
-        dataset.notes.append(freeze(model, args.freeze))
+    model = start_model(args, dataset, options, source, device, block)
     optimizer = make_optimizer(args, parameter_groups(model, args.head_lr and args.head_lr / args.lr))
     recipe = make_recipe(args, model, dataset, distributed.world_size())
     stage = provenance(device, distributed.launcher())
@@ -371,9 +361,14 @@ def train(args, checkpoint, run):
         run.start(state(checkpoint["epoch"]))
         print_start(args, checkpoint["config"], stage, dataset)
 
-    first_epoch, batches, main_process = checkpoint["epoch"] + 1, make_batches(args, dataset), distributed.rank() == 0
     distributed.on_rank_0(start)
     run.epoch = checkpoint["epoch"]
+    train_epochs(args, checkpoint, run, model, step, make_batches(args, dataset), state)
+
+
+def train_epochs(args, checkpoint, run, model, step, batches, state):
+    """The epochs after the one of ``checkpoint``; ``state`` makes the checkpoint after an epoch."""
+    first_epoch, main_process = checkpoint["epoch"] + 1, distributed.rank() == 0
     with Figures(run.path, args.plot and main_process) as figures:
         for epoch in range(first_epoch, args.epochs + 1):
             begin = time.monotonic()
@@ -396,31 +391,6 @@ def set_up_torch(args):
     torch.backends.cudnn.benchmark = not args.deterministic
 
 
-@contextlib.contextmanager
-def interruptible():
-    """Raise Interrupted on SIGINT, SIGTERM and SIGHUP, until the function that this yields is called: then ignore them.
-
-    SIGHUP, by which a terminal says that it is closed, stays ignored where it is: ``nohup`` starts a command like that.
-    """
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # Windows has none
-        numbers.append(signal.SIGHUP)
-
-    def interrupt(number, frame):
-        raise Interrupted(number)
-
-    def ignore():
-        for number in before:
-            signal.signal(number, signal.SIG_IGN)
-
-    before = {number: signal.signal(number, interrupt) for number in numbers}
-    try:
-        yield ignore
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 @command
 def main(argv=None):
     run = None
@@ -438,69 +408,6 @@ def main(argv=None):
                 with contextlib.suppress(OSError):  # the terminal may be closed
                     print(f"train.py: {one_line(message)}", file=sys.stderr)
             return status
-
-
-def ending(error, run):
-    """The exit status of a run that ``error`` has ended, and what this rank says about it, or None.
-
-    Raises errors that are not to be expected, and those of standard output, again.
-    """
-    rank, has_begun = distributed.rank(), run is not None and run.epoch is not None
-    if isinstance(error, distributed.FailedElsewhere):
-        return error.status, None
-    if isinstance(error, Mistake):
-        return 2, f"error: {error}" + (f"; {saved(run)}" if has_begun else "")
-    if isinstance(error, NotFinite):
-        if rank > 0:  # which do not know the epoch
-            return 3, None
-        where = f"epoch {run.epoch + 1}, iteration {error.step}"
-        return 3, f"error: the loss is not finite in {where}; {saved(run, slower)}"
-    if isinstance(error, Interrupted):
-        quiet = not distributed.reports_lost_rank() or (error.number == signal.SIGINT and rank > 0)
-        return 128 + error.number, None if quiet else f"stopped; {saved(run)}"
-    if (problem := memory_problem(error)) and has_begun:
-        forget_workers()
-        error.__traceback__ = None  # which holds on to what filled the memory
-        return 1, f"error: {problem}; {saved(run, fewer if '--workers' in problem else smaller)}"
-    if isinstance(error, OSError) and has_begun and not isinstance(error, BrokenPipeError):
-        return 1, f"error: {place_of(error) or run.path}: {error.strerror or error}; {saved(run)}"
-    if distributed.is_lost_rank(error):
-        quiet = not distributed.reports_lost_rank()
-        return 1, None if quiet else f"error: another process of this run has ended; {saved(run)}"
-    raise error
-
-
-def slower(arguments):
-    return f" --lr {arguments['lr'] / 10:g} (at the same rate, the same would happen)"
-
-
-def fewer(arguments):
-    return f" --workers {arguments['workers'] // 2}"
-
-
-def smaller(arguments):
-    return "" if arguments["block"] == "checkpoint" else " --block checkpoint (which needs less memory)"
-
-
-def saved(run, change=lambda arguments: ""):
-    """What of a run that ended early is safe on disk, as found there, and how to go on.
-
-    ``change`` says what to add to the command, from the run's arguments.
-    """
-    if run is None:
-        return "nothing was written"
-    try:
-        checkpoint, path = run.latest()
-    except Lost:
-        return "nothing was saved"
-    except Mistake as error:
-        return str(error)
-    if run.epoch is None:
-        return f"{path} is as it was, after epoch {checkpoint['epoch']}"
-    save = ("--save=" if str(run.path).startswith("-") else "--save ") + shlex.quote(str(run.path))
-    resume = f"{distributed.launcher()} {shlex.quote(sys.argv[0])} {save} --resume"
-    resume += change(checkpoint["config"]["arguments"])
-    return f"epoch {checkpoint['epoch']} is saved in {path}; to go on: {resume}"
 
 
 if __name__ == "__main__":
