@@ -37,6 +37,7 @@ NORMALIZE = {
 }
 # Of runs that are older than the others: what else a folder holds was not looked at.
 FIRST_LAYOUT = {"folders": {"train": "train", "test": "test"}, "test_files": []}
+KINDS = {"train": "training", "valid": "validation", "test": "test"}  # what the images of a split are called
 SVHN_CLASSES = [str(digit) for digit in range(10)]
 
 

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from cli import Mistake, Parser, command, natural, nonempty, positive, positive_number, workers
-from data import passed_over
+from data import KINDS, passed_over
 from device import PRECISIONS, choose_device, choose_precision, set_up_device
 from export import read_network
 from folders import find_images
@@ -34,7 +34,6 @@ from inference import (
 )
 from report import csv_table, headline, likeliest, print_scores
 
-KINDS = {"train": "training", "valid": "validation", "test": "test"}
 PICTURES = (".png", ".pdf", ".svg")
 DRAWN = 32  # mistakes, at most
 

@@ -26,7 +26,9 @@ from export import FORMATS, SIZES, export
 from inference import averaged, load_split, predictions
 from intervals import wilson
 from logs import read_table
-from workdir import read_checkpoint, read_config, stages, write_checkpoint
+from saved import stages
+from tables import formatted
+from workdir import read_checkpoint, read_config, write_checkpoint
 
 COLUMNS = (
     "run", "command", "hardware", "wall time", "images/s",
@@ -128,7 +130,7 @@ def table_row(directory):
 
 def markdown(rows):
     """A table with COLUMNS as its header."""
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (COLUMNS, ["---"] * len(COLUMNS), *rows))
+    return formatted(COLUMNS, rows, "markdown")
 
 
 @command

@@ -12,7 +12,8 @@ from arguments import NETWORK, check_args, given_flags, make_parser, model_optio
 from cli import Mistake
 from densenet import DenseNet
 from finetune import freeze, read_source, unfit
-from workdir import Run, stages
+from saved import stages
+from workdir import Run
 
 # What --resume may change: none of it changes what is computed, but for the schedule and rounding.
 RESUMABLE = {

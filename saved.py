@@ -40,6 +40,11 @@ STAGE = {  # what a process notes of itself in a config
 }
 
 
+def stages(config):
+    """Command, commit, hardware, … of a run's first process, and of each that resumed it."""
+    return [config, *config["resumed"]]
+
+
 def check_checkpoint(checkpoint):
     """Raises Mistake where an entry of a checkpoint cannot be one."""
     check_config(checkpoint["config"], "epoch" in checkpoint)
@@ -69,8 +74,8 @@ def is_config(config, of_run):
     ours = isinstance(config["arguments"], dict) and isinstance(config["model"], dict)
     if not of_run:
         return ours
-    stages = [config, *config["resumed"]]
-    return ours and is_count(config["parameters"]) and all(STAGE[name](each[name]) for each in stages for name in STAGE)
+    fits = all(STAGE[name](each[name]) for each in stages(config) for name in STAGE)
+    return ours and is_count(config["parameters"]) and fits
 
 
 def check_arguments(arguments):

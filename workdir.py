@@ -168,11 +168,6 @@ def write_checkpoint(path, checkpoint, previous=None):
         file.write(buffer.getbuffer())
 
 
-def stages(config):
-    """Command, commit, hardware, … of a run's first process, and of each that resumed it."""
-    return [config, *config["resumed"]]
-
-
 def read_config(directory):
     """The config.json of a run as a dict. Raises Mistake where there is none."""
     path = directory / "config.json"
