@@ -1,14 +1,9 @@
 """Each Triton kernel against the same step in plain torch: on a GPU, else in Triton's interpreter on the CPU."""
 
 import functools
-import os
-import re
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT
 
 pytest.importorskip("triton")  # torch comes without it on some systems
 from test_blocks import assert_as_exact_as_naive, make, step, with_block
@@ -215,22 +210,3 @@ def test_whole_block(monkeypatch, bottleneck, training, count):
     naive = step(with_block(model, "naive"), x, amp)
     monkeypatch.setattr(fused, "steps_for", lambda x: kernels)
     assert_as_exact_as_naive(step(with_block(model, "fused"), x, amp), naive, exact)
-
-
-@pytest.mark.parametrize(
-    ("flags", "rows_expected"),
-    [
-        pytest.param("--networks densenet_bc_100_12 --targets 80 90", 2 * 7, marks=pytest.mark.slow),
-        pytest.param("", 6 * (3 * 7 + 5), marks=pytest.mark.long),
-    ],
-)
-def test_kernels_compile_for_gpus_without_spills(flags, rows_expected):
-    """For every launch of networks of the paper in training in bf16. Needs no GPU."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, ROOT / "bench/compile_kernels.py", *flags.split()]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    row = r"^\| densenet_\w+ \| sm_\d+ \| \w+_kernel \| \d+ \| (\d+) \| (\d+) \| ([\d,]+) \| ([\d,]+) \|$"
-    rows = [[int(number.replace(",", "")) for number in found] for found in re.findall(row, result.stdout, re.MULTILINE)]
-    assert (result.returncode, len(rows)) == (0, rows_expected), result.stderr
-    for registers, stack, shared, limit in rows:
-        assert registers <= 255 and stack <= 32 and shared <= limit

@@ -1,7 +1,13 @@
-"""What a step launches on a GPU, counted without one."""
+"""What a step launches on a GPU, counted and compiled without one."""
+
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 pytest.importorskip("triton")  # torch comes without it on some systems
@@ -23,3 +29,22 @@ def test_a_step_reads_nothing_back():
         step()
         with pytest.raises(DataDependentOutputException):
             torch.ones(1).item()  # what it would be noticed by
+
+
+@pytest.mark.parametrize(
+    ("flags", "rows_expected"),
+    [
+        pytest.param("--networks densenet_bc_100_12 --targets 80 90", 2 * 7, marks=pytest.mark.slow),
+        pytest.param("", 6 * (3 * 7 + 5), marks=pytest.mark.long),
+    ],
+)
+def test_kernels_compile_for_gpus_without_spills(flags, rows_expected):
+    """For every launch of networks of the paper in training in bf16. Needs no GPU."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, ROOT / "bench/compile_kernels.py", *flags.split()]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    row = r"^\| densenet_\w+ \| sm_\d+ \| \w+_kernel \| \d+ \| (\d+) \| (\d+) \| ([\d,]+) \| ([\d,]+) \|$"
+    rows = [[int(number.replace(",", "")) for number in found] for found in re.findall(row, result.stdout, re.MULTILINE)]
+    assert (result.returncode, len(rows)) == (0, rows_expected), result.stderr
+    for registers, stack, shared, limit in rows:
+        assert registers <= 255 and stack <= 32 and shared <= limit
