@@ -376,7 +376,7 @@ def cache_path(job, device):
 def gpu(device):
     """What a GPU's speed depends on beside its name."""
     properties, driver = torch.cuda.get_device_properties(device), Path("/proc/driver/nvidia/version")
-    libraries = torch.version.cuda, torch.backends.cudnn.version(), torch._C._cuda_getDriverVersion()
+    libraries = torch.version.cuda, torch.backends.cudnn.version()
     return [properties.total_memory, *libraries, driver.read_text() if driver.exists() else None]
 
 

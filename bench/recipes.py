@@ -1,7 +1,7 @@
 """What newer recipes bring: validation errors of the paper's, of each ingredient alone, and of --recipe modern.
 
 Example: python bench/recipes.py --data data/cifar10-jpeg --epochs 20 --limit-train 20000
-         python bench/recipes.py --data data/cifar10-jpeg --epochs 20 --limit-train 20000 --only paper mixup --seeds 1 2
+         python bench/recipes.py --data data/cifar10-jpeg --epochs 20 --only paper mixup -- --cuda-graph --block fused
 
 Trains one run after another below --out. A run that is there is not repeated, one that was cut short goes on: the same
 command again continues the measurement. Then prints a table of validation errors. All runs have the same images, epochs
@@ -53,6 +53,7 @@ def parse_args(argv=None):
     add("--limit-train", type=positive, metavar="N", help="train on the first N images (default: all)")
     add("--image-size", type=positive, default=32, metavar="N", help="pixels (default: %(default)s)")
     add("--threads", type=positive, default=1, metavar="N", help="of a run (default: %(default)s)")
+    add("flags", nargs="*", metavar="-- FLAG", help="flags of train.py, for every run")
     return parser.parse_args(argv)
 
 
@@ -76,7 +77,7 @@ def run(args, name, seed):
     given = {name.replace("_", "-"): str(value) for name, value in options.items() if value is not None}
     flags = [text for name, value in given.items() for text in (f"--{name}", value)]
     state = ["--resume"] if (path / "latest.pth").exists() else []
-    flags += [*RECIPES[name].split(), *state, "--no-plot"]
+    flags += [*RECIPES[name].split(), *args.flags, *state, "--no-plot"]
     call = [sys.executable, ROOT / "train.py", "--dataset", "folder", *flags]
     env = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
     if status := subprocess.run(call, env=env, stdout=sys.stderr).returncode:

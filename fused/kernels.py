@@ -6,7 +6,7 @@ weights are read as the optimiser keeps them: nothing is prepared by launches of
 
 A program takes a span of rows. One that sums over rows writes a partial sum, and a second, small launch adds those in a
 fixed order and finishes what depends on them: no atomics, so that runs repeat bit for bit. In training, a layer with a
-bottleneck makes four launches forward and five backward.
+bottleneck makes five launches forward and six backward.
 """
 
 import math
@@ -21,9 +21,16 @@ def power_of_2(n, least=16):
     return max(least, triton.next_power_of_2(n))
 
 
-# Tile sizes: rows of a tile, input columns of a tile, output columns of a tile at most. A 1×1 convolution, whose input
-# is wide, has more of these, to read it less often. Registers are what limits all.
-ROWS, COLUMNS, MOST_OUTPUTS = 64, 32, 64
+# Tiles: rows BM at most, columns of the input, of outputs (BQ) or of both, and warps. Registers are what limits all.
+TILES = {
+    "bn_relu_conv1x1": {"BM": 64, "BC": 32, "num_warps": 4},
+    "bn_relu": {"BM": 64, "BJ": 64, "num_warps": 4},
+    "conv3x3": {"BM": 128, "BJ": 64, "num_warps": 4},
+    "complete": {"BM": 128, "num_warps": 4},
+    "conv3x3_backward": {"BM": 128, "BQ": 16, "BJ": 64, "num_warps": 8},
+    "conv3x3_weight": {"BM": 64, "BQ": 64, "BJ": 64, "num_warps": 8},
+    "conv1x1_backward": {"BM": 32, "BC": 32, "num_warps": 8},
+}
 # Programs of a launch that sums over rows: enough for a large GPU, few enough to be added soon; fewer where a partial
 # sum is a matrix.
 PROGRAMS, MATRIX_PROGRAMS = 528, 264
@@ -39,7 +46,13 @@ def vector(*sizes):
     return math.gcd(8, *sizes)
 
 
-def share_rows(rows, most, others=1, tile=ROWS):
+def fitting(name, rows):
+    """The tiles of a kernel, with fewer rows where that makes more programs: each multiprocessor should have some."""
+    tiles = TILES[name]
+    return tiles | {"BM": max(16, min(tiles["BM"], power_of_2(rows // MATRIX_PROGRAMS)))}
+
+
+def share_rows(rows, most, others=1, tile=64):
     """(rows of a program, programs), at most so many beside ``others`` that share something else."""
     tiles = triton.cdiv(rows, tile)
     span = triton.cdiv(tiles, min(tiles, triton.cdiv(most, others))) * tile
@@ -121,26 +134,38 @@ def bn_relu_conv1x1_kernel(
 def bn_relu_conv1x1(x, norm, weight, out, statistics):
     """x (M, C), weight (J, C, 1, 1): writes out (M, J) and, where asked to, mean and variance of its columns (2, J)."""
     (m, c), j = x.shape, len(weight)
-    bj = min(2 * MOST_OUTPUTS, power_of_2(j))
-    span, programs = share_rows(m, PROGRAMS, triton.cdiv(j, bj))
+    tiles, bj = fitting("bn_relu_conv1x1", m), min(128, power_of_2(j))
+    tiles["num_warps"] *= 1 if bj <= 64 else 2
+    span, programs = share_rows(m, PROGRAMS, triton.cdiv(j, bj), tiles["BM"])
     partial = x.new_empty(programs, 2, j, dtype=torch.float32)
     bn_relu_conv1x1_kernel[(programs, triton.cdiv(j, bj))](
         x, x.stride(0), *norm[:5], weight.flatten(1).contiguous(), out, partial, span, m, c, j,
-        BM=ROWS, BC=COLUMNS, BJ=bj, V=vector(c, x.stride(0)), ASKED=statistics is not None,
-        num_warps=4 if bj <= MOST_OUTPUTS else 8,
+        **tiles, BJ=bj, V=vector(c, x.stride(0)), ASKED=statistics is not None,
     )  # fmt: skip
     finish_statistics(partial, statistics, span, m)
 
 
-# o = conv3×3(relu(x·s + t), W) into columns of the buffer, and partial statistics. Program p: a span of rows, all K
-# outputs; loops over the 9 taps and the J input columns. The weight (K, J, 3, 3) has the strides wk, wj, wy and wx.
+# a = relu(x·s + t), (M, J). Program (p, j): a tile of rows, columns j.
 @triton.jit
-def bn_relu_conv3x3_kernel(
-    x, x_stride, mean, var, gamma, beta, eps, weight, wk, wj, wy, wx, out, out_stride, partial,
-    span, M, height, width, J, K,
+def bn_relu_kernel(
+    x, x_stride, mean, var, gamma, beta, eps, a, M, J, BM: tl.constexpr, BJ: tl.constexpr, V: tl.constexpr
+):
+    x_stride, J = x_stride // V * V, J // V * V
+    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    cols = tl.program_id(1) * BJ + tl.arange(0, BJ)
+    _mu, _r, s, t = load_norm(mean, var, gamma, beta, eps, cols, J)
+    value, _x = load_bn_relu(x, x_stride, s, t, rows, cols, rows < M, J)
+    tl.store(a + rows[:, None] * J + cols[None, :], value, mask=(rows < M)[:, None] & (cols < J)[None, :])
+
+
+# o = conv3×3(a, W) into columns of the buffer, and partial statistics. Program p: a span of rows, all K outputs; loops
+# over the 9 taps of tiles of the J input columns. The weight (K, J, 3, 3) has the strides wk, wj, wy and wx.
+@triton.jit
+def conv3x3_kernel(
+    a, weight, wk, wj, wy, wx, out, out_stride, partial, span, M, height, width, J, K,
     BM: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, ASKED: tl.constexpr,
 ):  # fmt: skip
-    x_stride, J = x_stride // V * V, J // V * V
+    J = J // V * V
     program = tl.program_id(0).to(tl.int64)
     outs = tl.arange(0, BK)
     count, average, square = 0.0, tl.zeros((BK,), tl.float32), tl.zeros((BK,), tl.float32)
@@ -148,18 +173,15 @@ def bn_relu_conv3x3_kernel(
         rows = row + tl.arange(0, BM)
         row_y, row_x = rows // width % height, rows % width
         acc = tl.zeros((BM, BK), tl.float32)
-        for first in range(0, J, BJ):
-            cols = first + tl.arange(0, BJ)
-            _mu, _r, s, t = load_norm(mean, var, gamma, beta, eps, cols, J)
-            for tap in range(9):
-                dy, dx = tap // 3 - 1, tap % 3 - 1
-                source_y, source_x = row_y + dy, row_x + dx
-                inside = (rows < M) & (source_y >= 0) & (source_y < height) & (source_x >= 0) & (source_x < width)
-                a, _value = load_bn_relu(x, x_stride, s, t, rows + dy * width + dx, cols, inside, J)  # (BM, BJ)
-                mask = (cols < J)[:, None] & (outs < K)[None, :]
-                place = weight + tap // 3 * wy + tap % 3 * wx + cols[:, None] * wj + outs[None, :] * wk
-                w = tl.load(place, mask=mask, other=0.0)  # (BJ, BK)
-                acc = tl.dot(a, w.to(a.dtype), acc, input_precision="ieee")
+        for part in range(9 * tl.cdiv(J, BJ)):
+            tap, cols = part % 9, part // 9 * BJ + tl.arange(0, BJ)
+            dy, dx = tap // 3 - 1, tap % 3 - 1
+            inside = in_image(rows, row_y + dy, row_x + dx, M, height, width)
+            place = a + (rows + dy * width + dx)[:, None] * J + cols[None, :]
+            value = tl.load(place, mask=inside[:, None] & (cols < J)[None, :], other=0.0)  # (BM, BJ)
+            place = weight + tap // 3 * wy + tap % 3 * wx + cols[:, None] * wj + outs[None, :] * wk
+            w = tl.load(place, mask=(cols < J)[:, None] & (outs < K)[None, :], other=0.0)  # (BJ, BK)
+            acc = tl.dot(value, w.to(value.dtype), acc, input_precision="ieee")
         value = acc.to(out.dtype.element_ty)
         mask = (rows < M)[:, None] & (outs < K)[None, :]
         tl.store(out + rows[:, None] * out_stride + outs[None, :], value, mask=mask)
@@ -170,15 +192,28 @@ def bn_relu_conv3x3_kernel(
         store_pair(partial, average, square, program, outs, K)
 
 
+# Whether the pixels y, x exist that rows ask for.
+@triton.jit
+def in_image(rows, y, x, M, height, width):
+    return (rows < M) & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+
+
 def bn_relu_conv3x3(x, norm, weight, shape, out, statistics):
-    """x (M, J), weight (K, J, 3, 3): writes out (M, K) and, where asked to, its columns' mean and variance (2, K)."""
+    """x (M, J), weight (K, J, 3, 3): writes out (M, K) and, where asked to, its columns' mean and variance (2, K).
+
+    relu(x·s + t) is written down on the way, since each pixel of it is read nine times.
+    """
     (m, j), k = x.shape, len(weight)
-    (span, programs), bk = share_rows(m, PROGRAMS), power_of_2(k)
+    a, tiles = x.new_empty(m, j), fitting("bn_relu", m)
+    bn_relu_kernel[(triton.cdiv(m, tiles["BM"]), triton.cdiv(j, tiles["BJ"]))](
+        x, x.stride(0), *norm[:5], a, m, j, **tiles, V=vector(j, x.stride(0))
+    )
+    tiles = fitting("conv3x3", m)
+    span, programs = share_rows(m, PROGRAMS, tile=tiles["BM"])
     partial = x.new_empty(programs, 2, k, dtype=torch.float32)
-    bn_relu_conv3x3_kernel[(programs,)](
-        x, x.stride(0), *norm[:5], weight, *weight.stride(), out, out.stride(0), partial,
-        span, m, shape[2], shape[3], j, k, BM=ROWS, BJ=COLUMNS, BK=bk,
-        V=vector(j, x.stride(0)), ASKED=statistics is not None, num_warps=4 if bk < MOST_OUTPUTS else 8,
+    conv3x3_kernel[(programs,)](
+        a, weight, *weight.stride(), out, out.stride(0), partial, span, m, shape[2], shape[3], j, k,
+        **tiles, BK=power_of_2(k), V=vector(j), ASKED=statistics is not None,
     )  # fmt: skip
     finish_statistics(partial, statistics, span, m)
 
@@ -213,32 +248,32 @@ def finish_statistics(partial, statistics, span, rows):
         )
 
 
-# The 9·K columns that a row's gradient comes from: column c is that of output c % K at the pixel whose tap c // K reads
-# from here, zero outside the image. (BM, BQ) The gradient of outputs y, columns of the buffer, is d − p − q·(y − mean).
+# g (M, KP): the gradient of outputs y, columns of the buffer, is d − p − q·(y − mean); zero beyond K columns.
 @triton.jit
-def load_taps(y, y_stride, d, d_stride, mean, p, q, rows, columns, M, height, width, K):
-    tap, k = columns // K, columns % K
-    dy, dx = 1 - tap // 3, 1 - tap % 3  # the tap (−1 … 1) with its sign turned
-    row_y, row_x = (rows // width % height)[:, None] + dy[None, :], (rows % width)[:, None] + dx[None, :]
-    inside = columns < 9 * K
-    mask = (rows < M)[:, None] & inside[None, :] & (row_y >= 0) & (row_y < height) & (row_x >= 0) & (row_x < width)
-    source = rows[:, None] + (dy * width + dx)[None, :]
-    value = tl.load(d + source * d_stride + k[None, :], mask=mask, other=0.0)
-    x = tl.load(y + source * y_stride + k[None, :], mask=mask, other=0.0).to(tl.float32)
-    mu = tl.load(mean + k, mask=inside, other=0.0)
-    p = tl.load(p + k, mask=inside, other=0.0)
-    q = tl.load(q + k, mask=inside, other=0.0)
+def complete_kernel(
+    y, y_stride, d, d_stride, mean, p, q, g, M, K, KP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr
+):
+    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    cols = tl.arange(0, BK)
+    inside = cols < K
+    mask = (rows < M)[:, None] & inside[None, :]
+    value = tl.load(d + rows[:, None] * d_stride + cols[None, :], mask=mask, other=0.0)
+    x = tl.load(y + rows[:, None] * y_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    mu = tl.load(mean + cols, mask=inside, other=0.0)
+    p = tl.load(p + cols, mask=inside, other=0.0)
+    q = tl.load(q + cols, mask=inside, other=0.0)
     complete = value.to(tl.float32) - p[None, :] - q[None, :] * (x - mu[None, :])
-    return tl.where(mask, complete, 0.0).to(value.dtype)
+    complete = tl.where(inside[None, :], complete, 0.0).to(value.dtype)
+    tl.store(g + rows[:, None] * KP + cols[None, :], complete, mask=(rows < M)[:, None] & (cols < KP)[None, :])
 
 
-# dR = (Σ over taps d_out·W)·[x·s + t > 0], and partial sums of dR·x̂ and dR. Program (p, j): a span of rows, columns j
-# of x; loops over the 9·K columns of taps.
+# dR = (Σ over taps g·W)·[x·s + t > 0], and partial sums of dR·x̂ and dR. Program (p, j): a span of rows, columns j of x;
+# loops over the 9 taps of tiles of the outputs.
 @triton.jit
 def conv3x3_backward_kernel(
-    y, y_stride, d, d_stride, y_mean, p, q, x, x_stride, mean, var, gamma, beta, eps, weight, wk, wj, wy, wx,
+    g, x, x_stride, mean, var, gamma, beta, eps, weight, wk, wj, wy, wx,
     d_relu, sums, span, M, height, width, J, K,
-    BM: tl.constexpr, BQ: tl.constexpr, BJ: tl.constexpr, V: tl.constexpr,
+    KP: tl.constexpr, BM: tl.constexpr, BQ: tl.constexpr, BJ: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     x_stride, J = x_stride // V * V, J // V * V
     program = tl.program_id(0).to(tl.int64)
@@ -247,14 +282,16 @@ def conv3x3_backward_kernel(
     d_weight, d_bias = tl.zeros((BJ,), tl.float32), tl.zeros((BJ,), tl.float32)
     for row in range(program * span, tl.minimum(program * span + span, M), BM):
         rows = row + tl.arange(0, BM)
+        row_y, row_x = rows // width % height, rows % width
         acc = tl.zeros((BM, BJ), tl.float32)
-        for first in range(0, 9 * K, BQ):
-            columns = first + tl.arange(0, BQ)
-            d_out = load_taps(y, y_stride, d, d_stride, y_mean, p, q, rows, columns, M, height, width, K)
-            mask = (columns < 9 * K)[:, None] & (cols < J)[None, :]
-            tap = columns // K
-            place = weight + (columns % K * wk + tap // 3 * wy + tap % 3 * wx)[:, None] + cols[None, :] * wj
-            w = tl.load(place, mask=mask, other=0.0)  # (BQ, BJ)
+        for part in range(9 * (KP // BQ)):
+            tap, outs = part % 9, part // 9 * BQ + tl.arange(0, BQ)
+            dy, dx = 1 - tap // 3, 1 - tap % 3  # of the pixel whose tap reads from here: the sign is turned
+            inside = in_image(rows, row_y + dy, row_x + dx, M, height, width)
+            place = g + (rows + dy * width + dx)[:, None] * KP + outs[None, :]
+            d_out = tl.load(place, mask=inside[:, None], other=0.0)  # (BM, BQ)
+            place = weight + tap // 3 * wy + tap % 3 * wx + outs[:, None] * wk + cols[None, :] * wj
+            w = tl.load(place, mask=(outs < K)[:, None] & (cols < J)[None, :], other=0.0)  # (BQ, BJ)
             acc = tl.dot(d_out, w.to(d_out.dtype), acc, input_precision="ieee")
         a, value = load_bn_relu(x, x_stride, s, t, rows, cols, rows < M, J)
         mask = (rows < M)[:, None] & (cols < J)[None, :]
@@ -266,26 +303,30 @@ def conv3x3_backward_kernel(
     store_pair(sums, d_weight, d_bias, program, cols, J)
 
 
-# dW, partial: (programs, 9·K, J). Program (p, c, j): a span of rows, columns c of taps, input columns j.
+# dW, partial: (programs, 9·K, J). Program (p, c, j): a span of rows, columns c of the 9·KP of taps, input columns j.
 @triton.jit
 def conv3x3_weight_kernel(
-    y, y_stride, d, d_stride, y_mean, p, q, x, x_stride, mean, var, gamma, beta, eps,
-    partial, span, M, height, width, J, K,
-    BM: tl.constexpr, BQ: tl.constexpr, BJ: tl.constexpr, V: tl.constexpr,
+    g, x, x_stride, mean, var, gamma, beta, eps, partial, span, M, height, width, J, K,
+    KP: tl.constexpr, BM: tl.constexpr, BQ: tl.constexpr, BJ: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     x_stride, J = x_stride // V * V, J // V * V
     program = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BQ + tl.arange(0, BQ)
+    tap, outs = columns // KP, columns % KP
+    dy, dx = (1 - tap // 3)[None, :], (1 - tap % 3)[None, :]
     cols = tl.program_id(2) * BJ + tl.arange(0, BJ)
     _mu, _r, s, t = load_norm(mean, var, gamma, beta, eps, cols, J)
     acc = tl.zeros((BQ, BJ), tl.float32)
     for row in range(program * span, tl.minimum(program * span + span, M), BM):
         rows = row + tl.arange(0, BM)
-        d_out = load_taps(y, y_stride, d, d_stride, y_mean, p, q, rows, columns, M, height, width, K)
+        y, pixel = (rows // width % height)[:, None] + dy, (rows % width)[:, None] + dx
+        mask = in_image(rows[:, None], y, pixel, M, height, width) & (tap < 9)[None, :]
+        place = g + (rows[:, None] + dy * width + dx) * KP + outs[None, :]
+        d_out = tl.load(place, mask=mask, other=0.0)  # (BM, BQ)
         a, _value = load_bn_relu(x, x_stride, s, t, rows, cols, rows < M, J)
         acc = tl.dot(tl.trans(d_out), a, acc, input_precision="ieee")
-    mask = (columns < 9 * K)[:, None] & (cols < J)[None, :]
-    tl.store(partial + (program * 9 * K + columns[:, None]) * J + cols[None, :], acc, mask=mask)
+    mask = ((tap < 9) & (outs < K))[:, None] & (cols < J)[None, :]
+    tl.store(partial + ((program * 9 + tap[:, None]) * K + outs[:, None]) * J + cols[None, :], acc, mask=mask)
 
 
 def conv3x3_backward(new, x, norm, weight, shape):
@@ -294,22 +335,28 @@ def conv3x3_backward(new, x, norm, weight, shape):
     Inverse of bn_relu_conv3x3.
     """
     (m, j), k = x.shape, len(weight)
-    d_relu, bj = x.new_empty(m, j), min(MOST_OUTPUTS, power_of_2(j))
-    column_tiles = triton.cdiv(j, bj)
-    span, programs = share_rows(m, PROGRAMS, column_tiles)
-    out = new.x, new.x.stride(0), new.d, new.d.stride(0), new.mean, new.p, new.q
-    bn, size, v = (x, x.stride(0), *norm[:5]), (m, shape[2], shape[3], j, k), vector(j, x.stride(0))
+    kp, tiles = triton.cdiv(k, 16) * 16, fitting("complete", m)  # tl.dot needs 16
+    g = x.new_empty(m, kp)
+    complete_kernel[(triton.cdiv(m, tiles["BM"]),)](
+        new.x, new.x.stride(0), new.d, new.d.stride(0), new.mean, new.p, new.q, g, m, k,
+        **tiles, KP=kp, BK=power_of_2(k),
+    )  # fmt: skip
+    given = g, x, x.stride(0), *norm[:5]
+    size, common = (m, shape[2], shape[3], j, k), {"KP": kp, "V": vector(j, x.stride(0))}
+
+    d_relu, tiles = x.new_empty(m, j), fitting("conv3x3_backward", m)
+    tiles["BQ"] = math.gcd(kp, tiles["BQ"])
+    column_tiles = triton.cdiv(j, tiles["BJ"])
+    span, programs = share_rows(m, PROGRAMS, column_tiles, tiles["BM"])
     sums = x.new_empty(programs, 2, j, dtype=torch.float32)
     conv3x3_backward_kernel[(programs, column_tiles)](
-        *out, *bn, weight, *weight.stride(), d_relu, sums, span, *size, BM=ROWS, BQ=16, BJ=bj, V=v, num_warps=8
+        *given, weight, *weight.stride(), d_relu, sums, span, *size, **common, **tiles
     )
-    bm, bq = 32, 64
-    tap_tiles = triton.cdiv(9 * k, bq)
-    span, programs = share_rows(m, MATRIX_PROGRAMS, tap_tiles * column_tiles, bm)
+    tiles = fitting("conv3x3_weight", m)
+    tap_tiles, column_tiles = triton.cdiv(9 * kp, tiles["BQ"]), triton.cdiv(j, tiles["BJ"])
+    span, programs = share_rows(m, MATRIX_PROGRAMS, tap_tiles * column_tiles, tiles["BM"])
     partial = x.new_empty(programs, 9, k, j, dtype=torch.float32)
-    conv3x3_weight_kernel[(programs, tap_tiles, column_tiles)](
-        *out, *bn, partial, span, *size, BM=bm, BQ=bq, BJ=bj, V=v, num_warps=8
-    )
+    conv3x3_weight_kernel[(programs, tap_tiles, column_tiles)](*given, partial, span, *size, **common, **tiles)
     return d_relu, *finish_gradients(sums, partial, weight, norm, m)
 
 
@@ -368,15 +415,16 @@ def conv1x1_backward(d_relu, h, norm2, d_weight2, d_bias2, read, norm, weight):
     x, d = read.x, read.d
     (m, c), j = x.shape, len(weight)
     bj = power_of_2(j)
-    bm = max(16, min(ROWS // 2, ROWS * MOST_OUTPUTS // bj))  # all j outputs are in one tile
-    column_tiles = triton.cdiv(c, COLUMNS)
-    span, programs = share_rows(m, MATRIX_PROGRAMS, column_tiles, bm)
+    tiles = fitting("conv1x1_backward", m)
+    tiles["BM"] = max(16, min(tiles["BM"], 4096 // bj))  # all j outputs are in one tile
+    column_tiles = triton.cdiv(c, tiles["BC"])
+    span, programs = share_rows(m, MATRIX_PROGRAMS, column_tiles, tiles["BM"])
     sums = x.new_empty(programs, 2, c, dtype=torch.float32)
     partial = x.new_empty(programs, 1, j, c, dtype=torch.float32)
     conv1x1_backward_kernel[(programs, column_tiles)](
         d_relu, h, *norm2[:5], d_weight2, d_bias2, x, x.stride(0), *norm[:5], weight.flatten(1).contiguous(),
         d, d.stride(0), sums, partial, span, m, c, j,
-        BM=bm, BC=COLUMNS, BJ=bj, V=vector(c, x.stride(0), d.stride(0)), BATCH=norm2.batch, num_warps=8,
+        **tiles, BJ=bj, V=vector(c, x.stride(0), d.stride(0)), BATCH=norm2.batch,
     )  # fmt: skip
     return finish_gradients(sums, partial, weight, norm, m, read)
 

@@ -42,7 +42,7 @@ def test_a_deterministic_run_resumes_bit_for_bit(tiny):
     assert_same_run("whole", "run")
 
 
-def stop_after_epoch_2(args, rows, seconds):
+def stop_after_epoch_2(args, rows, skipped, seconds):
     if rows["train"][-1]["epoch"] == 2:
         raise KeyboardInterrupt
 
@@ -98,7 +98,8 @@ def test_a_cuda_graph_trains_like_eager_steps(tiny, block, optimizer):
         more = ["--cuda-graph"] if name == "graph" else []
         assert tiny("--limit-train", "1437", "--epochs", "6", "--save", name, *more, args=flags) == 0
     eager, graph = (pd.read_csv(f"{name}/train.csv").loss for name in ("eager", "graph"))
-    assert graph.iloc[-1] == pytest.approx(eager.iloc[-1], rel=0.3) and graph.iloc[-1] < 0.8 * graph.iloc[0]
+    learned, learned_with_a_graph = (loss.iloc[0] - loss.iloc[-1] for loss in (eager, graph))
+    assert learned_with_a_graph == pytest.approx(learned, rel=0.2) and learned > 0.1
 
 
 @pytest.mark.parametrize(("first", "then"), [([], ["--cuda-graph"]), (["--cuda-graph"], ["--no-cuda-graph"])])
