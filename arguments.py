@@ -184,8 +184,9 @@ def add_run_flags(add):
     add("--precision", choices=("auto", *PRECISIONS), default="auto",
         help="auto is bf16 where the hardware has it, fp16 on GPUs without, else fp32 (default: %(default)s)")
     add("--compile", action=switch, default=False, help="use torch.compile (default: off)")
-    add("--cuda-graph", action=switch, default=False,
-        help="launch a training step as one CUDA graph: on one GPU, without --compile (default: off)")
+    add("--cuda-graph", action=switch, default=None,
+        help="launch a training step as one CUDA graph: on one GPU, without --compile "
+             "(default: off, unless --block auto has tried it)")
     add("--deterministic", action=switch, default=False,
         help="repeat bit for bit on a GPU, too (default: off)")
     add("--log-every", type=natural, default=0, metavar="N",
@@ -255,9 +256,9 @@ def check_args(args):
     if device.type == "mps" and args.block == "fused":
         raise Mistake("--block fused runs on CPUs and CUDA GPUs: choose naive or checkpoint")
     if args.cuda_graph and (device.type != "cuda" or ranks > 1 or args.compile):
-        raise Mistake("--cuda-graph is for one process on a CUDA GPU, without --compile: leave it out")
+        raise Mistake("--cuda-graph is for one process on a CUDA GPU, without --compile: add --no-cuda-graph instead")
     if args.cuda_graph and choose_precision(args.precision, device)[1] == "fp16":
-        raise Mistake("--cuda-graph cannot leave out an update, as fp16 needs: leave it out, or add --precision fp32")
+        raise Mistake("--cuda-graph cannot leave out an update, as fp16 needs: add --no-cuda-graph or --precision fp32")
     if args.compile and (problem := compiler_problem(device)):
         raise Mistake(f"--compile does not work here ({problem}): leave it out")
     downloaded = args.dataset not in ("digits", "folder")  # whose images are as they are

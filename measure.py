@@ -1,8 +1,9 @@
 """Which dense block is fastest here: each checked against float64, then timed in turns, in a process of its own.
 
 train.py asks ``fastest_block`` for the block of ``--block auto``; bench/ checks and times its candidates by the same
-functions. A job is a dict: model (arguments of DenseNet), batch_size, image_size, precision, device and blocks, naive
-first. Its process prints a line of JSON for each thing that it begins and, last, what it found.
+functions. A job is a dict: model (arguments of DenseNet), batch_size, image_size, precision, device, graph (whether
+steps may be replayed as a CUDA graph) and blocks, naive first. Its process prints a line of JSON for each thing that it
+begins and, last, what it found.
 """
 
 import contextlib
@@ -33,9 +34,10 @@ TURNS = 5  # timed, after one that is not
 STEPS = 20  # of a turn on a GPU, where one is too short to time
 GAIN = 0.05  # by which another block must be faster than naive, at least
 SHARE = 0.02  # of the expected training time that measuring may take
-START = {"cpu": 10, "cuda": 30}  # seconds that the start of a process and its compilers take, about
+START = {"cpu": 10, "cuda": 40}  # seconds that the start of a process and its compilers take, about
 WORK = {"cpu": 60, "cuda": 500}  # training steps that take as long as the checks and turns of three blocks, about
-GRAPHED = 10  # steps at each of two learning rates that a CUDA graph has to repeat
+GRAPH = "--cuda-graph"
+GRAPHED = 10  # steps at each of two learning rates that it has to repeat
 
 
 class Wrong(Exception):
@@ -155,8 +157,8 @@ def limit_memory(device):
 
 
 def measure(job):
-    """What a job's process finds: {"seconds": {block: [by turn]}, "refused": {block: reason}, "graph": times as fast or
-    None, "lasting": whether the same would be found again, which is not so where memory ran out}.
+    """What a job's process finds: {"seconds": {block: [by turn]}, "refused": {block or GRAPH: reason}, "graph": whether
+    the steps were replayed, "lasting": whether the same would be found again, which is not so where memory ran out}.
     """
     device = torch.device(job["device"])
     set_up_device(device)
@@ -194,25 +196,23 @@ def measure(job):
 
     for block in job["blocks"]:
         attempt(block, verify)
+    if job["graph"]:
+        attempt(GRAPH, lambda _: steps.update({block: graphed(job, block, device) for block in steps}))
     for _ in range(1 + TURNS):
         for block in list(steps):
             attempt(block, time_turn)
-    steps.clear()
     timed = {block: values[1:] for block, values in turns.items()}
-    found = {"seconds": timed, "refused": refused, "lasting": lasting, "graph": None}
-    if device.type == "cuda" and timed and job["precision"] != "fp16":  # of whose steps a graph leaves out none
-        say(**found)  # which holds, whatever happens now
-        found["graph"] = try_graph(job, fastest(timed)[0], device)
-    return found
+    graph = job["graph"] and GRAPH not in refused
+    return {"seconds": timed, "refused": refused, "graph": graph, "lasting": lasting}
 
 
-def try_graph(job, block, device, kind=GraphedStep):
-    """How many times as fast a CUDA graph makes a block's step, or 0 where its steps are not the same.
+def graphed(job, block, device, kind=GraphedStep):
+    """A function that takes one training step as a CUDA graph. Raises Wrong where its steps are not the same as eager.
 
     They are where they lead to the same weights across a change of the learning rate, up to 5 % of the way or to twice
     what lies between two eager trainings: rounding and the order of sums differ.
     """
-    start, ends, calls = weights(make_model(job, block, device)), [], []
+    start, ends = weights(make_model(job, block, device)), []
     for k in (Step, Step, kind):
         call, step = make_step(job, block, device, k, drop_rate=0.0)
         for rate in (0.1, 0.01):
@@ -220,10 +220,10 @@ def try_graph(job, block, device, kind=GraphedStep):
             for _ in range(GRAPHED):
                 call()
         ends.append(weights(step.model))
-        calls.append(call)
-    eager, again, graphed = ends
-    same = (graphed - eager).norm() <= max(0.05 * (eager - start).norm(), 2 * (again - eager).norm())
-    return seconds(calls[0], device) / seconds(calls[2], device) if same else 0.0
+    eager, again, replayed = ends
+    if not (replayed - eager).norm() <= max(0.05 * (eager - start).norm(), 2 * (again - eager).norm()):  # nor NaN
+        raise Wrong(f"computes something else with block {block}")
+    return call
 
 
 def weights(model):
@@ -252,7 +252,7 @@ def fastest(found):
 
 
 def fastest_block(job, default, steps):
-    """The block to train ``steps`` steps with, and a line about it or None.
+    """The block to train ``steps`` steps with, whether to replay them as a CUDA graph, and a line about it or None.
 
     It is ``default`` where the training is too short to repay measuring, or naive where that block did not pass.
     """
@@ -262,10 +262,10 @@ def fastest_block(job, default, steps):
     if found is None:
         share = SHARE * steps - WORK[device.type]  # steps whose time is left for the start
         if share < 0:
-            return default, None
+            return default, False, None
         step = expected_seconds(job, device)
         if share * step < START[device.type]:
-            return default, None
+            return default, False, None
         budget = SHARE * steps * step
         print(f"measuring which --block is fastest here, {budget:.0f} s at most; naming one skips this", flush=True)
         found = measure_apart(job, budget)
@@ -275,18 +275,16 @@ def fastest_block(job, default, steps):
 
 
 def describe(found, default):
-    """The block that was found to be the fastest, and a line that says by how much."""
+    """The block that was found to be the fastest, whether with a CUDA graph, and a line that says by how much."""
     block, gain = fastest(found["seconds"])
     reasons = [f"{name}: {reason}" for name, reason in found["refused"].items()]
     if block is None:
         block = "naive" if default in found["refused"] else default
-        return block, "; ".join(["--block auto could not measure", *reasons, f"it takes {block}"])
+        return block, False, "; ".join(["--block auto could not measure", *reasons, f"it takes {block}"])
     speed = "which runs" if gain is None else "the fastest" if gain == 1 else f"{gain:.2f} times as fast as naive"
-    parts = [f"--block auto took {block}, {speed} here", *reasons]
-    if found.get("graph") is not None:
-        graph = f"makes it {found['graph']:.2f} times as fast" if found["graph"] else "computes something else"
-        parts.append(f"--cuda-graph {graph}")
-    return block, "; ".join([*parts, f"--block {block} pins it"])
+    chosen = f"{block} {GRAPH}" if found["graph"] else block
+    parts = [f"--block auto took {chosen}, {speed} here", *reasons, f"--block {chosen} pins it"]
+    return block, found["graph"], "; ".join(parts)
 
 
 def expected_seconds(job, device):
@@ -339,7 +337,7 @@ def measure_apart(job, budget):
         try:
             lines, status = run_process(job, end - time.monotonic())
         except OSError as error:
-            return {"seconds": {}, "refused": {"the process": str(error)}, "graph": None}
+            return {"seconds": {}, "refused": {"the process": str(error)}, "graph": False}
         for line in reversed(lines):
             if "seconds" in line:
                 return line | {"refused": refused | line["refused"], "lasting": line["lasting"] and not refused}
@@ -347,13 +345,14 @@ def measure_apart(job, budget):
         block = last.get("begins")
         if block == "reference" and status is not None and job["checked_images"] > 1:
             job["checked_images"] //= 2
-        elif block in job["blocks"]:
+        elif block in (*job["blocks"], GRAPH):
             end_of_it = "did not end in time" if status is None else f"ended the process ({status})"
             refused[block] = last.get("error", end_of_it)
             job["blocks"] = [name for name in job["blocks"] if name != block]
+            job["graph"] = job["graph"] and block != GRAPH
         else:
             break
-    return {"seconds": {}, "refused": refused, "graph": None}
+    return {"seconds": {}, "refused": refused, "graph": False}
 
 
 def cache_path(job, device):

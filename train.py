@@ -116,16 +116,20 @@ def make_batches(args, dataset):
 
 
 def pick_block(args, checkpoint, dataset, options, device, precision):
-    """How dense blocks run, and a line about it or None; --block auto measures where it can and it pays."""
+    """How dense blocks run, whether steps are replayed as a CUDA graph, and a line about it or None.
+
+    --block auto measures where it can and it pays.
+    """
     if args.block != "auto":
-        return args.block, None
+        return args.block, bool(args.cuda_graph), None
     default = "naive" if args.compile else choose_block(args.drop_rate, device)
     if args.deterministic or args.compile or device.type not in ("cpu", "cuda"):
-        return default, None
+        return default, bool(args.cuda_graph), None
     if checkpoint and checkpoint["config"]["arguments"]["block"] == "auto":
         last = stages(checkpoint["config"])[-1]
         if (last.get("device"), last.get("precision")) == (device_name(device), precision):
-            return last["block"], None
+            graph = last.get("cuda_graph", False) if args.cuda_graph is None else args.cuda_graph
+            return last["block"], graph, None
     share, finished = -(-args.batch_size // distributed.world_size()), checkpoint["epoch"] if checkpoint else 0
     job = {
         "model": options,
@@ -133,9 +137,17 @@ def pick_block(args, checkpoint, dataset, options, device, precision):
         "image_size": args.image_size,
         "precision": precision,
         "device": str(device),
+        "graph": args.cuda_graph is not False and can_replay(device, precision),
         "blocks": [name for name in BLOCKS if name != "fused" or args.drop_rate == 0],
     }
-    return fastest_block(job, default, (args.epochs - finished) * -(-len(dataset.train) // args.batch_size))
+    steps = (args.epochs - finished) * -(-len(dataset.train) // args.batch_size)
+    block, graph, note = fastest_block(job, default, steps)
+    return block, graph or bool(args.cuda_graph), note
+
+
+def can_replay(device, precision):
+    """Whether a CUDA graph can hold a training step: fp16 leaves some out, and several processes exchange gradients."""
+    return device.type == "cuda" and precision != "fp16" and distributed.world_size() == 1
 
 
 def make_model(options, device, block):
@@ -152,8 +164,8 @@ def start_model(args, dataset, options, source, device, block):
     return model
 
 
-def make_step(args, model, optimizer, amp, precision, recipe=PAPER):
-    if args.cuda_graph:
+def make_step(model, optimizer, amp, precision, recipe=PAPER, graph=False):
+    if graph:
         return GraphedStep(model, optimizer, amp, recipe)
     parallel = distributed.data_parallel(model)
     return Step(parallel, optimizer, amp, distributed.world_size(), precision == "fp16", recipe)
@@ -238,7 +250,7 @@ def train_and_test(args, epoch, model, step, batches):
         return learning_rate(args, epoch, i / len(batches["train"]))
 
     # cuDNN's trials in the first epoch need more memory than any step after them. A CUDA graph allocates only there.
-    if device.type == "cuda" and not args.cuda_graph:
+    if device.type == "cuda" and not isinstance(step, GraphedStep):
         torch.cuda.reset_peak_memory_stats(device)
     start, step.skipped = time.monotonic(), 0
     with progress_bar(args, epoch, batches["train"]) as bar:
@@ -270,7 +282,8 @@ def progress_bar(args, epoch, batches):
 def print_start(args, config, stage, dataset):
     name = args.arch or f"DenseNet{'-BC' if args.bottleneck else ''}-{args.depth} (k = {args.growth_rate})"
     counts = ", ".join(f"{len(split):,} {data.KINDS[name]}" for name, split in dataset.splits.items())
-    print(f"{name}, {config['parameters']:,} parameters, block {stage['block']}, {stage['precision']}")
+    graph = ", as a CUDA graph" if stage["cuda_graph"] else ""
+    print(f"{name}, {config['parameters']:,} parameters, block {stage['block']}{graph}, {stage['precision']}")
     print(f"{args.dataset}: {counts} images in {len(dataset.classes)} classes")
     if args.recipe:
         print(f"recipe {args.recipe}: {as_flags({name: getattr(args, name) for name in RECIPES.get(args.recipe, {})})}")
@@ -330,14 +343,15 @@ def train(args, checkpoint, run):
         source = distributed.on_rank_0(read_source, args.init_from, args.arch)
     dataset = dataset.normalized_as((checkpoint or source or {}).get("normalize"))
     distributed.on_rank_0(claim, args, checkpoint, run)
-    block, note = distributed.on_rank_0(pick_block, args, checkpoint, dataset, options, device, precision)
+    block, graph, note = distributed.on_rank_0(pick_block, args, checkpoint, dataset, options, device, precision)
     if note:
         dataset.notes.append(note)
     model = start_model(args, dataset, options, source, device, block)
     optimizer = make_optimizer(args, parameter_groups(model, args.head_lr and args.head_lr / args.lr))
     recipe = make_recipe(args, model, dataset, distributed.world_size())
     stage = provenance(device, distributed.launcher())
-    stage |= {"precision": precision, "block": block, "lr": args.lr, "launch": distributed.launch_id()}
+    stage |= {"precision": precision, "block": block, "cuda_graph": graph}
+    stage |= {"lr": args.lr, "launch": distributed.launch_id()}
     if checkpoint is None:
         checkpoint = first_checkpoint(args, dataset, model, options, stage)
     else:
@@ -348,7 +362,7 @@ def train(args, checkpoint, run):
             recipe.average.load_state_dict(checkpoint["ema"])
     if args.compile:
         compile_model(model)
-    step = make_step(args, model, optimizer, amp, precision, recipe)
+    step = make_step(model, optimizer, amp, precision, recipe, graph)
     if checkpoint.get("scaler"):  # nothing, of a run in another precision
         step.scaler.load_state_dict(checkpoint["scaler"])
 

@@ -306,7 +306,7 @@ def our_epochs(job, tensors, device):
     dataset = data.Dataset(tensors, tensors, [str(i) for i in range(10)], data.NORMALIZE["cifar10"]).to(device)
     batches = train.make_batches(args, dataset)
     model = train.make_model(arguments.model_options(args, 10), device, choose_block(args.drop_rate, device))
-    step = train.make_step(args, model, train.make_optimizer(args, model.parameters()), amp, precision)
+    step = train.make_step(model, train.make_optimizer(args, model.parameters()), amp, precision)
     epochs = itertools.count(1)
 
     def epoch():

@@ -26,9 +26,9 @@ MOST_REGISTERS = 255  # of a thread
 NETWORKS = ("densenet_bc_100_12", "densenet_bc_250_24", "densenet_bc_190_40", "densenet_40_12")
 
 
-def record_variants(architecture):
+def record_variants(architecture, target):
     """What a training step in bf16 launches, each variant once: every layer of every block. Runs no kernel."""
-    with launches.as_on_a_gpu() as launched:
+    with launches.as_on_a_gpu(divmod(target, 10)) as launched:
         launches.training_step(architecture, "fused", batch_size=64)()
         return sorted(set(launched), key=lambda variant: (variant[0].__name__, variant[1:]))
 
@@ -74,10 +74,9 @@ def main(argv=None):
     print("| network | target | kernel | variants | registers | stack | shared | of |\n" + "|---" * 8 + "|")
     fits = True
     for name in args.networks:
-        variants = record_variants(name)
         for capability in args.targets:
             found, limit = {}, SHARED[capability]
-            for kernel, *variant in variants:
+            for kernel, *variant in record_variants(name, capability):
                 found.setdefault(kernel.__name__, []).append(compile_kernel(kernel, *variant, capability))
             for kernel, usages in found.items():
                 fits &= all(shared <= limit and not (r == MOST_REGISTERS and stack) for r, stack, shared in usages)

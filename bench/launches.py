@@ -70,7 +70,7 @@ class Recorder:
 
 
 @contextlib.contextmanager
-def as_on_a_gpu():
+def as_on_a_gpu(capability=(9, 0)):
     """A context in which the fused block takes the path of CUDA, and tensors have no data. Yields the list of launches.
 
     Whatever reads a tensor's value raises an exception.
@@ -79,6 +79,7 @@ def as_on_a_gpu():
 
     launches = []
     recorders = {name: Recorder(item, launches) for name, item in vars(kernels).items() if name.endswith("_kernel")}
+    recorders["capability"] = lambda device: capability
     here = {"steps_for": lambda x: kernels, "passes_for": lambda x: fused}
     with mock.patch.multiple(kernels, **recorders), mock.patch.multiple(fused, **here), FakeTensorMode():
         yield launches

@@ -9,6 +9,7 @@ fixed order and finishes what depends on them: no atomics, so that runs repeat b
 bottleneck makes five launches forward and six backward.
 """
 
+import functools
 import math
 
 import torch
@@ -21,19 +22,27 @@ def power_of_2(n, least=16):
     return max(least, triton.next_power_of_2(n))
 
 
-# Tiles: rows BM at most, columns of the input, of outputs (BQ) or of both, and warps. Registers are what limits all.
+# Tiles: rows BM at most, columns of the input, of outputs (BQ) or of both, and warps: the best of what was tried on an
+# H200 (bench/README.md) that fits the registers of every GPU, and what fits Hopper's alone, where bottlenecks have at
+# most NARROW columns.
 TILES = {
     "bn_relu_conv1x1": {"BM": 64, "BC": 32, "num_warps": 4},
     "bn_relu": {"BM": 64, "BJ": 64, "num_warps": 4},
-    "conv3x3": {"BM": 128, "BJ": 64, "num_warps": 4},
-    "complete": {"BM": 128, "num_warps": 4},
+    "conv3x3": {"BM": 128, "BJ": 16, "num_warps": 4},
+    "complete": {"BM": 64, "num_warps": 8},
     "conv3x3_backward": {"BM": 128, "BQ": 16, "BJ": 64, "num_warps": 8},
-    "conv3x3_weight": {"BM": 64, "BQ": 64, "BJ": 64, "num_warps": 8},
+    "conv3x3_weight": {"BM": 64, "BQ": 64, "BJ": 64, "num_warps": 4},
     "conv1x1_backward": {"BM": 32, "BC": 32, "num_warps": 8},
 }
-# Programs of a launch that sums over rows: enough for a large GPU, few enough to be added soon; fewer where a partial
-# sum is a matrix.
-PROGRAMS, MATRIX_PROGRAMS = 528, 264
+HOPPER, NARROW = (9, 0), 64
+HOPPER_TILES = TILES | {
+    "bn_relu_conv1x1": {"BM": 128, "BC": 32, "num_warps": 4},
+    "conv3x3": {"BM": 256, "BJ": 16, "num_warps": 4},
+    "conv3x3_backward": {"BM": 128, "BQ": 16, "BJ": 64, "num_warps": 4},
+    "conv1x1_backward": {"BM": 32, "BC": 64, "num_warps": 4},
+}
+# Of a large GPU; and programs of a launch that sums over rows: enough for it, few enough to be added soon.
+MULTIPROCESSORS, PROGRAMS = 132, 264
 # How many partial sums of statistics, and of gradients, are added at once, and columns of them that a program finishes.
 STATISTICS, GRADIENTS = {"BP": 128, "BC": 16}, {"BP": 64, "BC": 64}
 
@@ -46,16 +55,25 @@ def vector(*sizes):
     return math.gcd(8, *sizes)
 
 
-def fitting(name, rows):
-    """The tiles of a kernel, with fewer rows where that makes more programs: each multiprocessor should have some."""
-    tiles = TILES[name]
-    return tiles | {"BM": max(16, min(tiles["BM"], power_of_2(rows // MATRIX_PROGRAMS)))}
+@functools.cache
+def capability(device):
+    """The compute capability of a GPU; Triton's interpreter, on a CPU, stands for Hopper."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else HOPPER
 
 
-def share_rows(rows, most, others=1, tile=64):
-    """(rows of a program, programs), at most so many beside ``others`` that share something else."""
+def fitting(name, h):
+    """The tiles of a kernel for h, rows of bottlenecks or, in networks without, of the buffer.
+
+    They have fewer rows where else some multiprocessors would have no program.
+    """
+    tiles = (HOPPER_TILES if capability(h.device) == HOPPER and h.stride(0) <= NARROW else TILES)[name]
+    return tiles | {"BM": min(tiles["BM"], power_of_2(len(h) // MULTIPROCESSORS, 32))}
+
+
+def share_rows(rows, tile, others=1):
+    """(rows of a program, programs), PROGRAMS at most with ``others`` that share something else."""
     tiles = triton.cdiv(rows, tile)
-    span = triton.cdiv(tiles, min(tiles, triton.cdiv(most, others))) * tile
+    span = triton.cdiv(tiles, min(tiles, triton.cdiv(PROGRAMS, others))) * tile
     return span, triton.cdiv(rows, span)
 
 
@@ -134,9 +152,9 @@ def bn_relu_conv1x1_kernel(
 def bn_relu_conv1x1(x, norm, weight, out, statistics):
     """x (M, C), weight (J, C, 1, 1): writes out (M, J) and, where asked to, mean and variance of its columns (2, J)."""
     (m, c), j = x.shape, len(weight)
-    tiles, bj = fitting("bn_relu_conv1x1", m), min(128, power_of_2(j))
+    tiles, bj = fitting("bn_relu_conv1x1", out), min(128, power_of_2(j))
     tiles["num_warps"] *= 1 if bj <= 64 else 2
-    span, programs = share_rows(m, PROGRAMS, triton.cdiv(j, bj), tiles["BM"])
+    span, programs = share_rows(m, tiles["BM"], triton.cdiv(j, bj))
     partial = x.new_empty(programs, 2, j, dtype=torch.float32)
     bn_relu_conv1x1_kernel[(programs, triton.cdiv(j, bj))](
         x, x.stride(0), *norm[:5], weight.flatten(1).contiguous(), out, partial, span, m, c, j,
@@ -204,16 +222,17 @@ def bn_relu_conv3x3(x, norm, weight, shape, out, statistics):
     relu(x·s + t) is written down on the way, since each pixel of it is read nine times.
     """
     (m, j), k = x.shape, len(weight)
-    a, tiles = x.new_empty(m, j), fitting("bn_relu", m)
+    a, tiles = x.new_empty(m, j), fitting("bn_relu", x)
     bn_relu_kernel[(triton.cdiv(m, tiles["BM"]), triton.cdiv(j, tiles["BJ"]))](
         x, x.stride(0), *norm[:5], a, m, j, **tiles, V=vector(j, x.stride(0))
     )
-    tiles = fitting("conv3x3", m)
-    span, programs = share_rows(m, PROGRAMS, tile=tiles["BM"])
+    tiles, bk = fitting("conv3x3", x), power_of_2(k)
+    tiles["BM"] = min(tiles["BM"], 4096 // bk)
+    span, programs = share_rows(m, tiles["BM"])
     partial = x.new_empty(programs, 2, k, dtype=torch.float32)
     conv3x3_kernel[(programs,)](
         a, weight, *weight.stride(), out, out.stride(0), partial, span, m, shape[2], shape[3], j, k,
-        **tiles, BK=power_of_2(k), V=vector(j), ASKED=statistics is not None,
+        **tiles, BK=bk, V=vector(j), ASKED=statistics is not None,
     )  # fmt: skip
     finish_statistics(partial, statistics, span, m)
 
@@ -335,7 +354,7 @@ def conv3x3_backward(new, x, norm, weight, shape):
     Inverse of bn_relu_conv3x3.
     """
     (m, j), k = x.shape, len(weight)
-    kp, tiles = triton.cdiv(k, 16) * 16, fitting("complete", m)  # tl.dot needs 16
+    kp, tiles = triton.cdiv(k, 16) * 16, fitting("complete", x)  # tl.dot needs 16
     g = x.new_empty(m, kp)
     complete_kernel[(triton.cdiv(m, tiles["BM"]),)](
         new.x, new.x.stride(0), new.d, new.d.stride(0), new.mean, new.p, new.q, g, m, k,
@@ -344,17 +363,17 @@ def conv3x3_backward(new, x, norm, weight, shape):
     given = g, x, x.stride(0), *norm[:5]
     size, common = (m, shape[2], shape[3], j, k), {"KP": kp, "V": vector(j, x.stride(0))}
 
-    d_relu, tiles = x.new_empty(m, j), fitting("conv3x3_backward", m)
+    d_relu, tiles = x.new_empty(m, j), fitting("conv3x3_backward", x)
     tiles["BQ"] = math.gcd(kp, tiles["BQ"])
     column_tiles = triton.cdiv(j, tiles["BJ"])
-    span, programs = share_rows(m, PROGRAMS, column_tiles, tiles["BM"])
+    span, programs = share_rows(m, tiles["BM"], column_tiles)
     sums = x.new_empty(programs, 2, j, dtype=torch.float32)
     conv3x3_backward_kernel[(programs, column_tiles)](
         *given, weight, *weight.stride(), d_relu, sums, span, *size, **common, **tiles
     )
-    tiles = fitting("conv3x3_weight", m)
+    tiles = fitting("conv3x3_weight", x)
     tap_tiles, column_tiles = triton.cdiv(9 * kp, tiles["BQ"]), triton.cdiv(j, tiles["BJ"])
-    span, programs = share_rows(m, MATRIX_PROGRAMS, tap_tiles * column_tiles, tiles["BM"])
+    span, programs = share_rows(m, tiles["BM"], tap_tiles * column_tiles)
     partial = x.new_empty(programs, 9, k, j, dtype=torch.float32)
     conv3x3_weight_kernel[(programs, tap_tiles, column_tiles)](*given, partial, span, *size, **common, **tiles)
     return d_relu, *finish_gradients(sums, partial, weight, norm, m)
@@ -415,10 +434,10 @@ def conv1x1_backward(d_relu, h, norm2, d_weight2, d_bias2, read, norm, weight):
     x, d = read.x, read.d
     (m, c), j = x.shape, len(weight)
     bj = power_of_2(j)
-    tiles = fitting("conv1x1_backward", m)
+    tiles = fitting("conv1x1_backward", h)
     tiles["BM"] = max(16, min(tiles["BM"], 4096 // bj))  # all j outputs are in one tile
     column_tiles = triton.cdiv(c, tiles["BC"])
-    span, programs = share_rows(m, MATRIX_PROGRAMS, column_tiles, tiles["BM"])
+    span, programs = share_rows(m, tiles["BM"], column_tiles)
     sums = x.new_empty(programs, 2, c, dtype=torch.float32)
     partial = x.new_empty(programs, 1, j, c, dtype=torch.float32)
     conv1x1_backward_kernel[(programs, column_tiles)](

@@ -153,7 +153,6 @@ def test_without_bottleneck(name):
 def test_half_precision(name, channels, growth_rate, monkeypatch):
     """bf16 on a GPU. The interpreter cannot multiply bf16 matrices: there float16, whose rounding is finer."""
     monkeypatch.setattr(kernels, "PROGRAMS", 1)  # which then has two tiles
-    monkeypatch.setattr(kernels, "MATRIX_PROGRAMS", 1)
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16
     assert_as_exact_as_torch(name, inputs((2, 6, 6), channels, growth_rate, dtype=dtype))
 
@@ -161,7 +160,6 @@ def test_half_precision(name, channels, growth_rate, monkeypatch):
 @pytest.mark.parametrize("name", STEPS)
 def test_many_tiles_per_program(name, monkeypatch):
     monkeypatch.setattr(kernels, "PROGRAMS", 2)
-    monkeypatch.setattr(kernels, "MATRIX_PROGRAMS", 2)
     assert_as_exact_as_torch(name, inputs((5, 9, 9), 24, 12))
 
 

@@ -21,6 +21,7 @@ JOB = {
     "image_size": 8,
     "precision": "fp32",
     "device": "cpu",
+    "graph": False,
     "blocks": ["naive", "checkpoint", "fused"],
 }
 
@@ -39,7 +40,7 @@ def test_every_block_that_can_run_is_checked_and_timed(capfd, precision, options
     blocks = JOB["blocks"][: 2 if options else 3]
     job = JOB | {"checked_images": 4, "precision": precision, "blocks": blocks, "model": JOB["model"] | options}
     found = measure.measure(job)
-    assert found["refused"] == {} and found["graph"] is None
+    assert found["refused"] == {} and found["graph"] is False
     assert {block: len(seconds) for block, seconds in found["seconds"].items()} == dict.fromkeys(blocks, 3)
     assert [json.loads(line)["begins"] for line in capfd.readouterr().out.splitlines()] == ["reference", *blocks * 5]
 
@@ -119,17 +120,16 @@ def test_naive_stands_unless_another_one_clearly_wins(fused_seconds, choice):
 
 
 def test_where_naive_does_not_fit_the_fastest_that_does_is_taken():
-    found = {"seconds": {"checkpoint": [3.0] * 5, "fused": [2.0] * 5}, "refused": {"naive": "out of memory"}, "graph": None}
-    block, line = measure.describe(found, "naive")
+    found = {"seconds": {"checkpoint": [3.0] * 5, "fused": [2.0] * 5}, "refused": {"naive": "out of memory"}, "graph": False}
+    block, _, line = measure.describe(found, "naive")
     assert block == "fused"
     assert line == "--block auto took fused, which runs here; naive: out of memory; --block fused pins it"
 
 
 def test_the_line_says_by_how_much():
-    found = {"seconds": {"naive": [2.0] * 5, "fused": [1.0] * 5}, "refused": {}, "graph": 2.5}
-    assert measure.describe(found, "naive")[1] == (
-        "--block auto took fused, 2.00 times as fast as naive here; --cuda-graph makes it 2.50 times as fast; --block fused pins it"
-    )
+    found = {"seconds": {"naive": [2.0] * 5, "fused": [1.0] * 5}, "refused": {}, "graph": True}
+    line = "--block auto took fused --cuda-graph, 2.00 times as fast as naive here; --block fused --cuda-graph pins it"
+    assert measure.describe(found, "naive") == ("fused", True, line)
 
 
 def process(source):
@@ -143,7 +143,7 @@ def process(source):
     return run
 
 
-FOUND = {"seconds": {"naive": [2.0] * 3, "checkpoint": [1.0] * 3}, "refused": {}, "graph": None, "lasting": True}
+FOUND = {"seconds": {"naive": [2.0] * 3, "checkpoint": [1.0] * 3}, "refused": {}, "graph": False, "lasting": True}
 DIES = f"""
 for block in job["blocks"]:
     print(json.dumps({{"begins": block}}), flush=True)
@@ -180,7 +180,7 @@ def quick(monkeypatch):
 @pytest.mark.parametrize("source", ["time.sleep(60)", "os._exit(1)", "print('no JSON')\nprint(0)"])
 def test_without_an_answer_the_default_stands(monkeypatch, quick, cache, source):
     monkeypatch.setattr(measure, "run_process", process(source))
-    assert measure.fastest_block(JOB, "fused", 10**6) == ("fused", "--block auto could not measure; it takes fused")
+    assert measure.fastest_block(JOB, "fused", 10**6) == ("fused", False, "--block auto could not measure; it takes fused")
     assert not cache.exists()
 
 
@@ -194,18 +194,20 @@ for block in job["blocks"]:
 time.sleep(60)
 """
     monkeypatch.setattr(measure, "run_process", process(source))
-    block, line = measure.fastest_block(JOB, "fused", 10**6)
+    block, _, line = measure.fastest_block(JOB, "fused", 10**6)
     assert block == "naive" and "fused: " in line and line.endswith("it takes naive")
 
 
-def test_what_was_measured_holds_although_the_graph_fails(monkeypatch):
+def test_where_the_graph_fails_eager_steps_are_measured(monkeypatch):
     source = f"""
-print(json.dumps({FOUND!r}), flush=True)
-print(json.dumps({{"begins": "graph"}}), flush=True)
-os._exit(1)
+if job["graph"]:
+    print(json.dumps({{"begins": "--cuda-graph"}}), flush=True)
+    os._exit(1)
+print(json.dumps({FOUND!r}))
 """
     monkeypatch.setattr(measure, "run_process", process(source))
-    assert measure.measure_apart(JOB, 60) == FOUND
+    reason = {"--cuda-graph": "ended the process (1)"}
+    assert measure.measure_apart(JOB | {"graph": True}, 60) == FOUND | {"refused": reason, "lasting": False}
 
 
 def test_what_may_not_happen_again_is_not_kept(monkeypatch, quick, cache):
@@ -230,9 +232,9 @@ def test_a_short_run_does_not_measure(monkeypatch):
 
     monkeypatch.setattr(measure, "run_process", refuse)
     monkeypatch.setattr(measure, "expected_seconds", lambda *args: 0.45e-3)  # 450 s: 2 % are 9 s, less than a start takes
-    assert measure.fastest_block(JOB, "fused", 10**6) == ("fused", None)
+    assert measure.fastest_block(JOB, "fused", 10**6) == ("fused", False, None)
     monkeypatch.setattr(measure, "expected_seconds", refuse)
-    assert measure.fastest_block(JOB, "fused", 2000) == ("fused", None)  # 60 of them would be 3 %
+    assert measure.fastest_block(JOB, "fused", 2000) == ("fused", False, None)  # 60 of them would be 3 %
 
 
 def test_the_answer_is_kept(monkeypatch, capsys, cache):
@@ -272,8 +274,24 @@ def test_a_graph_that_forgets_the_learning_rate_is_noticed():
         def set_learning_rate(self, value):
             super().set_learning_rate(0.1)
 
-    assert measure.try_graph(JOB, "naive", CPU, kind=Step) > 0
-    assert measure.try_graph(JOB, "naive", CPU, kind=Forgetful) == 0
+    measure.graphed(JOB, "naive", CPU, kind=Step)()
+    with pytest.raises(measure.Wrong):
+        measure.graphed(JOB, "naive", CPU, kind=Forgetful)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_all_steps_are_replayed_where_those_of_all_blocks_are_right(monkeypatch, right):
+    def graphed(job, block, device):
+        if block == "fused" and not right:
+            raise measure.Wrong("computes something else with block fused")
+        return lambda: replayed.append(block)
+
+    replayed = []
+    monkeypatch.setattr(measure, "graphed", graphed)
+    found = measure.measure(JOB | {"checked_images": 4, "graph": True})
+    assert (found["graph"], set(found["seconds"])) == (right, set(JOB["blocks"]))
+    assert set(replayed) == (set(JOB["blocks"]) if right else set())
+    assert set(found["refused"]) == (set() if right else {"--cuda-graph"}) and found["lasting"]
 
 
 @pytest.fixture
@@ -321,7 +339,7 @@ def test_rank_0_decides_for_all(tmp_path):
         "import os, measure, train, distributed\n"
         "measure.SHARE = 1e9\n"
         "block = 'checkpoint' if os.environ['RANK'] == '0' else 'naive'\n"
-        "found = {'seconds': {block: [1.0] * 3}, 'refused': {}, 'graph': None, 'lasting': True}\n"
+        "found = {'seconds': {block: [1.0] * 3}, 'refused': {}, 'graph': False, 'lasting': True}\n"
         "measure.run_process = lambda job, timeout: ([found], 0)\n"
         "train.distributed.exit_from(train.main)\n"
     )
