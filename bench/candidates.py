@@ -1,7 +1,7 @@
 """What speed.py measures: our blocks, torchvision's, timm's and two known repositories' networks, each in a process.
 
-A job is a dict: candidate, depth, batch_size, precision, compiled, device and task: "check", "profile", "steps" or
-"epochs" (of so many images). The process of a job prints its answer or, for the last two, one for each word it is told.
+A job is a dict: candidate, depth, batch_size, precision, compiled, graph, device and task: "check", "profile", "steps"
+or "epochs" (of so many images). Its process prints its answer or, for the last two, one for each word it is told.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from cli import Parser, command
 from densenet import BLOCKS, FROM_TORCHVISION, DenseNet, rename
 from device import choose_block, choose_device, choose_precision, peak_memory_mib, set_up_device
 from inference import evaluate
-from step import Step, compile_model
+from step import GraphedStep, Step, compile_model
 
 CHECKED_IMAGES = 4
 DRAWS = 5  # of images to check with
@@ -176,11 +176,12 @@ def step_functions(job, device):
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
     images, labels = make_images(job["batch_size"], 1, device)
     images = images.to(memory_format=layout)
+    scaled = job["precision"] == "fp16"
     job["saved_mib"] = round(saved_bytes(lambda: model(images), model, amp) / 2**20, 1)
     if job["compiled"]:
         compile_model(model)
 
-    step = Step(model, optimizer, amp, scaled=job["precision"] == "fp16")
+    step = GraphedStep(model, optimizer, amp) if job.get("graph") else Step(model, optimizer, amp, scaled=scaled)
 
     def train():
         model.train()

@@ -96,7 +96,8 @@ def jobs_of(args):
                 for name in args.candidates:
                     if precision == "fp32" or name not in candidates.FP32_ONLY:
                         yield {"candidate": name, "depth": depth, "batch_size": args.batch_size, "precision": precision,
-                               "compiled": compiled, "device": args.device, "task": "steps"}  # fmt: skip
+                               "compiled": compiled, "graph": args.cuda_graph, "device": args.device,
+                               "task": "steps"}  # fmt: skip
 
 
 def rows_of(args, device):
@@ -143,11 +144,16 @@ def row_of(process, reference):
 
 
 def print_row(row):
-    name = " ".join([row["candidate"], row["precision"], *["compiled"] * row["compiled"]])
+    name = f"{row['candidate']} {mode_of(row)}"
     speed = f"{row['ms']:8.2f} ms ({row['ms_20']:.2f} … {row['ms_80']:.2f})  {row['images_per_second']:8.1f} images/s"
     inference = f"inference {row['infer_images_per_second']:.1f} images/s × {row['infer_times_as_fast']:.2f}"
     times = f"× {row['times_as_fast']:.2f}"
     print(f"L={row['depth']:<4}{name:28}{speed} {times}  {inference}  {row['peak_mib']:,} MiB", flush=True)
+
+
+def mode_of(row):
+    """Precision, perhaps compiled or as a CUDA graph."""
+    return " ".join([row["precision"], *["compiled"] * row["compiled"], *["graph"] * row.get("graph", False)])
 
 
 def hardware(device, precision):
@@ -235,7 +241,8 @@ def read_rows(path):
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
     for row in rows:
-        row |= {name: int(row[name]) for name in ("depth", "batch_size")} | {"compiled": row["compiled"] == "True"}
+        row |= {name: int(row[name]) for name in ("depth", "batch_size")}
+        row |= {name: row.get(name) == "True" for name in ("compiled", "graph")}
         row |= {name: float(row[name]) for name in ("saved_mib", "peak_mib", "images_per_second")}
     return rows
 
@@ -270,9 +277,9 @@ def plot_memory(rows, figure):
 
 
 def plot_speed(rows, figure):
-    modes = {}  # precision, perhaps compiled → its rows, the fastest first
+    modes = {}  # → its rows, the fastest first
     for row in sorted(rows, key=lambda row: -row["images_per_second"]):
-        modes.setdefault(" ".join([row["precision"], *["compiled"] * row["compiled"]]), []).append(row)
+        modes.setdefault(mode_of(row), []).append(row)
     network = f"DenseNet-BC-{rows[0]['depth']} (k = 12), batch {rows[0]['batch_size']}"
     figure.suptitle(f"{network}, {rows[0]['device']}; in green the blocks of this repository", fontsize=10)
     panels = figure.subplots(len(modes), 2, squeeze=False, sharex="col", height_ratios=[*map(len, modes.values())])
@@ -304,6 +311,7 @@ def parse_args(argv=None):
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, metavar="NAME",
         help=f"of {', '.join(PRECISIONS)} (default: fp32, and what auto is for train.py)")  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="measure with torch.compile, too (minutes)")
+    parser.add_argument("--cuda-graph", action="store_true", help="replay training steps as CUDA graphs")
     parser.add_argument("--whole-epochs", type=positive, metavar="N", help="time epochs of N images instead of steps")
     parser.add_argument("--profile", action="store_true", help="print where a training step's time goes instead")
     parser.add_argument("--csv", metavar="FILE", help="write the rows there, too")
@@ -317,6 +325,8 @@ def parse_args(argv=None):
         except ValueError as error:
             raise Mistake(f"--depths: {error}") from error
     args.precisions = args.precisions or list(dict.fromkeys(("fp32", choose_precision("auto", device)[1])))
+    if args.cuda_graph and (device.type != "cuda" or "fp16" in args.precisions):
+        raise Mistake("--cuda-graph is for a CUDA GPU, in bf16 or fp32: leave it out")
     if not list(jobs_of(args)):
         raise Mistake(f"{', '.join(candidates.FP32_ONLY)} run in fp32: choose other --candidates, or --precisions fp32")
     return args, device

@@ -38,7 +38,8 @@ HOPPER, NARROW = (9, 0), 64
 HOPPER_TILES = TILES | {
     "bn_relu_conv1x1": {"BM": 128, "BC": 32, "num_warps": 4},
     "conv3x3": {"BM": 256, "BJ": 16, "num_warps": 4},
-    "conv3x3_backward": {"BM": 128, "BQ": 16, "BJ": 64, "num_warps": 4},
+    "conv3x3_backward": {"BM": 256, "BQ": 16, "BJ": 64, "num_warps": 8},
+    "conv3x3_weight": {"BM": 128, "BQ": 64, "BJ": 64, "num_warps": 8},
     "conv1x1_backward": {"BM": 32, "BC": 64, "num_warps": 4},
 }
 # Of a large GPU; and programs of a launch that sums over rows: enough for it, few enough to be added soon.
