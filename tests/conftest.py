@@ -1,6 +1,8 @@
 import os
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests share the processor's cores as it is (pyproject.toml)
+
 import pandas as pd
 import pytest
 import torch

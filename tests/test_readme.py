@@ -153,7 +153,7 @@ def test_block_table_is_the_benchmark_s():
         assert (ms, peak) == tuple(round(float(rows[name][column])) for column in ("ms", "peak_mib"))
         if name in measured:
             ms, peak = (float(measured[name][column]) for column in ("ms", "peak_mib"))
-            assert on_gpu.startswith(f"{ms:.3g}, ") and on_gpu.endswith(f"{peak:,.0f}")
+            assert on_gpu.startswith(f"{ms:.2f}, ") and on_gpu.endswith(f"{peak:,.0f}")
     assert fused_on_gpu(gpu, 64) == "2.03" and f"| {fused_on_gpu(gpu, 256)} |" in PAGES["bench/README.md"]
 
 
