@@ -186,7 +186,7 @@ def add_run_flags(add):
     add("--compile", action=switch, default=False, help="use torch.compile (default: off)")
     add("--cuda-graph", action=switch, default=None,
         help="launch a training step as one CUDA graph: on one GPU, without --compile "
-             "(default: off, unless --block auto has tried it)")
+             "(default: off, unless --block auto has found it right)")
     add("--deterministic", action=switch, default=False,
         help="repeat bit for bit on a GPU, too (default: off)")
     add("--log-every", type=natural, default=0, metavar="N",

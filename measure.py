@@ -1,5 +1,7 @@
 """Which dense block is fastest here: each checked against float64, then timed in turns, in a process of its own.
 
+On a GPU, what is compared are steps that are replayed as CUDA graphs, once these have proved to be the same.
+
 train.py asks ``fastest_block`` for the block of ``--block auto``; bench/ checks and times its candidates by the same
 functions. A job is a dict: model (arguments of DenseNet), batch_size, image_size, precision, device, graph (whether
 steps may be replayed as a CUDA graph) and blocks, naive first. Its process prints a line of JSON for each thing that it
@@ -8,6 +10,7 @@ begins and, last, what it found.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import statistics
@@ -33,10 +36,10 @@ DRAWS = 3  # of images to check with: rounding may carry a value across a ReLU's
 TURNS = 5  # timed, after one that is not
 STEPS = 20  # of a turn on a GPU, where one is too short to time
 GAIN = 0.05  # by which another block must be faster than naive, at least
-SHARE = 0.02  # of the expected training time that measuring may take
-START = {"cpu": 10, "cuda": 40}  # seconds that the start of a process and its compilers take, about
+SHARE = 0.02  # of the time of all training steps, eager ones, that measuring may take
+START = {"cpu": 10, "cuda": 20}  # seconds that the start of a process and its compilers take, about
 WORK = {"cpu": 60, "cuda": 500}  # training steps that take as long as the checks and turns of three blocks, about
-GRAPH = "--cuda-graph"
+GRAPH, NO_ROOM = "--cuda-graph", "out of memory as a CUDA graph"
 GRAPHED = 10  # steps at each of two learning rates that it has to repeat
 
 
@@ -123,13 +126,18 @@ def check(job, block, device, exact):
 
 
 def make_step(job, block, device, kind=Step, **options):
-    """A function that takes one training step on random images, and the Step in it."""
+    """A function that takes one training step on one of two random batches in turn, and the Step in it."""
     amp, _ = choose_precision(job["precision"], device)
     model = make_model(job, block, device, **options)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
     step = kind(model, optimizer, amp, **({"scaled": True} if job["precision"] == "fp16" else {}))
-    images, labels = make_images(job["batch_size"], job, 0, device=device)
-    return (lambda: step(images, labels, len(labels))), step
+    batches = itertools.cycle([make_images(job["batch_size"], job, seed, device=device) for seed in range(2)])
+
+    def call():
+        images, labels = next(batches)
+        return step(images, labels, len(labels))
+
+    return call, step
 
 
 def seconds(function, device, times=None):
@@ -178,7 +186,6 @@ def measure(job):
                 raise
             refused[block], lasting = reason, lasting and isinstance(error, Wrong)
             steps.pop(block, None)
-            turns.pop(block, None)
 
     def verify(block):
         draws = check(job, block, device, exact)
@@ -197,13 +204,33 @@ def measure(job):
     for block in job["blocks"]:
         attempt(block, verify)
     if job["graph"]:
-        attempt(GRAPH, lambda _: steps.update({block: graphed(job, block, device) for block in steps}))
+        attempt(GRAPH, lambda _: replace_by_graphs(job, device, steps, refused))
     for _ in range(1 + TURNS):
         for block in list(steps):
             attempt(block, time_turn)
-    timed = {block: values[1:] for block, values in turns.items()}
-    graph = job["graph"] and GRAPH not in refused
+    timed = {block: turns[block][1:] for block in steps}
+    graph, lasting = job["graph"] and GRAPH not in refused, lasting and NO_ROOM not in refused.values()
     return {"seconds": timed, "refused": refused, "graph": graph, "lasting": lasting}
+
+
+def replace_by_graphs(job, device, steps, refused):
+    """Let each block's step be one that is replayed. naive's, which takes most memory, comes last, and may not fit.
+
+    Raises Wrong, and replaces none, where one is not the same.
+    """
+    graphs = {}
+    for block in reversed(steps):
+        try:
+            graphs[block] = graphed(job, block, device)
+        except (RuntimeError, MemoryError) as error:
+            if not memory_problem(error):
+                raise
+            refused[block] = NO_ROOM
+    for block in list(steps):
+        if block in graphs:
+            steps[block] = graphs[block]
+        else:
+            del steps[block]
 
 
 def graphed(job, block, device, kind=GraphedStep):
@@ -221,9 +248,11 @@ def graphed(job, block, device, kind=GraphedStep):
                 call()
         ends.append(weights(step.model))
     eager, again, replayed = ends
+    images, labels = make_images(max(1, job["batch_size"] - 1), job, 0, device=device)
+    step(images, labels, len(labels))  # an odd batch needs memory beside the graph's
     if not (replayed - eager).norm() <= max(0.05 * (eager - start).norm(), 2 * (again - eager).norm()):  # nor NaN
         raise Wrong(f"computes something else with block {block}")
-    return call
+    return make_step(job, block, device, kind)[0]  # with dropout, if there is any
 
 
 def weights(model):
@@ -251,10 +280,11 @@ def fastest(found):
 # In the process that is to train.
 
 
-def fastest_block(job, default, steps):
+def fastest_block(job, default, steps, graph=False):
     """The block to train ``steps`` steps with, whether to replay them as a CUDA graph, and a line about it or None.
 
-    It is ``default`` where the training is too short to repay measuring, or naive where that block did not pass.
+    It is ``default``, and ``graph``, where the training is too short to repay measuring, or naive where that block did
+    not pass.
     """
     device = torch.device(job["device"])
     path = cache_path(job, device)
@@ -262,10 +292,10 @@ def fastest_block(job, default, steps):
     if found is None:
         share = SHARE * steps - WORK[device.type]  # steps whose time is left for the start
         if share < 0:
-            return default, False, None
+            return default, graph, None
         step = expected_seconds(job, device)
         if share * step < START[device.type]:
-            return default, False, None
+            return default, graph, None
         budget = SHARE * steps * step
         print(f"measuring which --block is fastest here, {budget:.0f} s at most; naming one skips this", flush=True)
         found = measure_apart(job, budget)

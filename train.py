@@ -118,18 +118,19 @@ def make_batches(args, dataset):
 def pick_block(args, checkpoint, dataset, options, device, precision):
     """How dense blocks run, whether steps are replayed as a CUDA graph, and a line about it or None.
 
-    --block auto measures where it can and it pays.
+    --block auto measures where it can and it pays. A resumed run keeps what it had, on the same device.
     """
+    last = stages(checkpoint["config"])[-1] if checkpoint else {}
+    same = (last.get("device"), last.get("precision")) == (device_name(device), precision)
+    wanted = same and last.get("cuda_graph", False) if args.cuda_graph is None else args.cuda_graph
+    graph = wanted and can_replay(device, precision)
     if args.block != "auto":
-        return args.block, bool(args.cuda_graph), None
+        return args.block, graph, None
     default = "naive" if args.compile else choose_block(args.drop_rate, device)
     if args.deterministic or args.compile or device.type not in ("cpu", "cuda"):
-        return default, bool(args.cuda_graph), None
-    if checkpoint and checkpoint["config"]["arguments"]["block"] == "auto":
-        last = stages(checkpoint["config"])[-1]
-        if (last.get("device"), last.get("precision")) == (device_name(device), precision):
-            graph = last.get("cuda_graph", False) if args.cuda_graph is None else args.cuda_graph
-            return last["block"], graph, None
+        return default, graph, None
+    if same and checkpoint["config"]["arguments"]["block"] == "auto":
+        return last["block"], graph, None
     share, finished = -(-args.batch_size // distributed.world_size()), checkpoint["epoch"] if checkpoint else 0
     job = {
         "model": options,
@@ -141,8 +142,7 @@ def pick_block(args, checkpoint, dataset, options, device, precision):
         "blocks": [name for name in BLOCKS if name != "fused" or args.drop_rate == 0],
     }
     steps = (args.epochs - finished) * -(-len(dataset.train) // args.batch_size)
-    block, graph, note = fastest_block(job, default, steps)
-    return block, graph or bool(args.cuda_graph), note
+    return fastest_block(job, default, steps, graph)
 
 
 def can_replay(device, precision):

@@ -327,6 +327,8 @@ def parse_args(argv=None):
     args.precisions = args.precisions or list(dict.fromkeys(("fp32", choose_precision("auto", device)[1])))
     if args.cuda_graph and (device.type != "cuda" or "fp16" in args.precisions):
         raise Mistake("--cuda-graph is for a CUDA GPU, in bf16 or fp32: leave it out")
+    if args.cuda_graph and (args.compile or args.profile or args.whole_epochs):
+        raise Mistake("--cuda-graph is for plain training steps: leave it out, or --compile, --profile, --whole-epochs")
     if not list(jobs_of(args)):
         raise Mistake(f"{', '.join(candidates.FP32_ONLY)} run in fp32: choose other --candidates, or --precisions fp32")
     return args, device

@@ -65,14 +65,14 @@ def capability(device):
 def fitting(name, h):
     """The tiles of a kernel for h, rows of bottlenecks or, in networks without, of the buffer.
 
-    They have fewer rows where else some multiprocessors would have no program.
+    They have about as few rows as give each multiprocessor one tile.
     """
     tiles = (HOPPER_TILES if capability(h.device) == HOPPER and h.stride(0) <= NARROW else TILES)[name]
     return tiles | {"BM": min(tiles["BM"], power_of_2(len(h) // MULTIPROCESSORS, 32))}
 
 
 def share_rows(rows, tile, others=1):
-    """(rows of a program, programs), PROGRAMS at most with ``others`` that share something else."""
+    """(rows of a program, programs), about PROGRAMS at most with ``others`` that share something else."""
     tiles = triton.cdiv(rows, tile)
     span = triton.cdiv(tiles, min(tiles, triton.cdiv(PROGRAMS, others))) * tile
     return span, triton.cdiv(rows, span)
@@ -228,7 +228,7 @@ def bn_relu_conv3x3(x, norm, weight, shape, out, statistics):
         x, x.stride(0), *norm[:5], a, m, j, **tiles, V=vector(j, x.stride(0))
     )
     tiles, bk = fitting("conv3x3", x), power_of_2(k)
-    tiles["BM"] = min(tiles["BM"], 4096 // bk)
+    tiles["BM"] = max(16, min(tiles["BM"], 4096 // bk))  # all k outputs are in one tile
     span, programs = share_rows(m, tiles["BM"])
     partial = x.new_empty(programs, 2, k, dtype=torch.float32)
     conv3x3_kernel[(programs,)](
@@ -365,7 +365,6 @@ def conv3x3_backward(new, x, norm, weight, shape):
     size, common = (m, shape[2], shape[3], j, k), {"KP": kp, "V": vector(j, x.stride(0))}
 
     d_relu, tiles = x.new_empty(m, j), fitting("conv3x3_backward", x)
-    tiles["BQ"] = math.gcd(kp, tiles["BQ"])
     column_tiles = triton.cdiv(j, tiles["BJ"])
     span, programs = share_rows(m, tiles["BM"], column_tiles)
     sums = x.new_empty(programs, 2, j, dtype=torch.float32)

@@ -152,7 +152,7 @@ def test_without_bottleneck(name):
 @pytest.mark.parametrize(("channels", "growth_rate"), [(36, 12), (204, 12), (60, 24), (88, 40)])
 def test_half_precision(name, channels, growth_rate, monkeypatch):
     """bf16 on a GPU. The interpreter cannot multiply bf16 matrices: there float16, whose rounding is finer."""
-    monkeypatch.setattr(kernels, "PROGRAMS", 1)  # which then has two tiles
+    monkeypatch.setattr(kernels, "PROGRAMS", 1)  # which then has three tiles
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16
     assert_as_exact_as_torch(name, inputs((2, 6, 6), channels, growth_rate, dtype=dtype))
 
@@ -160,6 +160,15 @@ def test_half_precision(name, channels, growth_rate, monkeypatch):
 @pytest.mark.parametrize("name", STEPS)
 def test_many_tiles_per_program(name, monkeypatch):
     monkeypatch.setattr(kernels, "PROGRAMS", 2)
+    assert_as_exact_as_torch(name, inputs((5, 9, 9), 24, 12))
+
+
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("capability", [kernels.HOPPER, (8, 0)])
+def test_large_tiles(name, capability, monkeypatch):
+    """Up to 256 rows, as for 64 images of 32×32 pixels, on Hopper and elsewhere."""
+    monkeypatch.setattr(kernels, "MULTIPROCESSORS", 1)
+    monkeypatch.setattr(kernels, "capability", lambda device: capability)
     assert_as_exact_as_torch(name, inputs((5, 9, 9), 24, 12))
 
 

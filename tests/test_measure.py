@@ -1,5 +1,6 @@
 """--block auto: what it checks, how it decides, when it keeps away, and that nothing in its process hurts the run."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -292,6 +293,29 @@ def test_all_steps_are_replayed_where_those_of_all_blocks_are_right(monkeypatch,
     assert (found["graph"], set(found["seconds"])) == (right, set(JOB["blocks"]))
     assert set(replayed) == (set(JOB["blocks"]) if right else set())
     assert set(found["refused"]) == (set() if right else {"--cuda-graph"}) and found["lasting"]
+
+
+def test_a_block_whose_graph_does_not_fit_leaves_the_others_theirs(monkeypatch):
+    def graphed(job, block, device):
+        if block == "naive":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return lambda: None
+
+    monkeypatch.setattr(measure, "graphed", graphed)
+    found = measure.measure(JOB | {"checked_images": 4, "graph": True})
+    assert (found["graph"], found["lasting"], set(found["seconds"])) == (True, False, {"checkpoint", "fused"})
+
+
+@pytest.mark.parametrize(("ranks", "given", "expected"), [(1, None, True), (4, None, False), (1, False, False)])
+@pytest.mark.parametrize("block", ["auto", "fused"])
+def test_a_resumed_run_keeps_its_graph_in_one_process(monkeypatch, ranks, given, expected, block):
+    monkeypatch.setattr(train, "device_name", lambda device: "a GPU")
+    monkeypatch.setattr(train.distributed, "world_size", lambda: ranks)
+    stage = {"device": "a GPU", "precision": "bf16", "block": "fused", "cuda_graph": True}
+    checkpoint = {"epoch": 1, "config": stage | {"arguments": {"block": "auto"}, "resumed": []}}
+    args = argparse.Namespace(block=block, cuda_graph=given, compile=False, deterministic=False, drop_rate=0.0)
+    picked = train.pick_block(args, checkpoint, None, {}, torch.device("cuda"), "bf16")
+    assert picked == ("fused", expected, None)
 
 
 @pytest.fixture
