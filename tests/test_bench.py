@@ -63,7 +63,7 @@ def test_candidates_take_turns_with_the_reference(tmp_path, monkeypatch, capsys)
     flags = ["--device", "cpu", "--depths", "10", "--batch-size", "2", "--candidates", "fused", "--precisions", "fp32"]
     assert speed.main([*flags, "--csv", str(tmp_path / "b.csv"), "--plot", str(tmp_path / "b.png")]) == 0
     header, row = (tmp_path / "b.csv").read_text().splitlines()
-    assert header.startswith("candidate,depth,batch_size,precision,compiled,output_error") and row.startswith("fused,10,2")
+    assert header.startswith("candidate,depth,batch_size,precision,compiled,graph,output_error") and row.startswith("fused,10,2")
     assert (tmp_path / "b.png").stat().st_size > 1000
     monkeypatch.setattr(speed, "run", None)  # it is not called again
     assert speed.main(["--from", str(tmp_path / "b.csv"), "--plot", str(tmp_path / "again.png")]) == 0
