@@ -283,8 +283,7 @@ def fastest(found):
 def fastest_block(job, default, steps, graph=False):
     """The block to train ``steps`` steps with, whether to replay them as a CUDA graph, and a line about it or None.
 
-    It is ``default``, and ``graph``, where the training is too short to repay measuring, or naive where that block did
-    not pass.
+    They are ``default`` and ``graph`` where the training is too short to repay measuring.
     """
     device = torch.device(job["device"])
     path = cache_path(job, device)
@@ -301,16 +300,19 @@ def fastest_block(job, default, steps, graph=False):
         found = measure_apart(job, budget)
         if "naive" in found["seconds"] and found["lasting"]:
             write_cache(path, found)
-    return describe(found, default)
+    return describe(found, default, graph)
 
 
-def describe(found, default):
-    """The block that was found to be the fastest, whether with a CUDA graph, and a line that says by how much."""
+def describe(found, default, graph=False):
+    """The block that was found to be the fastest, whether with a CUDA graph, and a line that says by how much.
+
+    They are ``default``, or naive where that block did not pass, and ``graph`` where nothing was found.
+    """
     block, gain = fastest(found["seconds"])
     reasons = [f"{name}: {reason}" for name, reason in found["refused"].items()]
     if block is None:
         block = "naive" if default in found["refused"] else default
-        return block, False, "; ".join(["--block auto could not measure", *reasons, f"it takes {block}"])
+        return block, graph, "; ".join(["--block auto could not measure", *reasons, f"it takes {block}"])
     speed = "which runs" if gain is None else "the fastest" if gain == 1 else f"{gain:.2f} times as fast as naive"
     chosen = f"{block} {GRAPH}" if found["graph"] else block
     parts = [f"--block auto took {chosen}, {speed} here", *reasons, f"--block {chosen} pins it"]

@@ -123,7 +123,8 @@ def pick_block(args, checkpoint, dataset, options, device, precision):
     last = stages(checkpoint["config"])[-1] if checkpoint else {}
     same = (last.get("device"), last.get("precision")) == (device_name(device), precision)
     wanted = same and last.get("cuda_graph", False) if args.cuda_graph is None else args.cuda_graph
-    graph = wanted and can_replay(device, precision)
+    possible = can_replay(args, device, precision)
+    graph = wanted and possible
     if args.block != "auto":
         return args.block, graph, None
     default = "naive" if args.compile else choose_block(args.drop_rate, device)
@@ -138,16 +139,16 @@ def pick_block(args, checkpoint, dataset, options, device, precision):
         "image_size": args.image_size,
         "precision": precision,
         "device": str(device),
-        "graph": args.cuda_graph is not False and can_replay(device, precision),
+        "graph": args.cuda_graph is not False and possible,
         "blocks": [name for name in BLOCKS if name != "fused" or args.drop_rate == 0],
     }
     steps = (args.epochs - finished) * -(-len(dataset.train) // args.batch_size)
     return fastest_block(job, default, steps, graph)
 
 
-def can_replay(device, precision):
+def can_replay(args, device, precision):
     """Whether a CUDA graph can hold a training step: fp16 leaves some out, and several processes exchange gradients."""
-    return device.type == "cuda" and precision != "fp16" and distributed.world_size() == 1
+    return device.type == "cuda" and precision != "fp16" and distributed.world_size() == 1 and not args.compile
 
 
 def make_model(options, device, block):
