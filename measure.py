@@ -226,11 +226,9 @@ def replace_by_graphs(job, device, steps, refused):
             if not memory_problem(error):
                 raise
             refused[block] = NO_ROOM
-    for block in list(steps):
-        if block in graphs:
-            steps[block] = graphs[block]
-        else:
-            del steps[block]
+    for block in steps.keys() - graphs.keys():
+        del steps[block]
+    steps.update(graphs)
 
 
 def graphed(job, block, device, kind=GraphedStep):

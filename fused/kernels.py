@@ -62,13 +62,13 @@ def capability(device):
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else HOPPER
 
 
-def fitting(name, h):
+def fitting(name, h, outputs=16):
     """The tiles of a kernel for h, rows of bottlenecks or, in networks without, of the buffer.
 
-    They have about as few rows as give each multiprocessor one tile.
+    They have about as few rows as give each multiprocessor one tile, and fewer where a tile has many ``outputs``.
     """
     tiles = (HOPPER_TILES if capability(h.device) == HOPPER and h.stride(0) <= NARROW else TILES)[name]
-    return tiles | {"BM": min(tiles["BM"], power_of_2(len(h) // MULTIPROCESSORS, 32))}
+    return tiles | {"BM": max(16, min(tiles["BM"], power_of_2(len(h) // MULTIPROCESSORS, 32), 4096 // outputs))}
 
 
 def share_rows(rows, tile, others=1):
@@ -227,8 +227,8 @@ def bn_relu_conv3x3(x, norm, weight, shape, out, statistics):
     bn_relu_kernel[(triton.cdiv(m, tiles["BM"]), triton.cdiv(j, tiles["BJ"]))](
         x, x.stride(0), *norm[:5], a, m, j, **tiles, V=vector(j, x.stride(0))
     )
-    tiles, bk = fitting("conv3x3", x), power_of_2(k)
-    tiles["BM"] = max(16, min(tiles["BM"], 4096 // bk))  # all k outputs are in one tile
+    bk = power_of_2(k)  # all outputs are in one tile
+    tiles = fitting("conv3x3", x, bk)
     span, programs = share_rows(m, tiles["BM"])
     partial = x.new_empty(programs, 2, k, dtype=torch.float32)
     conv3x3_kernel[(programs,)](
@@ -433,9 +433,8 @@ def conv1x1_backward(d_relu, h, norm2, d_weight2, d_bias2, read, norm, weight):
     """
     x, d = read.x, read.d
     (m, c), j = x.shape, len(weight)
-    bj = power_of_2(j)
-    tiles = fitting("conv1x1_backward", h)
-    tiles["BM"] = max(16, min(tiles["BM"], 4096 // bj))  # all j outputs are in one tile
+    bj = power_of_2(j)  # all outputs are in one tile
+    tiles = fitting("conv1x1_backward", h, bj)
     column_tiles = triton.cdiv(c, tiles["BC"])
     span, programs = share_rows(m, tiles["BM"], column_tiles)
     sums = x.new_empty(programs, 2, c, dtype=torch.float32)

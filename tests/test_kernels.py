@@ -44,12 +44,12 @@ def poison(monkeypatch):
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
 
-def inputs(image, channels, growth_rate, bottleneck=True, dtype=DTYPE, spare=5, seed=0):
+def inputs(image, channels, growth_rate, bottleneck=True, dtype=DTYPE, spare=5):
     """Random arguments of the steps of one layer that reads ``channels`` columns of a wider buffer.
 
     ``spare`` columns of it are neither read nor written.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):
         return torch.randn(*shape, generator=generator).to(DEVICE)
@@ -108,13 +108,16 @@ def doubled(value):
 
 
 def assert_as_exact_as_torch(name, v):
-    """Every result's error against float64, as a norm, is at most twice that of plain torch in the same precision."""
+    """Every result's error against float64 is at most twice that of plain torch in the same precision.
+
+    That is the largest error or, on a GPU in bf16, where a single one is a matter of luck, its norm.
+    """
+    size = torch.Tensor.norm if DEVICE == "cuda" else lambda error: error.abs().max()
     exact = run(getattr(fused, name), {key: doubled(value) for key, value in v.items()})
     results = zip(run(getattr(kernels, name), v), run(getattr(fused, name), v), exact, strict=True)
     for i, (ours, torch_s, reference) in enumerate(results):
-        scale = reference.norm()
-        error = (ours.double() - reference).norm() / scale
-        allowed = 2 * (torch_s.double() - reference).norm() / scale + 1e-6
+        error, torch_error = (size(result.double() - reference) / size(reference) for result in (ours, torch_s))
+        allowed = 2 * torch_error + 1e-6
         assert error <= allowed, f"{name}, result {i}: {error:.2e} > {allowed:.2e}"  # NaN fails, too
 
 
