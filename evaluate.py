@@ -5,34 +5,21 @@ Example: python evaluate.py work/digits.bc16/weights.pth --mistakes mistakes.png
 """
 
 import argparse
-import signal
 import sys
 from collections import Counter
 from itertools import islice
 from pathlib import Path
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports is no traceback; main has its own way
-
 import torch
 from tqdm import tqdm
 
-from cli import Mistake, Parser, command, natural, nonempty, positive, positive_number, workers
-from data import KINDS, passed_over
-from device import PRECISIONS, choose_device, choose_precision, set_up_device
-from export import read_network
-from folders import find_images
-from inference import (
-    averaged,
-    classifier,
-    classify_each,
-    confusion_matrix,
-    load_split,
-    most_confident,
-    predictions,
-    reader_of,
-)
-from report import csv_table, headline, likeliest, print_scores
+from common.console import Mistake, Parser, command, natural, nonempty, positive, positive_number, workers
+from common.hardware import PRECISIONS, choose_device, choose_precision, set_up_device
+from inference.export import read_network
+from inference.network import averaged, classifier, classify_each, load_split, predictions, reader_of
+from inputs.folders import find_images, passed_over
+from inputs.splits import KINDS
+from reports.scores import confusion_matrix, csv_table, headline, likeliest, most_confident, print_scores
 
 PICTURES = (".png", ".pdf", ".svg")
 DRAWN = 32  # mistakes, at most
@@ -129,11 +116,11 @@ def evaluate_split(args, checkpoint, device, amp):
     worst = most_confident(labels != taken, confidence, DRAWN)
     title = f"{Path(*Path(args.checkpoint).parts[-3:])}\n{headline(matrix, kind)}"
     if args.confusion:
-        from pictures import draw_confusion
+        from reports.scores import draw_confusion
 
         draw_confusion(args.confusion, matrix, classes, title)
     if args.mistakes and len(worst):
-        from pictures import draw_mistakes
+        from reports.scores import draw_mistakes
 
         captions = [(classes[labels[i]], classes[taken[i]], float(confidence[i])) for i in worst]
         draw_mistakes(args.mistakes, images.select(worst), captions, title)

@@ -6,15 +6,13 @@
     print(network.classes[network(images).argmax()])
     network = torch.hub.load("CLONE", "densenet_bc_100_12", source="local", num_classes=100)  # with random weights
 
-torch.hub would import modules of this repository as ``data`` or ``cli``: names that a project may well use for its own,
-which then would get ours, or we would get theirs. So they are imported as parts of a package that is named after this
-directory. Their import statements, those within functions too, call the ``__import__`` of their own ``__builtins__``,
-which is ``_import`` below and finds modules of this repository there.
+The modules of this repository are imported as parts of a package of their own, named after this directory: a project
+may have modules that are called ``inputs`` or ``training``, too.
 """
 
-import builtins
+import ast
 import functools
-import importlib.util
+import importlib.machinery
 import os
 import pathlib
 import sys
@@ -29,40 +27,47 @@ _ROOT = pathlib.Path(__file__).resolve().parent
 _PACKAGE = f"hub_{zlib.crc32(os.fsencode(_ROOT)):08x}"
 
 
-def _path(name):
-    """Where this repository has the module of that name; it may not exist."""
-    path = _ROOT.joinpath(*name.split("."))
-    return path.with_suffix(".py") if path.with_suffix(".py").exists() else path / "__init__.py"
+class _Loader(importlib.machinery.SourceFileLoader):
+    """Loads a module whose imports from this repository are from ``_PACKAGE``, those within functions included."""
+
+    def path_stats(self, path):
+        raise OSError  # bytecode is neither read nor written: it is shared with the module under its plain name
+
+    def source_to_code(self, data, path, **options):
+        return super().source_to_code(ast.fix_missing_locations(_Renamed().visit(ast.parse(data))), path, **options)
+
+
+class _Renamed(ast.NodeTransformer):
+    def visit_Import(self, node):  # "import fused" → "from _PACKAGE import fused"
+        ours = [name for name in node.names if _is_ours(name.name)]
+        return ast.ImportFrom(_PACKAGE, ours, 0) if ours else node
+
+    def visit_ImportFrom(self, node):
+        node.module = f"{_PACKAGE}.{node.module}" if _is_ours(node.module) else node.module
+        return node
+
+
+def _is_ours(name):
+    path = _ROOT / name.partition(".")[0]
+    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
+
+
+class _Finder:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name.startswith(f"{_PACKAGE}."):
+            return importlib.machinery.FileFinder(path[0], (_Loader, [".py"])).find_spec(name)
 
 
 def _module(name):
-    """A module of this repository, "fused.loops" say, imported once as a part of _PACKAGE."""
-    full_name = f"{_PACKAGE}.{name}"
-    if full_name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(full_name, _path(name))
-        module = sys.modules[full_name] = importlib.util.module_from_spec(spec)
-        module.__builtins__ = vars(builtins) | {"__import__": _import}
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[full_name]
-            raise
-    return sys.modules[full_name]
+    """A module of this repository, "fused.loops" say."""
+    return importlib.import_module(f"{_PACKAGE}.{name}")
 
 
-def _import(name, globals=None, locals=None, fromlist=(), level=0):
-    """``__import__`` for modules of this repository."""
-    first = name.partition(".")[0]
-    if level or not _path(first).exists():
-        return __import__(name, globals, locals, fromlist, level)
-    module = _module(name)
-    for part in fromlist or ():
-        if not hasattr(module, part) and _path(f"{name}.{part}").exists():
-            setattr(module, part, _module(f"{name}.{part}"))
-    return module if fromlist else _module(first)
-
-
-sys.modules.setdefault(_PACKAGE, types.ModuleType(_PACKAGE))
+if _PACKAGE not in sys.modules:  # torch.hub runs this file anew for every call
+    sys.modules[_PACKAGE] = types.ModuleType(_PACKAGE)
+    sys.modules[_PACKAGE].__path__ = [str(_ROOT)]
+    sys.meta_path.insert(0, _Finder)
 
 
 class _Preprocess:
@@ -91,7 +96,7 @@ def run(name):
     if not path.exists():
         found = (path.parent.relative_to(_ROOT / "work").as_posix() for path in _ROOT.glob("work/**/weights.pth"))
         raise ValueError(f"work/ publishes no run {name!r}, but {', '.join(sorted(found))}")
-    checkpoint = _module("workdir").read_checkpoint(path)
+    checkpoint = _module("common.checkpoints").read_checkpoint(path)
     model = _module("inference").load_model(checkpoint)
     model.classes = checkpoint["classes"]
     model.preprocess = _Preprocess(checkpoint["config"]["arguments"], checkpoint["normalize"])

@@ -11,24 +11,19 @@ clone, weights.pth stays.
 
 import datetime
 import os
-import signal
 import sys
 from pathlib import Path
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports is no traceback; main has its own way
-
 import torch
 
-from cli import Mistake, Parser, command, nonempty
-from device import choose_device, choose_precision, set_up_device
-from export import FORMATS, SIZES, export
-from inference import averaged, load_split, predictions
-from intervals import wilson
-from logs import read_table
-from saved import stages
-from tables import formatted
-from workdir import read_checkpoint, read_config, write_checkpoint
+from common.checkpoints import read_checkpoint, write_checkpoint
+from common.config import stages
+from common.console import Mistake, Parser, command, nonempty
+from common.hardware import choose_device, choose_precision, set_up_device
+from inference.export import FORMATS, SIZES, export
+from inference.network import averaged, load_split, predictions
+from reports.logs import read_table
+from reports.tables import formatted, wilson
 
 COLUMNS = (
     "run", "command", "hardware", "wall time", "images/s",
@@ -75,7 +70,7 @@ def publish(directory, checkpoint, device, folder=None):
         )
     sample = wrong[:SAMPLE]
     test = {"images": count, "error": error, "sample": len(sample), "wrong_in_sample": int(sample.sum())}
-    kept = {name: checkpoint[name] for name in (*KEPT, "layout", "measured", "averaged") if name in checkpoint}
+    kept = {name: checkpoint[name] for name in (*KEPT, "manifest", "measured", "averaged") if name in checkpoint}
     write_checkpoint(directory / "weights.pth", kept | {"test": test})
 
 
@@ -104,7 +99,7 @@ def error_cell(error, count):
 def table_row(directory):
     """The cells of COLUMNS of a published run, from its config.json, logs and weights.pth, as Markdown."""
     weights = read_checkpoint(directory / "weights.pth")
-    config = read_config(directory)
+    config = weights["config"]
     train = read_table(directory / "train.csv", ("epoch", "images_per_second"))
     test = read_table(directory / f"{test_log(weights)}.csv")
     last = None if train is None or test is None else (test.epoch.iloc[-1], test.error.iloc[-1])

@@ -8,33 +8,29 @@ import datetime
 import itertools
 import math
 import os
-import signal
 import sys
 import time
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports is no traceback; main has its own way
 
 import torch
 from tqdm import tqdm
 
-import data
-import distributed
-from arguments import as_flags, model_options, try_out
-from batches import batch_positions, memory_format
-from cli import Mistake, command, one_line
+from common.checkpoints import FIRST_MANIFEST, load_weights
+from common.config import stages
+from common.console import Mistake, command, one_line
+from common.hardware import choose_device, choose_precision, device_name, peak_memory_mib, set_up_device
 from densenet import BLOCKS, DenseNet
-from device import choose_block, choose_device, choose_precision, device_name, peak_memory_mib, set_up_device
-from ending import Interrupted, NotFinite, ending, interruptible
-from finetune import freeze, parameter_groups, read_source, take, training_mode
-from inference import evaluate
-from measure import fastest_block
-from reader import Reader
-from recipe import PAPER, RECIPES, learning_rate, make_optimizer, make_recipe
-from resume import parse_args
-from saved import stages
-from step import GraphedStep, Step, compile_model
-from workdir import Figures, Run, provenance
+from inputs import datasets, splits
+from inputs.batches import batch_positions, memory_format
+from inputs.image import Reader
+from training import distributed
+from training.arguments import parse_args
+from training.ending import Interrupted, NotFinite, ending, interruptible
+from training.fastest import choose_block, fastest_block
+from training.finetune import freeze, parameter_groups, read_source, take, training_mode
+from training.flags import as_flags, model_options, try_out
+from training.recipe import PAPER, RECIPES, learning_rate, make_optimizer, make_recipe
+from training.run import Figures, Run, provenance
+from training.step import GraphedStep, Step, compile_model, evaluate
 
 
 def train_epoch(step, batches, schedule, bar):
@@ -89,9 +85,9 @@ def log_row(epoch, loss, error):
     return {"epoch": round(epoch, 6), "loss": round(loss, 6), "error": round(error, 4)}
 
 
-def load_data(args, device, layout):
+def load_data(args, device, manifest):
     reader = Reader.of_run(vars(args), progress=args.progress and distributed.rank() == 0)
-    dataset = data.load_run(vars(args), args.data, reader, layout)
+    dataset = datasets.load_run(vars(args), args.data, reader, manifest)
     if len(dataset.train) < distributed.world_size():
         raise Mistake(f"{len(dataset.train)} training images for {distributed.world_size()} processes: use fewer")
     positions = batch_positions(len(dataset.train), args.batch_size * args.accumulate, distributed.share())
@@ -201,8 +197,8 @@ def first_checkpoint(args, dataset, model, options, stage):
         "normalize": dataset.normalize,
         "classes": list(dataset.classes),
         "metrics": {name: [] for name in logs_of(args, dataset)},
-        **({"layout": dataset.layout} if dataset.layout else {}),
-        **({"measured": dataset.measured} if dataset.measured else {}),
+        "manifest": dataset.manifest,
+        "measured": dataset.measured or dataset.normalize,
     }
 
 
@@ -214,25 +210,29 @@ def logs_of(args, dataset):
 
 def check_data(checkpoint, args, dataset, options):
     """Raises Mistake where the data to go on with are not those of the run."""
-    measured = checkpoint.get("measured", checkpoint["normalize"])
-    before = options | checkpoint["config"]["model"], checkpoint["classes"], measured
+    before = options | checkpoint["config"]["model"], checkpoint["classes"], checkpoint["measured"]
     if before != (options, list(dataset.classes), dataset.normalize):
-        reason = ", or by a release that read them differently" if dataset.layout and "layout" not in checkpoint else ""
+        reason = ", or by a release that read them differently" if is_older(checkpoint) else ""
         raise Mistake(
             f"the run in {args.save} was trained on other images or classes than {args.data} holds now{reason}"
         )
-    if changed := data.changed(checkpoint.get("layout"), dataset):
+    if changed := splits.changed(checkpoint["manifest"], dataset):
         raise Mistake(f"images in {args.data} ({', '.join(changed)}) have changed since the run in {args.save} began")
     if checkpoint["metrics"].keys() != set(logs_of(args, dataset)):
         logged, found = ", ".join(checkpoint["metrics"]), ", ".join(logs_of(args, dataset))
         raise Mistake(f"the run in {args.save} was trained with the splits {logged}, not {found}")
 
 
+def is_older(checkpoint):
+    """True if a release trained on a folder's images before manifests said which they are."""
+    return checkpoint["manifest"] == FIRST_MANIFEST
+
+
 def add_stage(checkpoint, args, dataset, stage):
     """Note in the checkpoint's config where and how the run goes on."""
-    if dataset.layout and "layout" not in checkpoint:
+    if is_older(checkpoint):
         dataset.notes.append("an earlier release began this run: it read turned, transparent, large images differently")
-        checkpoint["layout"] = dataset.layout
+        checkpoint["manifest"] = dataset.manifest
     checkpoint["config"]["arguments"] = vars(args)
     checkpoint["config"]["resumed"].append(stage | {"epoch": checkpoint["epoch"]})
 
@@ -282,7 +282,7 @@ def progress_bar(args, epoch, batches):
 
 def print_start(args, config, stage, dataset):
     name = args.arch or f"DenseNet{'-BC' if args.bottleneck else ''}-{args.depth} (k = {args.growth_rate})"
-    counts = ", ".join(f"{len(split):,} {data.KINDS[name]}" for name, split in dataset.splits.items())
+    counts = ", ".join(f"{len(split):,} {splits.KINDS[name]}" for name, split in dataset.splits.items())
     graph = ", as a CUDA graph" if stage["cuda_graph"] else ""
     print(f"{name}, {config['parameters']:,} parameters, block {stage['block']}{graph}, {stage['precision']}")
     print(f"{args.dataset}: {counts} images in {len(dataset.classes)} classes")
@@ -335,8 +335,8 @@ def train(args, checkpoint, run):
     amp, precision = choose_precision(args.precision, device)
     set_up_device(device)
     set_up_torch(args)
-    layout = checkpoint.get("layout", data.FIRST_LAYOUT) if checkpoint else None
-    dataset = distributed.local_rank_0_first(load_data, args, device, layout)
+    manifest = checkpoint["manifest"] if checkpoint else None
+    dataset = distributed.local_rank_0_first(load_data, args, device, manifest)
     options, source = model_options(args, len(dataset.classes)), None
     if checkpoint:
         distributed.on_every_rank(check_data, checkpoint, args, dataset, options)
@@ -357,7 +357,7 @@ def train(args, checkpoint, run):
         checkpoint = first_checkpoint(args, dataset, model, options, stage)
     else:
         add_stage(checkpoint, args, dataset, stage)
-        model.load_state_dict(checkpoint["model"])
+        load_weights(model, checkpoint["model"])
         restore(optimizer, checkpoint["optimizer"])
         if recipe.average:
             recipe.average.load_state_dict(checkpoint["ema"])

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts r
 
 def make_parser(name, doc):
     """A parser with the flags of every script; ``name`` is the script's, ``doc`` its docstring."""
-    from cli import Parser
+    from common.console import Parser
 
     parser = Parser(prog=name, description=doc)
     parser.add_argument("--seed", type=int, default=1, help="of weights and inputs (default: %(default)s)")
@@ -30,7 +30,7 @@ def add_device_flag(parser):
 
 def device_of(args):
     """The torch.device of the arguments, set up. Raises Mistake where this machine lacks it."""
-    from device import choose_device, set_up_device
+    from common.hardware import choose_device, set_up_device
 
     device = choose_device(args.device)
     set_up_device(device)
@@ -52,8 +52,8 @@ def add_data_flags(parser):
 def load(args, device):
     """The data set and its training batches, not augmented. Raises Mistake where there is none."""
     import data
-    from cli import Mistake
-    from reader import Reader
+    from common.console import Mistake
+    from inputs.image import Reader
 
     if args.batch_size < 2:
         raise Mistake(f"--batch-size {args.batch_size}: batch norm needs at least 2 images")
@@ -120,7 +120,7 @@ def vgg(classes):
 
 def densenet(args, classes, block):
     """The DenseNet-BC (k = 12) of the arguments. Raises Mistake where the depth is impossible."""
-    from cli import Mistake
+    from common.console import Mistake
     from densenet import DenseNet
 
     try:

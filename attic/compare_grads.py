@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from cli import command
+from common.console import command
 from densenet import BLOCKS, TO_TORCHVISION, DenseNet, rename
 
 KINDS = ("hidden state", "gradient", "statistics")

@@ -18,7 +18,7 @@ import checks
 import torch
 import torch.nn.functional as F
 
-from cli import command
+from common.console import command
 
 CHANNELS, GROWTH = 6, 4
 QUANTITIES = ("output", "gradient of x", "gradient of w1", "gradient of w2")

@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from cli import command
+from common.console import command
 
 LOSS = 0.5  # above or below ln(classes): about what logits of unit variance add
 SPREAD = 1e3  # between the largest and the smallest number of a column

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
-from cli import command
+from common.console import command
 from densenet import BLOCKS, DenseNet
 
 STEP = 1e-6  # h

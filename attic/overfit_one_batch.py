@@ -17,11 +17,10 @@ import torch
 from tqdm import tqdm
 
 import train
-from cli import Mistake, command
+from common.console import Mistake, command
+from common.hardware import choose_precision
 from densenet import BLOCKS
-from device import choose_precision
-from inference import evaluate
-from step import Step
+from training.step import Step, evaluate
 
 EPOCHS = 3  # of the VGG-style network on all training images
 ERROR = 10.0  # percent on the test images that it must get below; the author's VGG had about that on CIFAR-10

@@ -20,16 +20,14 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts of this folder run from anywhere
 
-import arguments
-import data
-import measure
-import resume
-from batches import ImageTensors, memory_format
-from cli import Parser, command
+from common.console import Parser, command
+from common.hardware import choose_device, choose_precision, peak_memory_mib, set_up_device
 from densenet import BLOCKS, FROM_TORCHVISION, DenseNet, rename
-from device import choose_block, choose_device, choose_precision, peak_memory_mib, set_up_device
-from inference import evaluate
-from step import GraphedStep, Step, compile_model
+from inputs import splits
+from inputs.batches import ImageTensors, memory_format
+from training import arguments, fastest
+from training.fastest import choose_block
+from training.step import GraphedStep, Step, compile_model, evaluate
 
 CHECKED_IMAGES = 4
 DRAWS = 5  # of images to check with
@@ -141,7 +139,7 @@ def place(model, name, device):
 
 
 def make_images(count, seed, device, dtype=torch.float32):
-    return measure.make_images(count, {"model": {}, "image_size": 32}, seed, dtype, device)
+    return fastest.make_images(count, {"model": {}, "image_size": 32}, seed, dtype, device)
 
 
 def check(job, device):
@@ -155,11 +153,11 @@ def check(job, device):
     model, layout = place(make_model(job["candidate"], job["depth"]), job["candidate"], device)
 
     def errors(reference, model, dtype, amp, seed):
-        exact = measure.outcome(reference, *make_images(CHECKED_IMAGES, seed, "cpu", torch.float64), exact_amp)
+        exact = fastest.outcome(reference, *make_images(CHECKED_IMAGES, seed, "cpu", torch.float64), exact_amp)
         images, labels = make_images(CHECKED_IMAGES, seed, next(model.parameters()).device, dtype)
-        found = measure.outcome(model, images.to(memory_format=layout), labels, amp, our_name)
+        found = fastest.outcome(model, images.to(memory_format=layout), labels, amp, our_name)
         kinds = exact if job["candidate"] in BLOCKS else ("output", "gradients")
-        return measure.errors(found, {kind: exact[kind] for kind in kinds})
+        return fastest.errors(found, {kind: exact[kind] for kind in kinds})
 
     double = copy.deepcopy(model).to("cpu" if device.type == "mps" else device).double()  # which MPS has not
     in_double = errors(copy.deepcopy(reference), double, torch.float64, exact_amp, 0)
@@ -300,13 +298,13 @@ def our_epochs(job, tensors, device):
     import train  # what is measured is that very script
 
     flags = {"--depth": job["depth"], "--batch-size": job["batch_size"], "--precision": job["precision"]}
-    args, _ = resume.parse_args([*map(str, itertools.chain(*flags.items())), "--save", "never-written"])
+    args, _ = arguments.parse_args([*map(str, itertools.chain(*flags.items())), "--save", "never-written"])
     set_up_device(device)
     train.set_up_torch(args)
     amp, precision = choose_precision(args.precision, device)
-    dataset = data.Dataset(tensors, tensors, [str(i) for i in range(10)], data.NORMALIZE["cifar10"]).to(device)
+    dataset = splits.Dataset(tensors, tensors, [str(i) for i in range(10)], splits.NORMALIZE["cifar10"]).to(device)
     batches = train.make_batches(args, dataset)
-    model = train.make_model(arguments.model_options(args, 10), device, choose_block(args.drop_rate, device))
+    model = train.make_model(flags.model_options(args, 10), device, choose_block(args.drop_rate, device))
     step = train.make_step(model, train.make_optimizer(args, model.parameters()), amp, precision)
     epochs = itertools.count(1)
 
@@ -338,7 +336,7 @@ def serve(job):
     for word in sys.stdin:
         if device.type == "cuda" and not job.get("graph"):  # which allocates only when it is captured
             torch.cuda.reset_peak_memory_stats(device)
-        spent = measure.seconds({"train": train, "infer": infer}[word.strip()], device, times)
+        spent = fastest.seconds({"train": train, "infer": infer}[word.strip()], device, times)
         print(json.dumps([spent, peak_memory_mib(device)]), flush=True)
 
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts o
 
 import launches
 
-from cli import Parser, command
+from common.console import Parser, command
 
 # Bytes of shared memory that a block may have, by compute capability (CUDA C++ Programming Guide, technical
 # specifications): A100, RTX 3090, RTX 4090, H100, B200, RTX 5090. Below 8.0 the kernels are not used.

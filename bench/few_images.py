@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts of this folder run from anywhere
 
-from cli import Parser, command, positive
+from common.console import Parser, command, positive
 
 TRAIN = [sys.executable, str(Path(__file__).resolve().parent.parent / "train.py")]
 FLAGS = "--dataset folder --image-size 16 --depth 16 --no-augment --precision fp32 --no-plot --overwrite"

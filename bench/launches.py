@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts of this folder run from anywhere
 
 import fused
-from cli import Parser, command
+from common.console import Parser, command
 from densenet import ARCHITECTURES, DenseNet
 
 FREE = {  # what only describes or allocates memory

@@ -19,11 +19,11 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts of this folder run from anywhere
 
-from cli import Parser, command, natural, positive
-from files import ImageFiles
-from folders import list_images
-from reader import Reader
-from workdir import provenance
+from common.console import Parser, command, natural, positive
+from inputs.folders import list_images
+from inputs.image import Reader
+from inputs.streaming import ImageFiles
+from training.run import provenance
 
 SIZE, BATCH, NORMALIZE = 224, 64, ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 

@@ -19,7 +19,7 @@ import scipy.stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts of this folder run from anywhere
 
-from cli import Mistake, Parser, command, natural, positive
+from common.console import Mistake, Parser, command, natural, positive
 
 ROOT, PAPER = Path(__file__).resolve().parent.parent, "paper"
 RECIPES = {

@@ -23,9 +23,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process with several threads 
 
 from conftest import TINY, assert_same_run  # noqa: E402
 
-import data  # noqa: E402
 import train  # noqa: E402
-from cli import Parser, positive  # noqa: E402
+from common.console import Parser, positive
+from inputs import datasets
 
 FLAGS = [*TINY, "--block", "naive", "--valid-size", "100", "--no-plot", "--no-progress", "--save"]
 kills = Counter()  # by whether a process was killed
@@ -144,7 +144,7 @@ def main(argv=None):
     parser.add_argument("--only", choices=KINDS, help="one kind (default: all)")
     args = parser.parse_args(argv)
     failures = 0
-    data.load("digits", None)  # imports what each process would have to
+    datasets.load("digits", None)  # imports what each process would have to
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         begin = time.monotonic()

@@ -1,0 +1,1 @@
+"""What every command needs: the console, durable files, run configs, checkpoints, hardware."""

@@ -1,0 +1,77 @@
+"""Files that are written whole or not at all, and read only where reading ends."""
+
+import contextlib
+import errno
+import os
+import sys
+import time
+from pathlib import Path
+
+from common.console import Mistake
+
+
+def readable(path):
+    """The Path of a file to read. Raises Mistake where that would never end: for a named pipe, say, or a device."""
+    if not os.path.isfile(path) and not os.path.isdir(path) and os.path.exists(path):
+        raise Mistake(f"{path} is not a file, but a pipe, a socket or a device")
+    return Path(path)
+
+
+@contextlib.contextmanager
+def written_whole(path, suffix=".tmp", previous=None):
+    """A binary file that takes the place of ``path`` in one step when the block ends without an exception.
+
+    Whatever happens meanwhile, ``path`` holds its old content or all of the new. The new content is written beside it
+    first, under a name that ends in ``suffix``: the same for all who write, who therefore do so one at a time, or one's
+    own. With ``previous``, the old content takes that name, and is under no other for a moment.
+    """
+    temporary = path.with_name(path.name + suffix)
+    if path.exists() and not path.is_file():  # renaming would put a file in the place of a pipe or a device, too
+        raise FileExistsError(errno.EEXIST, "is not a file that can be replaced", str(path))
+    try:
+        with named(path), open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if previous and path.exists():
+            replace(path, previous)
+        replace(temporary, path)
+        sync_names(path.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):  # a read-only file system refuses to delete even what is not there
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def named(path):
+    """Let an OSError that does not say where, such as that of a full disk, say that it was ``path``."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def sync_names(folder):
+    """Let the names in a folder outlive a power cut, as fsync lets a file's content."""
+    if sys.platform == "win32":  # which opens no folders
+        return
+    with contextlib.suppress(OSError):  # some file systems know no such thing, and refuse it
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def replace(source, target, patience=5):
+    """os.replace, which Windows refuses while another process reads ``target``: that is waited for, some seconds."""
+    end = time.monotonic() + patience
+    while True:
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            if sys.platform != "win32" or time.monotonic() > end:
+                raise
+            time.sleep(0.05)

@@ -1,0 +1,163 @@
+"""Which device, precision and dense block to compute with: chosen once, from what the hardware has."""
+
+import contextlib
+import ctypes
+import functools
+import os
+import platform
+import re
+import sys
+import warnings
+from pathlib import Path
+
+import psutil
+import torch
+import torch.nn as nn
+
+from common.console import Mistake
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Large tensors in pages of 2 MiB: passes over memory are faster. torch asks when it makes its first tensor.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+def choose_device(name):
+    """A torch.device for "auto", "cpu", "cuda", "cuda:N" or "mps". Raises Mistake where this machine lacks it.
+
+    "auto" is the CPU, and says so once, where there is a GPU that this build of torch cannot use, or not rightly.
+    """
+    if name != "auto":
+        if problem := problem_of(name):
+            raise Mistake(f"device {name!r} is not available here ({problem}): try cpu")
+        return torch.device(name)
+    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return torch.device(found if usable(found) else "cpu")
+
+
+@functools.cache
+def usable(name):
+    problem = problem_of(name) or (name == "mps" and training_problem(name))
+    if problem:
+        print(f"device {name} cannot be used ({problem}): computing on the CPU", file=sys.stderr)
+    return not problem
+
+
+def problem_of(name):
+    """Why nothing can be computed on a device, in a line; None where it can."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of devices that are no more
+            torch.ones(1, device=torch.device(name)).add_(1).item()  # an old GPU is found, but the build lacks its code
+    except Exception as error:  # of any kind: devices that this build has nothing for raise what they like
+        return str(error).partition("\n")[0]
+    return None
+
+
+def training_problem(name):
+    """Why not to train on a device whose batch norm has been wrong in many releases of torch; None where it is right.
+
+    It is asked for the gradients of two layers, and so is the CPU.
+    """
+    try:
+        found, exact = gradients_of_two_layers(name), gradients_of_two_layers("cpu")
+    except RuntimeError as error:
+        return str(error).partition("\n")[0]
+    error = ((found - exact).norm() / exact.norm()).item()
+    return None if error < 1e-3 else f"its gradients differ from the CPU's by {error:.1e}"
+
+
+def gradients_of_two_layers(device):
+    """All gradients of BN-ReLU-Conv1×1-BN-ReLU-Conv3×3, in one vector on the CPU, from fixed numbers."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=[]):  # the draws of a run stay as they are
+        first = nn.BatchNorm2d(24), nn.ReLU(), nn.Conv2d(24, 48, 1)
+        network = nn.Sequential(*first, nn.BatchNorm2d(48), nn.ReLU(), nn.Conv2d(48, 12, 3))
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.1, generator=generator)
+    images = torch.randn(8, 24, 16, 16, generator=generator)
+    out = network.to(device)(images.to(device))
+    (out * torch.randn(out.shape, generator=generator).to(device)).sum().backward()
+    return torch.cat([parameter.grad.cpu().flatten() for parameter in network.parameters()])
+
+
+def synchronize(device):
+    """Wait until a device has computed all that it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def compiler_problem(device):
+    """Why torch.compile does not work here, in a line; None where it does."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(2, device=device))
+    except Exception as error:  # of any kind: a compiler is missing, or Triton, or it fails
+        lines = [line for line in str(error).splitlines() if line]
+        return lines[0] if lines else type(error).__name__
+    return None
+
+
+def set_up_device(device):
+    """What a process does once for the device that it computes on."""
+    if device.type == "cpu":
+        keep_freed_memory()
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False  # fp32 shall mean fp32: who wants tensor cores has bf16
+        if device.index is not None:  # without one, it is the current device already
+            torch.cuda.set_device(device)  # Triton launches there
+
+
+def keep_freed_memory():
+    """Let glibc keep what is freed: by default every large CPU tensor comes from the kernel anew, page by page."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library, which manages memory its own way
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: give nothing back
+
+
+def has_bf16(device):
+    """Whether the hardware computes in bf16; where it does not, bf16 is emulated and slower than fp32.
+
+    The environment variable DENSENET_BF16, 0 or 1, answers in the hardware's place: tests have to pass either way.
+    """
+    if override := os.environ.get("DENSENET_BF16"):
+        return override == "1"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def choose_precision(name, device):
+    """A function that makes the autocast context for one of PRECISIONS or "auto", and the name of what was chosen.
+
+    "auto" is bf16 where the hardware has it, fp16 on GPUs whose tensor cores have that alone (V100, T4, RTX 20).
+    """
+    if name == "auto" and has_bf16(device):
+        name = "bf16"
+    elif name == "auto":
+        name = "fp16" if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0) else "fp32"
+    amp = functools.partial(torch.autocast, device.type, PRECISIONS[name], enabled=name != "fp32")
+    return amp, name
+
+
+def device_name(device):
+    """The processor's or GPU's name; of a processor, also the number of threads that compute."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):  # Linux alone has this file, and there platform.processor() is often empty
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def peak_memory_mib(device):
+    """Most memory in use so far: of the CUDA allocator (since its last reset), elsewhere of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    with contextlib.suppress(OSError):  # Linux; its ru_maxrss begins with what the parent process had
+        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**10
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / 2**20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

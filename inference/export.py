@@ -1,0 +1,175 @@
+"""A trained network as a file for other programs, in ONNX, safetensors or torch.export's format; and read back.
+
+    from export import read_network
+    checkpoint = read_network("work/digits.bc16/weights.onnx")  # for inference.classify, like workdir.read_checkpoint
+
+Each file has what a checkpoint holds beside its weights in its metadata, as JSON by name: "classes", "normalize" (mean
+and standard deviation of each channel, of 255) and "config", with the architecture and how images are read.
+"""
+
+import importlib.util
+import io
+import json
+from pathlib import Path
+
+import torch
+
+from common.checkpoints import read_checkpoint, upgrade
+from common.console import Mistake, memory_problem
+from common.files import readable, written_whole
+from inference.network import load_model
+from inputs.image import Reader
+
+SIZES = (1, 3, 64)  # of the batches that an exported network is checked with
+TOLERANCE = 1e-5  # of the largest logit, or of 1
+NEEDED = {"config", "normalize", "classes"}  # beside the weights
+EXTRA = "metadata.json"  # the file within a .pt2 file
+
+
+class Exported(torch.nn.Module):
+    """A network that another program runs, on the CPU: images (N, C, S, S) → logits (N, classes), float32."""
+
+    def __init__(self, run):
+        super().__init__()
+        self.run = run
+
+    def forward(self, images):
+        return self.run(images.cpu().contiguous()).to(images.device)
+
+
+def export(checkpoint, path, images):
+    """Write the network of a checkpoint to ``path``, whose suffix says how; kept if it then computes the same.
+
+    ``images`` (64, C, S, S), normalised, are what it is tried on. Returns the largest difference between logits.
+    """
+    write, read = FORMATS[path.suffix]
+    content = write(checkpoint)
+    difference, allowed = compare(load_model(checkpoint), load_model(read(content)), images)
+    if not difference <= allowed:
+        raise Mistake(f"{path} would compute something else: logits differ by {difference:.1e}, over {allowed:.1e}")
+    with written_whole(path) as file:
+        file.write(content)
+    return difference
+
+
+@torch.no_grad()
+def compare(model, other, images):
+    """The largest difference between the logits of two networks, in batches of SIZES, and the one that is allowed."""
+    batches = [images[:size] for size in SIZES]
+    expected, found = (torch.cat([network(batch) for batch in batches]) for network in (model, other))
+    return (found - expected).abs().max().item(), TOLERANCE * max(1.0, expected.abs().max().item())
+
+
+def read_network(path):
+    """What ``read_checkpoint`` returns, also from an exported file, whose "model" may then be the network itself.
+
+    Raises Mistake where the file is missing, damaged or of another program.
+    """
+    if Path(path).suffix not in FORMATS:
+        return read_checkpoint(path)
+    checkpoint = read_exported(path)
+    if not checkpoint.keys() >= NEEDED:
+        raise Mistake(f"{path} was not exported by publish.py: its metadata lack {', '.join(sorted(NEEDED))}")
+    return upgrade(checkpoint, path)
+
+
+def read_exported(path):
+    """The same of an exported file, which another program may have written: then it is {"model": …}."""
+    suffix = Path(path).suffix
+    if suffix == ".pt2":
+        raise Mistake(f"{path} could run any code when it is loaded: name a .pth, .onnx or .safetensors file")
+    try:
+        return FORMATS[suffix][1](readable(path).read_bytes())
+    except Mistake:
+        raise
+    except OSError as error:
+        raise Mistake(f"{path} cannot be read: {error.strerror}") from error
+    except Exception as error:  # each format has errors of its own
+        if memory_problem(error):
+            raise
+        raise Mistake(f"{path} is damaged or no {suffix} file ({type(error).__name__})") from error
+
+
+def require(*packages):
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        raise Mistake(f"this needs packages that are not installed: pip install {' '.join(missing)}")
+
+
+def describe(checkpoint):
+    """Everything but the weights, as JSON by name."""
+    return {name: json.dumps(value) for name, value in checkpoint.items() if name != "model"}
+
+
+def described(metadata):
+    """The inverse of ``describe``; nothing of what another program has written."""
+    return {name: json.loads(value) for name, value in metadata.items()} if metadata.keys() >= NEEDED else {}
+
+
+def traced(checkpoint):
+    """The network, a batch of the shape that it takes, and which of that shape's sizes may change: the first."""
+    reader = Reader.of_run(checkpoint["config"]["arguments"])
+    images = torch.zeros(2, reader.channels, reader.image_size, reader.image_size)  # 2: of 1, torch makes a constant
+    return load_model(checkpoint), (images,), ({0: torch.export.Dim("batch")},)
+
+
+# For each format: a checkpoint's dict → bytes, and back.
+
+
+def to_onnx(checkpoint):
+    require("onnx", "onnxscript", "onnxruntime")
+    model, inputs, sizes = traced(checkpoint)
+    names = dict(input_names=["images"], output_names=["logits"])
+    program = torch.onnx.export(model, inputs, dynamo=True, dynamic_shapes=sizes, verbose=False, **names)
+    program.model.metadata_props.update(describe(checkpoint))
+    return program.model_proto.SerializeToString()
+
+
+def from_onnx(content):
+    require("onnxruntime")
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+    def run(images):
+        return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+    return described(session.get_modelmeta().custom_metadata_map) | {"model": Exported(run)}
+
+
+def to_safetensors(checkpoint):
+    require("safetensors")
+    from safetensors.torch import save
+
+    return save({name: value.contiguous() for name, value in checkpoint["model"].items()}, describe(checkpoint))
+
+
+def from_safetensors(content):
+    require("safetensors")
+    from safetensors.torch import load
+
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return described(header.get("__metadata__", {})) | {"model": load(content)}
+
+
+def to_pt2(checkpoint):
+    model, inputs, sizes = traced(checkpoint)
+    file = io.BytesIO()
+    program = torch.export.export(model, inputs, dynamic_shapes=sizes)
+    torch.export.save(program, file, extra_files={EXTRA: json.dumps(describe(checkpoint))})
+    return file.getvalue()
+
+
+def from_pt2(content):
+    extra = {EXTRA: ""}
+    program = torch.export.load(io.BytesIO(content), extra_files=extra)
+    run = program.module().__call__  # as a module it would be a part of Exported, and it has no evaluation mode
+    return described(json.loads(extra[EXTRA] or "{}")) | {"model": Exported(run)}
+
+
+FORMATS = {
+    ".onnx": (to_onnx, from_onnx),
+    ".safetensors": (to_safetensors, from_safetensors),
+    ".pt2": (to_pt2, from_pt2),
+}

@@ -1,0 +1,147 @@
+"""A trained network, built from its checkpoint and run on images and files."""
+
+import contextlib
+import itertools
+
+import torch
+from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
+
+from common.checkpoints import load_weights
+from common.console import Mistake
+from densenet import DenseNet
+from inputs import datasets, splits
+from inputs.batches import memory_format, normalizer
+from inputs.decoding import in_workers, read_or_problem
+from inputs.image import Reader
+
+
+@torch.no_grad()
+def predict(model, batches, amp):
+    """Yield (logits (B, classes) float32, labels (B,)) of every batch, in order, in evaluation mode."""
+    model.eval()
+    for images, labels in batches.in_order():
+        with amp():
+            logits = model(images)
+        yield logits.float(), labels
+
+
+def load_model(checkpoint):
+    """The trained network of a checkpoint's dict, in evaluation mode.
+
+    Its "model" is a state_dict or, where the module export has read the checkpoint, the network itself.
+    """
+    if isinstance(checkpoint["model"], torch.nn.Module):
+        return checkpoint["model"]
+    try:
+        model = DenseNet(**checkpoint["config"]["model"])
+    except (TypeError, ValueError) as error:
+        raise Mistake(f"the checkpoint describes a network that cannot be built ({error})") from error
+    load_weights(model, checkpoint["model"])
+    return model.eval()
+
+
+def averaged(checkpoint):
+    """The checkpoint with the averaged weights of its run, that of --ema, in place of the last ones. Raises Mistake."""
+    if "ema" not in checkpoint:
+        raise Mistake("the checkpoint has no averaged weights, which train.py --ema makes: leave out --ema")
+    return checkpoint | {"model": checkpoint["ema"]["model"], "averaged": True}
+
+
+def reader_of(checkpoint, **options):
+    """The Reader of a checkpoint's run; it decodes in this process and shows no bar, if ``options`` don't say so."""
+    return Reader.of_run(checkpoint["config"]["arguments"], **{"workers": 0, "progress": False} | options)
+
+
+def load_split(checkpoint, split="test", directory=None, reader=None):
+    """The images that the checkpoint's run had in a split, not augmented, and lines to print about them.
+
+    ``split`` is "train", "valid" (held out of the training images, or a folder of their own) or "test". ``directory``
+    says where the data set lives, if not where it was. Raises Mistake where images are missing, have other classes, or
+    cannot be the ones that were held out.
+    """
+    trained, reader = checkpoint["config"]["arguments"], reader or reader_of(checkpoint)
+    root, manifest = directory or trained["data"], checkpoint["manifest"]
+    try:
+        if split == "test":
+            images, notes = datasets.load_test(trained["dataset"], root, reader, checkpoint["classes"], manifest)
+            return images.select(slice(trained["limit_test"])), notes
+        dataset = datasets.load_run(trained, root, reader, manifest)
+        check_training_data(checkpoint, dataset, root, split)
+    except Mistake as error:
+        raise Mistake(f"{error}; --data says where the data set of the training is") from error
+    if split not in dataset.splits:
+        raise Mistake("the run held out no images for validation: choose --split train or test")
+    return dataset.splits[split], dataset.notes
+
+
+def check_training_data(checkpoint, dataset, root, split):
+    """Raises Mistake where a data set is not the one that the checkpoint's run had, or held images out of."""
+    if list(dataset.classes) != checkpoint["classes"]:
+        raise Mistake(f"the images in {root} have other classes than those of the training")
+    if changed := {"train", split} & {*splits.changed(checkpoint["manifest"], dataset)}:
+        raise Mistake(f"images in {root} ({', '.join(sorted(changed))}) have changed since the training")
+    # Which images are held out depends on how many there are. Their mean and standard deviation tell, if measured.
+    measured = checkpoint["measured"], dataset.normalize
+    before, now = (torch.tensor(values, dtype=torch.float64) for values in measured)
+    if checkpoint["config"]["arguments"]["valid_size"] and not torch.equal(before, now):
+        raise Mistake(f"the training images in {root} have changed: which were held out is not known any more")
+
+
+def predictions(checkpoint, images, device="cpu", amp=contextlib.nullcontext, batch_size=None):
+    """What ``predict`` yields for images of the data module and the trained network of a checkpoint."""
+    model = load_model(checkpoint).to(device, memory_format=memory_format(device))
+    batch_size = batch_size or checkpoint["config"]["arguments"]["batch_size"]
+    return predict(model, images.to(device).batches(batch_size, checkpoint["normalize"]), amp)
+
+
+def classify(checkpoint, paths, device="cpu", amp=contextlib.nullcontext):
+    """Class probabilities of a list of image files of any size: (images, classes) float32, in their order.
+
+    Raises Mistake where a file is missing or no image, or the list is empty.
+    """
+    if isinstance(paths, str) or not paths:
+        raise Mistake(f"{paths!r} is not a list of image files")
+    batch_size = checkpoint["config"]["arguments"]["batch_size"]
+    found = list(classify_each(classifier(checkpoint, device, amp), paths, reader_of(checkpoint), batch_size))
+    if problems := [str(answer) for answer in found if isinstance(answer, Mistake)]:
+        raise Mistake("; ".join(problems))
+    return torch.stack(found)
+
+
+def classifier(checkpoint, device="cpu", amp=contextlib.nullcontext):
+    """A function from pixels (N, S, S, C) uint8, as of a Reader, to class probabilities (N, classes) float32."""
+    model = load_model(checkpoint).to(device, memory_format=memory_format(device))
+    normalized = normalizer(checkpoint["normalize"], device)
+
+    @torch.no_grad()
+    def probabilities(pixels):
+        with amp():
+            logits = model(normalized(pixels.to(device)))
+        return logits.float().softmax(1).cpu()
+
+    return probabilities
+
+
+def classify_each(probabilities, paths, reader, batch_size):
+    """Yield for each image file its class probabilities (classes,), or the Mistake that says why it cannot be read.
+
+    ``probabilities`` is what ``classifier`` returns. No more than a batch is in memory at once.
+    """
+    decoded = iter(in_workers(read_or_problem, paths, reader, "classifying images"))
+    while batch := list(itertools.islice(decoded, batch_size)):
+        pixels = [torch.from_numpy(item) for item in batch if not isinstance(item, Mistake)]
+        rows = iter(probabilities(torch.stack(pixels)) if pixels else ())
+        yield from (item if isinstance(item, Mistake) else next(rows) for item in batch)
+
+
+def preprocess(image, arguments, normalize):
+    """What ``classify`` lets a network see of one image, opened by Pillow or the path of its file: (C, S, S) float32.
+
+    ``arguments`` are those of the network's run. Raises Mistake where it cannot be read.
+    """
+    reader = Reader.of_run(arguments, workers=0, progress=False)
+    if isinstance(image, JpegImageFile) and image.tile:  # not decoded yet: read anew, at the size that is needed
+        image = image.fp
+    pixels = reader.pixels(image, "the image") if isinstance(image, Image.Image) else reader.read(image)
+    return normalizer(normalize, "cpu")(torch.from_numpy(pixels)[None])[0]

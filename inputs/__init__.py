@@ -1,0 +1,1 @@
+"""From image files and data sets to batches on the training device."""

@@ -1,0 +1,129 @@
+"""A data set's splits: images held out, limited, compared with those of an earlier run; their mean and deviation."""
+
+import hashlib
+import os
+from dataclasses import dataclass, field, replace
+
+import psutil
+import torch
+
+from common.console import Mistake
+from inputs.batches import ImageTensors
+from inputs.streaming import ImageFiles
+
+
+def fingerprint(images, root):
+    """A digest of labels and pixels; of images that are streamed, of names: reading them would take minutes."""
+    key = hashlib.sha256(images.labels.numpy())
+    if isinstance(images, ImageFiles):
+        key.update(os.fsencode("\0".join(os.path.relpath(path, root) for path in images.paths)))
+    else:
+        key.update(images.pixels.numpy())
+    return key.hexdigest()
+
+
+# Mean and standard deviation of each channel, of 255. CIFAR-10: fb.resnet.torch, which the paper's code builds on.
+NORMALIZE = {
+    "cifar10": ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),
+    "cifar100": ((129.3, 124.1, 112.4), (68.2, 65.4, 70.4)),
+    "svhn": ((0.0, 0.0, 0.0), (255.0, 255.0, 255.0)),  # the paper divides SVHN by 255 and does no more
+    "imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+}
+KINDS = {"train": "training", "valid": "validation", "test": "test"}  # what the images of a split are called
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Training and test images, names of the classes, and per-channel (mean, std) of 255.
+
+    ``train``, ``test`` and ``valid`` are ImageTensors, or ImageFiles where images are streamed from disk. ``notes`` are
+    lines that a user should read. With ``manifest``, a later call finds the same splits: it says which folders they
+    are, which files were set apart for testing, and what the images were, so that a change is noticed.
+    ``measured`` is what ``normalize`` was before ``normalized_as``.
+    """
+
+    train: ImageTensors | ImageFiles
+    test: ImageTensors | ImageFiles
+    classes: list
+    normalize: tuple
+    valid: ImageTensors | ImageFiles | None = None
+    notes: list = field(default_factory=list)
+    manifest: dict | None = None
+    measured: tuple | None = None
+
+    @property
+    def splits(self):
+        """The splits by name: "train", "valid" where images are held out, "test"."""
+        splits = {"train": self.train, "valid": self.valid, "test": self.test}
+        return {name: split for name, split in splits.items() if split is not None}
+
+    def to(self, device):
+        valid = self.valid and self.valid.to(device)
+        return replace(self, train=self.train.to(device), test=self.test.to(device), valid=valid)
+
+    def normalized_as(self, normalize):
+        """Normalised by other values, those of the weights that training starts from, if they have as many channels."""
+        if not normalize or len(normalize[0]) != len(self.normalize[0]):
+            return self
+        return replace(self, normalize=tuple(map(tuple, normalize)), measured=self.normalize)
+
+    def hold_out(self, count, seed):
+        """Move ``count`` training images, the same share of each class, to ``valid``. Drawn by ``seed`` alone."""
+        if self.valid is not None:
+            raise Mistake(f"--valid-size {count}: the data set has validation images: leave it out")
+        parts = stratified(self.train.labels, count, seed, flag="--valid-size")
+        train, valid = (self.train.select(torch.tensor(part)) for part in parts)
+        return replace(self, train=train, valid=valid)
+
+    def limit(self, train=None, test=None):
+        """The first ``train`` training and the first ``test`` test (and validation) images."""
+        valid = self.valid and self.valid.select(slice(test))
+        return replace(self, train=self.train.select(slice(train)), test=self.test.select(slice(test)), valid=valid)
+
+
+def stratified(labels, count, seed, flag):
+    """Positions of all images but ``count``, and of those, the same share of each class. Raises Mistake."""
+    from sklearn.model_selection import train_test_split
+
+    labels, classes = labels.cpu().numpy(), len(labels.unique())
+    if count >= len(labels):
+        raise Mistake(f"{flag} {count}: the training set has {len(labels)} images; hold out fewer")
+    if min(count, len(labels) - count) < classes:
+        raise Mistake(f"{flag} {count}: each part needs at least one image of {classes} classes")
+    try:
+        parts = train_test_split(range(len(labels)), test_size=count, stratify=labels, random_state=seed)
+    except ValueError as error:
+        raise Mistake(f"{flag} {count}: cannot hold out the same share of each class ({error})") from error
+    return [sorted(part) for part in parts]
+
+
+def changed(manifest, dataset):
+    """The splits whose images are not those that the manifest of a run was made of."""
+    before = (manifest or {}).get("fingerprints", {})
+    return [split for split, digest in before.items() if digest != dataset.manifest["fingerprints"].get(split)]
+
+
+def check_memory(count, reader, bytes_per_pixel, instead=""):
+    """Raises Mistake where so many images do not fit; ``instead`` is what may help beside a smaller size."""
+    size, available = reader.image_size, psutil.virtual_memory().available / 1e9
+    needed = count * size**2 * bytes_per_pixel / 1e9
+    if needed > available:
+        raise Mistake(
+            f"{count:,} images of {size}×{size} pixels need {needed:.1f} GB of memory, of which "
+            f"{available:.1f} GB are available: choose a smaller --image-size{instead}"
+        )
+
+
+def measure(pixels):
+    """Per-channel (mean, std), of 255, of (N, H, W, C) uint8: exact, from 256-bin histograms in float64."""
+    values = torch.arange(256, dtype=torch.float64)
+    means, stds = [], []
+    for channel in range(pixels.shape[-1]):
+        counts = torch.zeros(256, dtype=torch.float64)
+        for part in pixels[..., channel].split(4096):  # bincount makes an int64 copy: keep it small
+            counts += torch.bincount(part.flatten(), minlength=256)
+        weights = counts / counts.sum()
+        mean = (weights * values).sum()
+        means.append(mean.item())
+        stds.append((weights * (values - mean) ** 2).sum().sqrt().item())
+    return tuple(means), tuple(stds)

@@ -1,0 +1,248 @@
+"""Reads the logs of runs as tables, and averages runs that differ in their seed. Imports no torch.
+
+The runs are those of train.py, of bamos/densenet.pytorch (train.csv, test.csv without header) and of
+gpleiss/efficient_densenet_pytorch (results.csv).
+"""
+
+import csv
+import functools
+import itertools
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from common.config import read_config
+from common.console import Mistake
+from common.files import readable
+
+SPLITS = ("train", "valid", "test")
+LOGS = (*SPLITS, "test-ema")  # of the averaged weights, which are not drawn
+COLUMNS = ("epoch", "loss", "error")
+OPTIONAL = ("lr", "test_error", "images_per_second")
+LIMITS = {"epoch": (0, 1e6), "loss": (-1e100, 1e100), "error": (0, 100)}  # what is beyond them is damage
+DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "svhn": "SVHN"}
+# Arguments in which runs of one mean may differ: the seed, and what changes at most the rounding. Data is compared by
+# its name, not by where it lives.
+NOT_COMPARED = {
+    *("seed", "data", "workers", "block", "device", "precision", "compile", "cuda_graph", "deterministic"),
+    *("save", "resume", "overwrite", "log_every", "plot", "progress"),
+    "recipe",  # a name for other arguments
+}
+SEED = re.compile(r"([.\-_ ]*seed)?[.\-_ ]*\d*$")  # at the end of what the names of several seeds have in common
+
+
+@dataclass
+class Log:
+    """The logs of one run: split → table with the columns epoch, loss, error (percent) and, if known, lr.
+
+    ``fine`` holds rows within epochs; ``tables["train"]`` then holds the epochs' averages. ``config`` is the run's
+    config.json, empty where another program wrote the logs. Of a mean over several runs, ``deviations`` holds the
+    standard deviations, split → table, and ``runs`` counts the runs.
+    """
+
+    path: Path
+    tables: dict
+    fine: pd.DataFrame | None = None
+    config: dict = field(default_factory=dict)
+    deviations: dict = field(default_factory=dict)
+    runs: int = 1
+
+    @property
+    def headline(self):
+        """The split whose error is reported: test, or validation where there is no test error per epoch."""
+        if len(self.tables.get("test", ())) > 1:
+            return "test"
+        return next(split for split in ("valid", "test", "train") if split in self.tables)
+
+    @property
+    def title(self):
+        """Network and data of the run, and how many training images if not all. Empty where no config.json says it."""
+        if not self.config:
+            return ""
+        limit, name = self.config["arguments"].get("limit_train"), network_name(self.config)
+        part = f", {limit:,} training images" if isinstance(limit, int) else ""
+        return f"{name}, {dataset_name(self.config['arguments'])}{part}"
+
+
+def network_name(config):
+    """As in the paper: DenseNet-BC-100 (k = 12), of ImageNet's networks DenseNet-121 (k = 32)."""
+    model, arch = config["model"], str(config["arguments"].get("arch"))
+    depth, letters = model.get("depth"), "B" * bool(model.get("bottleneck")) + "C" * (model.get("reduction") != 1)
+    name = f"{letters}-{depth}".strip("-") if depth else arch.removeprefix("densenet")
+    return f"DenseNet-{name} (k = {model.get('growth_rate')})"
+
+
+def dataset_name(arguments):
+    """The data set that a run's arguments name; an image folder has the name of its directory."""
+    name = str(arguments.get("dataset"))
+    return Path(str(arguments.get("data"))).name if name == "folder" else DATASETS.get(name, name)
+
+
+def read_log(directory):
+    """The Log of a run directory. Raises Mistake where it has none, or no row yet."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise Mistake(f"{directory} is not a run directory")
+    found = {split: read_table(directory / f"{split}.csv", names=COLUMNS) for split in LOGS}
+    tables = {split: table for split, table in found.items() if table is not None}
+    tables = tables or read_results(directory / "results.csv")
+    if not tables:
+        raise Mistake(f"{directory} has no log with a row: train.csv, test.csv or results.csv")
+    tables = {split: check(table, f"{directory}, {split}") for split, table in tables.items()}
+    fine = None
+    if "train" in tables:
+        whole = tables["train"].epoch == tables["train"].epoch.round()
+        if "lr" not in tables["train"] and not whole.all():
+            fine, tables["train"] = tables["train"], average_epochs(tables["train"])
+        elif not whole.all() and whole.any():
+            fine, tables["train"] = tables["train"][~whole], tables["train"][whole]
+    return Log(directory, tables, fine, read_config(directory))
+
+
+def read_results(path):
+    """The tables of gpleiss/efficient_densenet_pytorch: errors are fractions, the last row holds the test error alone.
+
+    Empty where the file is missing or has no row.
+    """
+    needed = [f"{split}_{quantity}" for split in ("train", "valid") for quantity in ("loss", "error")]
+    results = read_table(path, needed=("epoch", *needed))
+    tables = {}
+    for split in ("train", "valid") if results is not None else ():
+        table = results[["epoch", f"{split}_loss", f"{split}_error"]].dropna()
+        table.columns = COLUMNS
+        tables[split] = table.assign(error=100 * table.error)
+    if tables and "test_error" in results:
+        error = results.test_error.dropna().tail(1)
+        tables["test"] = pd.DataFrame({"epoch": results.epoch.max(), "loss": np.nan, "error": 100 * error})
+    return {split: table for split, table in tables.items() if len(table)}
+
+
+def read_table(path, needed=COLUMNS, names=None):
+    """The columns ``needed`` of a CSV file, and of OPTIONAL those that it has, as numbers; an empty cell is NaN.
+
+    ``names`` are the columns of a file that has no header. A last line without its newline counts if it is whole. None
+    where the file is missing or has no row. Raises Mistake where it is no such file.
+    """
+    *lines, rest = (read_text(path) or "").split("\n")
+    try:
+        rows = list(csv.reader([*lines, rest]))
+    except csv.Error as error:
+        raise Mistake(f"{path} is not a log: {error}") from error
+    if rows and rows[0] and rows[0][0].strip() == "epoch":
+        names, rows[0] = [name.strip() for name in rows[0]], []
+    if any(map(any, rows)) and not names:
+        raise Mistake(f"{path} is not a log: it has no header that begins with epoch")
+    if rest and names and (len(rows[-1]) < len(names) or not rest[-1].isdigit()):  # a row that is being written
+        rows.pop()
+    if not any(map(any, rows)):
+        return None
+    missing = [name for name in needed if name not in names]
+    if missing:
+        raise Mistake(f"{path} is not a log: it has no column {missing[0]}")
+    wanted = {name: names.index(name) for name in (*needed, *OPTIONAL) if name in names}
+    table = [parse(path, i, row, wanted, len(names)) for i, row in enumerate(rows, start=1) if any(row)]
+    return pd.DataFrame(table, columns=list(wanted), dtype=float)
+
+
+def parse(path, line, row, wanted, count):
+    """The numbers of a row of ``count`` cells, those that ``wanted`` names. Raises Mistake where there are others."""
+    if any(row[count:]):
+        raise Mistake(f"{path} is not a log: line {line} has more than {count} cells")
+    cells = [row[i].strip() if i < len(row) else "" for i in wanted.values()]
+    try:
+        return [float(cell or "nan") for cell in cells]
+    except ValueError as error:
+        raise Mistake(f"{path} is not a log: line {line}: {str(error)[:80]}") from error
+
+
+def check(table, name):
+    """The table by epoch; where a resumed run has logged one twice, the last row counts. An infinite loss is a gap.
+
+    Raises Mistake where a number cannot be one of a log.
+    """
+    table = table.replace({"loss": {np.inf: np.nan, -np.inf: np.nan}})
+    for column, (low, high) in LIMITS.items():
+        known = table[column] if column == "epoch" else table[column].dropna()
+        for value in known[~known.between(low, high)]:
+            raise Mistake(f"{name}: a damaged log: {column} {value:g} is not in {low:g} … {high:g}")
+    return table.drop_duplicates("epoch", keep="last").sort_values("epoch", ignore_index=True)
+
+
+def average_epochs(table):
+    """One row per epoch of a table with a row per iteration, as bamos writes it: epoch 2.0 begins the third epoch."""
+    epoch = table.epoch.floordiv(1) + 1
+    return table.groupby(epoch)[["loss", "error"]].mean().reset_index(names="epoch")
+
+
+def read_text(path):
+    """What a text file holds, None where there is none. Raises Mistake where it cannot be read."""
+    if not path.exists():
+        return None
+    try:
+        return readable(path).read_text(encoding="utf-8-sig")  # spreadsheets write a byte-order mark
+    except (OSError, UnicodeDecodeError) as error:
+        raise Mistake(f"{path} cannot be read ({error})") from error
+
+
+def mean_log(logs, unlike=False):
+    """The mean of several runs as a Log, over the epochs that all of them have.
+
+    Raises Mistake where they differ in more than their seed, their epochs included; ``unlike`` allows that.
+    """
+    names = ", ".join(str(log.path) for log in logs)
+    if len({log.path.resolve() for log in logs}) < max(2, len(logs)):
+        raise Mistake(f"--mean {names}: needs two runs or more, each of them once")
+    different = differences(logs)
+    if different and not unlike:
+        raise Mistake(f"--mean {names}: they differ in {', '.join(different)}: leave some out, or add --unlike")
+    tables, deviations = {}, {}
+    for split in (split for split in LOGS if all(split in log.tables for log in logs)):
+        parts = [log.tables[split].set_index("epoch") for log in logs]
+        epochs = functools.reduce(pd.Index.intersection, [part.index for part in parts])
+        columns = [name for name in ("loss", "error", "lr") if all(name in part for part in parts)]
+        values = np.stack([part.loc[epochs, columns] for part in parts])  # (runs, epochs, columns)
+        tables[split] = pd.DataFrame(values.mean(0), epochs, columns).reset_index()
+        deviations[split] = pd.DataFrame(values.std(0, ddof=1), epochs, columns).reset_index()
+    tables = {split: table for split, table in tables.items() if len(table)}
+    if not tables:
+        raise Mistake(f"--mean {names}: they have no epochs in common")
+    config = logs[0].config if len({log.title for log in logs}) == 1 else {}
+    return Log(mean_path([log.path for log in logs]), tables, None, config, deviations, len(logs))
+
+
+def differences(logs):
+    """In what runs differ beside their seed, the rows of their logs included: texts such as "depth (16, 40)"."""
+    found = {name: list(dict.fromkeys(each)) for name, each in differing([recipe(log.config) for log in logs]).items()}
+    for split in SPLITS:
+        epochs = dict.fromkeys(tuple(log.tables[split].epoch) if split in log.tables else () for log in logs)
+        found[f"epochs of {split}"] = [str(len(each)) for each in epochs]
+    return [f"{name} ({', '.join(each)})" for name, each in found.items() if len(each) > 1]
+
+
+def differing(recipes):
+    """{name: its value in each, as text} of what is not the same in all of the dicts."""
+    names = dict.fromkeys(itertools.chain(*recipes))
+    values = {name: [str(recipe.get(name, "–")) for recipe in recipes] for name in names}
+    return {name: each for name, each in values.items() if len(set(each)) > 1}
+
+
+def recipe(config):
+    """What decides what a run computes, but for its seed: arguments that are not off, and an image folder's name."""
+    arguments = config.get("arguments", {})
+    kept = {name: value for name, value in arguments.items() if name not in NOT_COMPARED and value}
+    return kept | ({"data": dataset_name(arguments)} if arguments.get("dataset") == "folder" else {})
+
+
+def leading(sequences):
+    """How many items all of the sequences begin with."""
+    return sum(1 for _ in itertools.takewhile(lambda items: len(set(items)) == 1, zip(*sequences, strict=False)))
+
+
+def mean_path(paths):
+    """What the paths of several seeds have in common: a/sgd for a/sgd.1 and a/sgd.2, or for a/1/sgd and a/2/sgd."""
+    columns = zip(*(Path(os.path.abspath(path)).parts for path in paths), strict=False)
+    return Path(*(c[0] if len(set(c)) == 1 else SEED.sub("", c[0][: leading(c)]) for c in columns))

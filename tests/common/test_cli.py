@@ -1,0 +1,199 @@
+"""What every command shares: help, mistakes in one line, closed pipes, consoles of any encoding, files written whole."""
+
+import errno
+import importlib
+import io
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, status_of
+from PIL import Image
+
+import evaluate
+import plot
+import train
+from common import console, files
+
+SCRIPTS = [*(f"{name}.py" for name in ("train", "evaluate", "plot", "make_graph", "publish", "check_data"))]
+SCRIPTS += [f"{folder}/{path.name}" for folder in ("bench", "attic") for path in sorted((ROOT / folder).glob("*.py"))]
+SCRIPTS.remove("attic/checks.py")  # what the other scripts of attic/ share
+
+
+@pytest.fixture
+def main_of(monkeypatch):
+    """The main function of a script, by its path."""
+    monkeypatch.syspath_prepend(ROOT / "attic")
+    return lambda script: importlib.import_module(Path(script).stem).main
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Stands in for a terminal that knows one encoding: console("ascii") → the bytes that were written to it."""
+
+    def make(encoding):
+        shown = io.BytesIO()
+        for name in ("stdout", "stderr"):
+            monkeypatch.setattr(sys, name, io.TextIOWrapper(shown, encoding, write_through=True))
+        return shown
+
+    return make
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_printed_in_any_encoding_and_nothing_else_is_done(main_of, terminal, script):
+    main, shown = main_of(script), terminal("ascii")
+    assert status_of(main, ["--help"]) == 0
+    text = shown.getvalue().decode()
+    assert text.startswith(f"usage: {Path(script).name}") and "--help" in text and "Traceback" not in text
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_closed_pipe_ends_quietly(main_of, monkeypatch, capfd, script):
+    main = main_of(script)
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", pipe)
+        assert status_of(main, ["--help"]) == 141
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_mistake_is_one_line_and_status_2(main_of, capsys, script):
+    assert status_of(main_of(script), ["--no-such-flag"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"{Path(script).name}: error: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_closed_pipe_in_a_process_of_its_own(unbuffered):
+    """The interpreter flushes standard output once more when it ends."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = run(["data.py", "--dataset", "digits", "--stats"], writer, PYTHONUNBUFFERED=unbuffered)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (141, "")
+
+
+def test_a_full_standard_output_is_named():
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    with open("/dev/full", "w") as full:
+        result = run(["plot.py", "--help"], full, PYTHONUNBUFFERED="")
+    assert (result.returncode, result.stderr) == (1, "plot.py: error: standard output: No space left on device\n")
+
+
+def run(command, stdout, **env):
+    script, *flags = command
+    command = [sys.executable, ROOT / script, *flags]
+    return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, env=os.environ | env)
+
+
+def test_without_standard_output():
+    """As daemons start their children: ``python plot.py DIR >&-``."""
+    command = f'exec "{sys.executable}" "{ROOT / "plot.py"}" "{ROOT / "work/digits.bc16"}" --out figures >&-'
+    result = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True)
+    assert (result.returncode, result.stderr) == (0, "") and Path("figures/loss.png").exists()
+
+
+def test_a_full_disk_is_named_by_its_file(tmp_path, monkeypatch, capsys):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert plot.main([str(ROOT / "work/digits.bc16"), "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"plot.py: error: {tmp_path / 'loss.png'}: No space left on device\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_is_no_traceback(capsys):
+    assert failing(KeyboardInterrupt())() == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_class_names_that_a_console_cannot_show(terminal):
+    for split in ("train", "test"):
+        for shade, name in enumerate(("猫", "犬")):
+            Path("images", split, name).mkdir(parents=True)
+            Image.new("RGB", (8, 8), (200 * shade,) * 3).save(f"images/{split}/{name}/0.png")
+    shown = terminal("cp1252")
+    flags = "--device cpu --dataset folder --data images --image-size 8 --depth 10 --growth-rate 4 --epochs 1 --save run"
+    assert train.main([*flags.split(), "--no-plot", "--no-progress"]) == 0
+    assert evaluate.main(["run/latest.pth"]) == 0
+    assert evaluate.main(["run/latest.pth", "images/test/猫/0.png"]) == 0
+    text = shown.getvalue().decode("cp1252")
+    assert "confusion matrix" in text and "images/test/?/0.png: ? " in text and "Traceback" not in text
+
+
+def failing(error):
+    @console.command
+    def main(argv=None):
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (console.Mistake("depth 43: try 40"), 2, "depth 43: try 40"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "x/y"), 2, "x/y: No such file or directory"),
+        (OSError(errno.ENOSPC, "No space left on device", "x"), 1, "x: No space left on device"),
+    ],
+)
+def test_what_a_user_can_cause_is_one_line(capsys, error, status, words):
+    assert failing(error)() == status
+    assert capsys.readouterr().err == f"test_cli.py: error: {words}\n"
+
+
+def test_what_is_our_fault_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        failing(ZeroDivisionError())()
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), files.written_whole(path) as file:
+        file.write(b"ne")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    with files.written_whole(path) as file:
+        file.write(b"new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows opens no folders")
+def test_a_new_name_outlives_a_power_cut(tmp_path, monkeypatch):
+    """First the content is on the disk, then the name in its folder."""
+    done, fsync, rename = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (done.append(stat.S_IFMT(os.fstat(file).st_mode)), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (done.append("replace"), rename(*paths)))
+    with files.written_whole(tmp_path / "a") as file:
+        file.write(b"new")
+    assert done == [stat.S_IFREG, "replace", stat.S_IFDIR]
+
+
+def test_replacing_a_file_that_another_process_reads(tmp_path, monkeypatch):
+    """Windows refuses it for a while."""
+    refusals, real = [PermissionError(13, "Access is denied")] * 3, os.replace
+
+    def refuse(source, target):
+        if refusals:
+            raise refusals.pop()
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(PermissionError), files.written_whole(tmp_path / "a") as file:
+        file.write(b"new")
+    assert not (tmp_path / "a").exists() and len(refusals) == 2
+    monkeypatch.setattr(console.sys, "platform", "win32")
+    with files.written_whole(tmp_path / "a") as file:
+        file.write(b"new")
+    assert (tmp_path / "a").read_bytes() == b"new" and refusals == []

@@ -1,0 +1,117 @@
+"""Which device, precision and block are chosen."""
+
+import pytest
+import torch
+
+import fused
+from common import hardware
+from common.console import Mistake
+from common.hardware import choose_device, choose_precision, has_bf16, set_up_device
+from training.arguments import parse_args
+from training.fastest import choose_block
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("answer", "precision"), [("0", "fp32"), ("1", "bf16")])
+def test_precision_auto_follows_the_hardware(monkeypatch, answer, precision):
+    monkeypatch.setenv("DENSENET_BF16", answer)
+    amp, name = choose_precision("auto", CPU)
+    assert name == precision
+    with amp():
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    assert [choose_precision(given, CPU)[1] for given in ("fp32", "bf16")] == ["fp32", "bf16"]
+
+
+@pytest.mark.parametrize(("capability", "precision"), [((7, 5), "fp16"), ((7, 0), "fp16"), ((6, 1), "fp32")])
+def test_a_gpu_without_bf16_computes_in_fp16_where_it_has_tensor_cores(monkeypatch, capability, precision):
+    monkeypatch.setenv("DENSENET_BF16", "0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert choose_precision("auto", torch.device("cuda"))[1] == precision
+
+
+def test_without_an_override_the_hardware_answers(monkeypatch):
+    monkeypatch.delenv("DENSENET_BF16", raising=False)
+    for answer in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda answer=answer: answer)
+        assert has_bf16(CPU) is answer
+    assert not has_bf16(torch.device("mps"))
+
+
+def test_a_device_that_is_not_here():
+    with pytest.raises(Mistake, match="device 'cuda:99' is not available here"):
+        choose_device("cuda:99")
+
+
+@pytest.fixture
+def old_gpu(monkeypatch):
+    """A GPU that is found, but that the build of torch has no code for."""
+
+    def ones(*size, device):
+        if hardware.type == "cuda":
+            raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nand more")
+        return real(*size, device=device)
+
+    real = torch.ones
+    hardware.usable.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", ones)
+    yield
+    hardware.usable.cache_clear()
+
+
+def test_a_gpu_that_cannot_compute_is_passed_over_and_named_once(old_gpu, capsys):
+    assert [choose_device("auto") for _ in range(2)] == [CPU, CPU]
+    reason = "CUDA error: no kernel image is available for execution on the device"
+    assert capsys.readouterr().err == f"device cuda cannot be used ({reason}): computing on the CPU\n"
+    with pytest.raises(Mistake, match=r"device 'cuda' is not available here \(CUDA error: no kernel image"):
+        choose_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("factor", "words"), [(1.0, None), (1.1, "its gradients differ from the CPU's by 1.0e-01"), (0.0, "differ"), (None, "no kernel")]
+)
+def test_auto_leaves_an_mps_device_whose_gradients_are_wrong(monkeypatch, capsys, factor, words):
+    def gradients(name):
+        if factor is None and name == "mps":
+            raise RuntimeError("no kernel for this\nand more")
+        return real("cpu") * (factor if name == "mps" else 1)
+
+    real = hardware.gradients_of_two_layers
+    hardware.usable.cache_clear()
+    monkeypatch.setattr(hardware, "gradients_of_two_layers", gradients)
+    monkeypatch.setattr(hardware, "problem_of", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert choose_device("auto") == torch.device("cpu" if words else "mps")
+    err = capsys.readouterr().err
+    assert words in err if words else not err
+    hardware.usable.cache_clear()
+
+
+def test_a_compiler_that_is_missing_is_named_in_a_line(monkeypatch):
+    def compile(function):
+        def call(x):
+            raise RuntimeError("\nNo working C++ compiler found\nand more")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile)
+    assert hardware.compiler_problem(CPU) == "No working C++ compiler found"
+    with pytest.raises(Mistake, match=r"--compile does not work here \(No working C\+\+ compiler found\): leave it out"):
+        parse_args(["--compile", "--device", "cpu"])
+
+
+def test_the_block_where_none_is_measured(monkeypatch):
+    monkeypatch.setattr(fused, "loops", "Numba is here")
+    assert choose_block(0.0, CPU) == "fused"
+    assert choose_block(0.2, CPU) == choose_block(0.0, torch.device("cuda")) == choose_block(0.0, torch.device("mps")) == "naive"
+    monkeypatch.setattr(fused, "loops", None)
+    assert choose_block(0.0, CPU) == "naive"
+
+
+def test_a_gpu_without_a_number_is_set_up():
+    with torch.backends.cudnn.flags(allow_tf32=True):
+        set_up_device(torch.device("cuda"))  # what "cuda" and "auto" choose; torch.cuda.set_device refuses it
+        assert not torch.backends.cudnn.allow_tf32

@@ -1,0 +1,193 @@
+"""A checkpoint is data from outside: whatever is altered in one, each command works or says so in a line."""
+
+import copy
+import importlib
+import json
+import random
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY, status_of
+
+import train
+from common.checkpoints import read_checkpoint
+from common.console import Mistake
+from inference import export
+
+HOSTILE = (
+    None, "", "a\0b", "../x", "x" * 10**6, -1, 0, 0.5, float("nan"), float("inf"), 10**20, True, [], {}, (1,), torch.zeros(2),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run directory and, by optimiser, what its latest.pth holds."""
+    folder, checkpoints = tmp_path_factory.mktemp("trained"), {}
+    for opt in ("sgd", "adam"):
+        path = folder / opt
+        flags = ["--valid-size", "50", "--epochs", "2", "--log-every", "2", "--ema", "0.9", "--no-plot", "--no-progress"]
+        assert train.main([*TINY, *flags, "--opt", opt, "--save", str(path)]) == 0
+        checkpoints[opt] = torch.load(path / "latest.pth", weights_only=True)
+    return folder / "sgd", checkpoints
+
+
+def places(value, path=()):
+    """The paths of keys and positions to everything within a checkpoint."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    for key, inner in items:
+        yield (*path, key)
+        yield from places(inner, (*path, key))
+
+
+def altered(value, path, new):
+    """A copy in which what is at ``path`` is ``new``."""
+    if not path:
+        return new
+    items = dict(value) if isinstance(value, dict) else list(value)
+    items[path[0]] = altered(items[path[0]], path[1:], new)
+    return items
+
+
+def outcomes(checkpoint, source, capsys, commands=("evaluate", "publish", "train")):
+    """What commands make of a checkpoint: {name: (exit status, what it says on stderr)}."""
+    shutil.rmtree("run", ignore_errors=True)
+    shutil.copytree(source, "run", ignore=shutil.ignore_patterns("previous.pth"))
+    torch.save(checkpoint, "run/latest.pth")
+    shutil.copy("run/latest.pth", "altered.pth")
+    found, flags = {}, {
+        "evaluate": ["altered.pth", "--device", "cpu"],
+        "publish": ["run", "--ema", "--device", "cpu"],
+        "train": ["--resume", "--epochs", "3", "--save", "run", "--no-plot", "--no-progress"],
+    }  # fmt: skip
+    for name in commands:
+        capsys.readouterr()
+        found[name] = status_of(importlib.import_module(name).main, flags[name]), capsys.readouterr().err
+    return found
+
+
+def sweep(trained, capsys, count):
+    """Alter ``count`` checkpoints, each at a place and by a value drawn at random."""
+    source, checkpoints = trained
+    seed = time.time_ns()
+    dice = random.Random(seed)
+    for _ in range(count):
+        checkpoint = checkpoints[dice.choice(["sgd", "adam"])]
+        path, value = dice.choice(list(places(checkpoint))), dice.choice(HOSTILE)
+        case = f"seed {seed}: {path} is {str(value)[:20]}"
+        try:
+            found = outcomes(altered(checkpoint, path, value), source, capsys)
+        except Exception as error:
+            raise AssertionError(case) from error
+        for name, (status, err) in found.items():
+            assert status in (0, 2, 3) and err.count("\n") == (status != 0), f"{case}: {name}: {status} {err}"
+            assert status == 0 or err.startswith(f"{name}.py: error: "), case
+
+
+def test_whatever_is_altered_is_refused_in_a_line_or_works(trained, capsys):
+    sweep(trained, capsys, 12)
+
+
+@pytest.mark.long
+def test_whatever_is_altered_is_refused_in_a_line_or_works_many_times(trained, capsys):
+    sweep(trained, capsys, 1000)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (("config",), None, "its config is damaged"),
+        (("config", "arguments", "batch_size"), 0, "its argument batch_size is damaged, or of another program: 0"),
+        (("config", "arguments", "epochs"), None, "its argument epochs"),
+        (("config", "arguments", "epochs"), "2", "its argument epochs"),
+        (("config", "arguments", "lr"), float("nan"), "its argument lr"),
+        (("config", "arguments", "lr"), 1e39, "its argument lr"),
+        (("config", "arguments", "dataset"), "mnist", "its argument dataset"),
+        (("config", "arguments", "bottleneck"), 1, "its argument bottleneck"),
+        (("config", "arguments", "data"), "x" * 10**6, "its argument data"),
+        (("config", "arguments", "image_size"), 1, "its entry 'model'"),  # too small
+        (("config", "model", "growth_rate"), 5, "its entry 'model'"),
+        (("config", "precision"), "fp8", "its config is damaged"),
+        (("config", "resumed"), [{}], "its config is damaged"),
+        (("config", "versions"), torch.zeros(2), "its config is damaged"),
+        (("model", "norm.weight"), torch.zeros(3), "its entry 'model'"),
+        (("model", "norm.weight"), torch.zeros(46, dtype=torch.int64), "its entry 'model'"),
+        (("ema", "model", "norm.weight"), torch.zeros(3), "its entry 'ema'"),
+        (("ema", "updates"), -1, "its entry 'ema'"),
+        (("config", "arguments", "ema"), 1.0, "its argument ema"),
+        (("classes", 0), "1", "its entry 'classes'"),
+        (("classes",), [], "its entry 'classes'"),
+        (("normalize", 1), (1.0, 0.0, 1.0), "its entry 'normalize'"),
+        (("normalize", 1), (1.0,), "its entry 'normalize'"),
+        (("epoch",), 1, "its entry 'metrics'"),
+        (("epoch",), 10**20, "its entry 'epoch'"),
+        (("seconds",), float("inf"), "its entry 'seconds'"),
+        (("metrics", "test", 0, "error"), "12", "its entry 'metrics'"),
+        (("metrics", "train", 1, "lr"), None, "its entry 'metrics'"),
+        (("metrics", "test"), [], "its entry 'metrics'"),
+        (("scaler",), {"scale": 1.0}, "its entry 'scaler'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_named(trained, path, value, words):
+    torch.save(altered(trained[1]["sgd"], path, value), "altered.pth")
+    with pytest.raises(Mistake, match=r"^altered\.pth: ") as caught:
+        read_checkpoint("altered.pth")
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("opt", ["sgd", "adam"])
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [((), None), ((0,), {}), ((0,), {"momentum_buffer": torch.zeros(2)}), ((), {99: {"step": torch.zeros(())}})],
+)
+def test_an_optimiser_takes_only_its_own_state(trained, capsys, opt, path, value):
+    checkpoint = altered(trained[1][opt], ("optimizer", "state", *path), value)
+    assert outcomes(checkpoint, trained[0], capsys, ["train"])["train"] == (
+        2, "train.py: error: the optimiser's state in the checkpoint is damaged, or of another program\n",
+    )  # fmt: skip
+
+
+def test_settings_of_an_optimiser_are_those_of_the_arguments(trained, capsys):
+    """Whatever the checkpoint says of them: a run goes on as it would have."""
+    source, checkpoints = trained
+    errors = []
+    for momentum in (0.9, "x"):
+        checkpoint = copy.deepcopy(checkpoints["sgd"])
+        checkpoint["optimizer"]["param_groups"][0]["momentum"] = momentum
+        assert outcomes(checkpoint, source, capsys, ["train"])["train"] == (0, "")
+        errors.append(read_checkpoint("run/latest.pth")["metrics"]["test"][-1])
+    assert errors[0] == errors[1]
+
+
+def test_averaged_weights_do_not_go_missing(trained, capsys):
+    checkpoint = copy.deepcopy(trained[1]["sgd"])
+    del checkpoint["ema"]
+    found = outcomes(checkpoint, trained[0], capsys, ["train", "publish"])
+    assert found["train"][0] == found["publish"][0] == 2
+    assert "training cannot go on from run/latest.pth" in found["train"][1] and "no averaged weights" in found["publish"][1]
+
+
+def test_keys_of_an_older_release_are_no_damage(trained):
+    checkpoint = copy.deepcopy(trained[1]["sgd"])
+    for name in ("channels", "white", "test_size", "skip_unreadable", "cuda_graph"):
+        del checkpoint["config"]["arguments"][name]
+    del checkpoint["config"]["model"]["in_channels"], checkpoint["scaler"]
+    checkpoint["config"]["arguments"]["a flag of the past"] = 3
+    torch.save(checkpoint, "old.pth")
+    read_checkpoint("old.pth")
+
+
+def test_an_exported_network_is_checked_alike():
+    safetensors = pytest.importorskip("safetensors.torch")
+    checkpoint = read_checkpoint(ROOT / "work/digits.bc16/weights.pth")
+    weights = {name: value.contiguous() for name, value in checkpoint["model"].items()}
+    metadata = export.describe(checkpoint)
+    for changed, words in (({}, None), ({"classes": json.dumps(["0", "1"])}, "its entry 'model'")):
+        Path("weights.safetensors").write_bytes(safetensors.save(weights, metadata | changed))
+        if words is None:
+            export.read_network("weights.safetensors")
+            continue
+        with pytest.raises(Mistake, match=words):
+            export.read_network("weights.safetensors")

@@ -1,0 +1,458 @@
+"""What evaluate.py says, writes and draws of a checkpoint, and the modules inference, report and pictures behind it."""
+
+import csv
+import errno
+import io
+import itertools
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT, status_of
+from helpers import write_folder
+from PIL import Image
+from sklearn.metrics import precision_recall_fscore_support
+
+import densenet
+import evaluate
+from common.console import Mistake
+from inference import network
+from inputs import datasets, folders
+from inputs.batches import ImageTensors
+from inputs.image import Reader
+from reports import scores, tables
+from training import arguments
+
+DIGITS = str(ROOT / "work/digits.bc16/weights.pth")
+
+
+def write_checkpoint(root, image_size=8, classes=("cat", "dog"), **changed):
+    """run.pth: an untrained network for the images that ``write_folder`` writes to ``root``; returns its dict."""
+    flags = f"--dataset folder --data {root} --image-size {image_size} --depth 10 --growth-rate 4 --batch-size 4 --save run"
+    args, _ = arguments.parse_args(flags.split())
+    options = flags.model_options(args, len(classes))
+    torch.manual_seed(0)
+    checkpoint = {
+        "config": {"arguments": vars(args) | changed, "model": options},
+        "model": densenet.DenseNet(**options).state_dict(),
+        "normalize": ((120.0, 110.0, 100.0), (60.0, 50.0, 40.0)),
+        "classes": list(classes),
+    }
+    torch.save(checkpoint, "run.pth")
+    return checkpoint
+
+
+def evaluated(capsys, *flags, status=0):
+    """What evaluate.py prints on both streams."""
+    capsys.readouterr()
+    assert status_of(evaluate.main, [*map(str, flags), "--device", "cpu", "--precision", "fp32"]) == status
+    return capsys.readouterr()
+
+
+def answering(monkeypatch, answers):
+    """Let the network take image i for class answers[i], the less surely the later it comes."""
+    logits = torch.nn.functional.one_hot(torch.tensor(answers)) * (20 - 0.05 * torch.arange(len(answers))[:, None])
+
+    def predictions(checkpoint, images, *_):
+        yield logits[:3], images.labels[:3]
+        yield logits[3 : len(images)], images.labels[3:]
+
+    monkeypatch.setattr(evaluate, "predictions", predictions)
+
+
+# Scores.
+
+
+def test_the_logged_error_is_that_of_the_saved_weights(tiny, capsys):
+    assert tiny("--save", "run") == 0
+    logged = pd.read_csv("run/test.csv").error.iloc[-1]
+    capsys.readouterr()
+    assert evaluate.main(["run/latest.pth"]) == 0
+    out = capsys.readouterr().out
+    assert f"test error {logged:.2f} % (95 % interval" in out and f"{round(logged)} of 100 images wrong" in out
+
+
+def test_wilson_interval():
+    """Newcombe 1998, table I: 81 of 263, 0 of 20."""
+    assert tables.wilson(100 * 81 / 263, 263) == pytest.approx((25.53, 36.62), abs=0.01)
+    assert tables.wilson(0, 20) == pytest.approx((0, 16.11), abs=0.01)
+
+
+def test_scores_are_scikit_learn_s():
+    generator = torch.Generator().manual_seed(1)
+    labels, taken = (torch.randint(7, (200,), generator=generator) for _ in range(2))
+    labels[labels == 2], taken[taken == 4] = 3, 5  # a class without images, and one that nothing is taken for
+    matrix = scores.confusion_matrix(labels, taken, 8)  # of the last class neither
+    for average, ours in ((None, scores.class_scores(matrix)), ("macro", scores.class_scores(matrix).nanmean(1))):
+        theirs = precision_recall_fscore_support(labels, taken, labels=range(8), average=average, zero_division=np.nan)[:3]
+        np.testing.assert_allclose(ours, 100 * np.array(theirs), rtol=1e-12)
+
+
+def test_the_table_shows_scores_and_dashes_for_zero_by_zero(capsys):
+    scores.print_scores(torch.tensor([[3, 1, 0], [0, 0, 0], [2, 0, 0]]), ["cat", "dog", "cow"], "validation")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "validation error 50.00 % (95 % interval 18.76 … 81.24 %), 3 of 6 images wrong"
+    assert lines[2:7] == [
+        "class          images  error %  precision %  recall %    F1 %  taken for",
+        "cat                 4    25.00        60.00     75.00   66.67  dog 1",
+        "dog                 0        –         0.00         –    0.00",
+        "cow                 2   100.00            –      0.00    0.00  cat 2",
+        "macro average       6    62.50        30.00     37.50   22.22",
+    ]
+
+
+# Splits.
+
+
+def test_the_images_that_a_run_held_out_are_found_again(tiny, capsys):
+    assert tiny("--save", "run", "--valid-size", "60", "--seed", "3", "--precision", "fp32", "--augment", "--limit-test", "50") == 0
+    logged, errors = pd.read_csv("run/valid.csv").error.iloc[-1], {}
+    for split, kind in (("train", "training"), ("valid", "validation"), ("test", "test")):
+        out = evaluated(capsys, "run/latest.pth", "--split", split, "--csv", f"{split}.csv").out
+        errors[kind] = float(re.match(rf"{kind} error (\S+) %", out)[1])
+    assert errors["validation"] == pytest.approx(logged, abs=0.01)
+    digits = datasets.load("digits", None, Reader(8)).hold_out(60, 3)
+    tables = {split: pd.read_csv(f"{split}.csv") for split in ("train", "valid", "test")}
+    assert tables["valid"]["index"].tolist() == digits.valid.names[:50] and len(tables["train"]) == 200
+    assert not set(tables["valid"]["index"]) & (set(tables["train"]["index"]) | set(tables["test"]["index"]))
+    checkpoint = torch.load("run/latest.pth", weights_only=True)
+    images, _ = network.load_split(checkpoint, "train")
+    plain = network.classifier(checkpoint)(digits.train.pixels[:200])  # neither shifted nor mirrored
+    assert torch.equal(images.pixels, digits.train.pixels[:200])
+    np.testing.assert_allclose(tables["train"].iloc[:, 5:], plain, rtol=1e-4, atol=1e-7)
+
+
+def test_a_folder_s_validation_images_need_not_be_held_out(tmp_path, capsys):
+    root = write_folder(tmp_path / "images")
+    (root / "test").rename(root / "val")
+    write_folder(root / "more", train=0)
+    (root / "more/test").rename(root / "test")
+    checkpoint = write_checkpoint(root)
+    checkpoint["layout"] = {"folders": {"train": "train", "valid": "val", "test": "test"}, "test_files": []}
+    torch.save(checkpoint, "run.pth")
+    assert "of 4 images wrong" in evaluated(capsys, "run.pth", "--split", "valid", "--csv", "valid.csv").out
+    assert {Path(path).parent.parent for path in pd.read_csv("valid.csv").path} == {root / "val"}
+
+
+def test_splits_that_are_not_the_run_s(tmp_path, capsys):
+    root = write_folder(tmp_path / "images")
+
+    def refused(words):
+        err = evaluated(capsys, "run.pth", "--split", "valid", status=2).err
+        assert words in err and err.count("\n") == 1
+
+    write_checkpoint(root)
+    refused("the run held out no images for validation: choose --split train or test")
+    dataset = datasets.load("folder", root, Reader(8))
+    checkpoint = write_checkpoint(root, valid_size=2) | {"normalize": [*map(list, dataset.normalize)]}  # as of JSON
+    torch.save(checkpoint | {"layout": dataset.layout | {"fingerprints": {"train": "of others"}}}, "run.pth")
+    refused(f"images in {root} (train) have changed since the training; --data says where")
+    torch.save(checkpoint, "run.pth")
+    assert "of 2 images wrong" in evaluated(capsys, "run.pth", "--split", "valid").out
+    Image.new("RGB", (40, 20)).save(root / "train/cat/more.png")
+    refused("have changed: which were held out is not known any more; --data says where")
+    (root / "train/dog").rename(root / "train/hound")
+    (root / "test/dog").rename(root / "test/hound")
+    refused("have other classes than those of the training; --data says where")
+
+
+def test_selected_images_keep_their_names(tmp_path):
+    """Positions in the data set, or paths: in memory and streamed."""
+    digits = datasets.load("digits", None)
+    chosen = digits.test.select(torch.tensor([5, 3])).select(slice(1, None))
+    assert torch.equal(datasets.load("digits", None).test.pixels[3], chosen.pixels[0]) and chosen.names == [digits.test.names[3]]
+    root = write_folder(tmp_path / "images", size=(140, 140))
+    for size in (8, 128):
+        test = datasets.load("folder", root, Reader(size)).test
+        for i, name in enumerate(test.names):
+            assert test.labels[i] == ("dog" in name)
+            one = test.select(torch.tensor([i]))
+            assert one.names == [name] and np.array_equal(one.pixels[0], Reader(size).read(name))
+
+
+# Files and folders.
+
+
+@pytest.mark.parametrize(("image_size", "workers"), [(8, 0), (128, 1)])
+def test_files_and_folders_are_read_as_in_evaluation(tmp_path, capsys, image_size, workers):
+    """In memory and streamed, images of any size; the test images get the answers that they get as the test set."""
+    root, generator = write_folder(tmp_path / "images"), np.random.default_rng(1)
+    for path, size in zip((root / "test").rglob("*.png"), ((140, 200), (177, 131), (150, 150), (40, 30)), strict=True):
+        Image.fromarray(generator.integers(256, size=(*size, 3), dtype=np.uint8)).save(path)
+    checkpoint = write_checkpoint(root, image_size)
+    evaluated(capsys, "run.pth", "--csv", "test.csv")
+    first = root / "test/dog/1.png"
+    evaluated(capsys, "run.pth", "--workers", workers, first, root / "test", "--csv", "files.csv", "--batch-size", 3)
+    test, found = pd.read_csv("test.csv").set_index("path"), pd.read_csv("files.csv").set_index("path")
+    below = [str(root / "test" / name) for name in ("cat/0.png", "cat/1.png", "dog/0.png", "dog/1.png")]
+    assert found.index.tolist() == [str(first), *below]
+    np.testing.assert_allclose(found.iloc[1:].loc[test.index, ["cat", "dog"]], test[["cat", "dog"]], rtol=1e-4)
+    np.testing.assert_allclose(found[["cat", "dog"]], network.classify(checkpoint, [first, *below]), rtol=1e-4)
+
+
+def test_what_is_printed_of_files(tmp_path, capsys):
+    root = write_folder(tmp_path / "images")
+    write_checkpoint(root, classes=("cat", "dog", "cow"))
+    image = root / "train/cat/0.png"
+    for flags, count in (((), 3), (("--top", 2), 2), (("--top", 1), 1)):
+        out = evaluated(capsys, "run.pth", *flags, image).out
+        assert re.fullmatch(rf"{image}: (\w+ \d+\.\d %(, )?){{{count}}}\n", out), out
+    out = evaluated(capsys, "run.pth", root, "--csv", "made/files.csv").out
+    assert re.fullmatch(r"made/files.csv: 10 images, taken for (\w+ \d+(, )?)+\n", out)
+    assert evaluated(capsys, "run.pth", root, "--csv", "made/files.csv", "--top", 1).out.count("\n") == 11
+    assert list(Path("made").iterdir()) == [Path("made/files.csv")]
+
+
+def test_files_that_cannot_be_read_are_named_and_skipped(tmp_path, capsys):
+    root = write_folder(tmp_path / "images")
+    write_checkpoint(root)
+    (root / "test/cat/0.png").write_bytes(b"damaged")
+    (root / "test/cat/notes.txt").write_text("no image")
+    Image.fromarray(np.full((9, 9), 0.5, np.float32)).save(root / "test/dog/field.tif")
+    out, err = evaluated(capsys, "run.pth", root / "test", "missing.png", "--csv", "files.csv", status=1)
+    assert err.splitlines()[0] == "passed over 1 files: .txt 1"
+    for line, words in zip(err.splitlines()[1:], ("cat/0.png is not a readable", "with --white", "missing.png is", "3 of 6"), strict=True):
+        assert line.startswith("skipped") and words in line
+    assert "files.csv: 3 images" in out and len(pd.read_csv("files.csv")) == 3
+    assert evaluated(capsys, "run.pth", root / "test/dog", "--white", 1).out.count("\n") == 3
+    assert evaluated(capsys, "run.pth", root / "test/cat/0.png", status=1).out == ""
+    checkpoint = torch.load("run.pth", weights_only=True)
+    for paths in ([], str(root / "test/dog/0.png")):
+        with pytest.raises(Mistake, match="is not a list of image files"):
+            network.classify(checkpoint, paths)
+    with pytest.raises(Mistake, match=r"0.png is not a readable image.*; missing.png is not an image file"):
+        network.classify(checkpoint, [str(root / "test/cat/0.png"), "missing.png"])
+
+
+def test_a_batch_of_files_is_in_memory_at_once_and_each_is_read_once(monkeypatch):
+    read, sizes = [], []
+
+    def read_or_problem(path, reader):
+        read.append(path)
+        return Mistake(path) if path in "bcdi" else np.zeros((8, 8, 3), np.uint8)
+
+    def probabilities(pixels):
+        sizes.append(len(pixels))
+        return torch.full((len(pixels), 2), float(len(sizes)))
+
+    monkeypatch.setattr(network, "read_or_problem", read_or_problem)
+    answers = network.classify_each(probabilities, list("abcdefghi"), Reader(8), 3)
+    assert next(answers).tolist() == [1, 1] and read == list("abc")
+    rest = [str(answer) if isinstance(answer, Mistake) else int(answer[0]) for answer in answers]
+    assert rest == ["b", "c", "d", 2, 2, 3, 3, "i"] and sizes == [1, 2, 2] and read == list("abcdefghi")
+
+
+def test_csv_of_any_names(tmp_path, capsys):
+    """Commas, quotes, line breaks, other alphabets, and bytes that are no UTF-8, as the file system has them."""
+    classes = ('cat, "tame"', "cat\nwild", "猫", os.fsdecode(b"k\xf6ter"), "$x")
+    root = write_folder(tmp_path / "images")
+    write_checkpoint(root, classes=classes)
+    names = [b'a, "b".png', "犬.png".encode(), *([b"\xe4.png"] if os.name == "posix" else [])]
+    for name in names:
+        Image.new("RGB", (9, 9)).save(tmp_path / "image.png")
+        (tmp_path / "image.png").rename(tmp_path / os.fsdecode(name))
+    evaluated(capsys, "run.pth", *(tmp_path / os.fsdecode(name) for name in names), "--csv", "files.csv")
+    text = Path("files.csv").read_bytes().decode("utf-8", sys.getfilesystemencodeerrors())
+    header, *rows = csv.reader(io.StringIO(text))
+    assert header == ["path", "class", "probability", *classes]
+    assert [os.path.basename(os.fsencode(path)) for path, *_ in rows] == names
+    for _, taken, probability, *values in rows:
+        values = [float(value) for value in values]
+        assert sum(values) == pytest.approx(1, abs=1e-5) and classes[values.index(float(probability))] == taken
+
+
+def test_csv_of_a_split(tmp_path, capsys, monkeypatch):
+    root = write_folder(tmp_path / "images")
+    write_checkpoint(root)
+    answering(monkeypatch, [0, 0, 1, 1])
+    out = evaluated(capsys, "run.pth", "--csv", "test.csv").out
+    assert out.startswith("test error 50.00 %")
+    table = pd.read_csv("test.csv")
+    assert table.columns.tolist() == ["path", "class", "probability", "true", "right", "cat", "dog"]
+    assert table.path.tolist() == [str(root / "test" / name) for name in ("cat/0.png", "dog/0.png", "cat/1.png", "dog/1.png")]
+    assert table["class"].tolist() == ["cat", "cat", "dog", "dog"] and table.true.tolist() == ["cat", "dog"] * 2
+    assert table.right.tolist() == [1, 0, 0, 1] and table.dog.tolist() == pytest.approx([0, 0, 1, 1], abs=1e-6)
+
+
+def test_a_table_is_written_whole_or_not_at_all(tmp_path, capsys, monkeypatch):
+    root = write_folder(tmp_path / "images")
+    write_checkpoint(root)
+    evaluated(capsys, "run.pth", "--csv", "files.csv")  # whose images are cached now
+    Path("files.csv").write_text("old")
+
+    def full(descriptor):
+        assert Path("files.csv").read_text() == "old"
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    for flags in ([root], []):
+        err = evaluated(capsys, "run.pth", *flags, "--csv", "files.csv", status=1).err
+        assert err == "evaluate.py: error: files.csv: No space left on device\n"
+        assert Path("files.csv").read_text() == "old" and not Path("files.csv.tmp").exists()
+
+
+# Pictures.
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are saved, by file name; they are saved, too."""
+    found, save = {}, scores.save
+
+    def kept(figure, path):
+        found[path.name] = figure
+        save(figure, path)
+
+    monkeypatch.setattr(scores, "save", kept)
+    return found
+
+
+def texts(axes):
+    return [text.get_text() for text in axes.texts]
+
+
+@pytest.mark.parametrize("image_size", [8, 128])
+def test_pictures_of_mistakes(tmp_path, capsys, monkeypatch, figures, image_size):
+    root = write_folder(tmp_path / "images", test=3)
+    write_checkpoint(root, image_size, classes=["cat", "dog"])
+    answering(monkeypatch, [0, 0, 1, 1, 1, 0])  # wrong: dog/0, cat/1, cat/2, dog/2
+    evaluated(capsys, "run.pth", "--mistakes", "made/mistakes.png", "--confusion", "confusion.svg")
+    drawn = [axes for axes in figures["mistakes.png"].axes if axes.images]
+    assert [axes.get_title() for axes in drawn] == ["dog\n→ cat\n100.0 %", *["cat\n→ dog\n100.0 %"] * 2, "dog\n→ cat\n100.0 %"]
+    for axes, name in zip(drawn, ("dog/0.png", "cat/1.png", "cat/2.png", "dog/2.png"), strict=True):
+        assert texts(axes) == [os.path.basename(name)]
+        assert np.array_equal(axes.images[0].get_array(), Reader(image_size).read(root / "test" / name))
+    assert "4 of 6 images wrong" in figures["mistakes.png"].get_suptitle()
+    matrix = figures["confusion.svg"].axes[0]
+    assert texts(matrix) == ["1", "2", "2", "1"]
+    assert [label.get_text() for label in matrix.get_yticklabels()] == ["cat", "dog"]
+    assert Image.open("made/mistakes.png").width > 500 and "<svg" in Path("confusion.svg").read_text()
+
+
+def test_the_surest_mistakes_come_first(monkeypatch, capsys):
+    confidence, wrong = torch.tensor([0.5, 0.9, 0.6, 0.9, 1.0]), torch.tensor([True, True, True, True, False])
+    assert scores.most_confident(wrong, confidence, 3).tolist() == [1, 3, 2]
+    assert scores.most_confident(~wrong, confidence, 3).tolist() == [4]
+    digits = datasets.load("digits", None).test
+    answering(monkeypatch, [9] * len(digits))
+    found = []
+    monkeypatch.setattr(scores, "save", lambda figure, path: found.append(figure))
+    evaluated(capsys, DIGITS, "--mistakes", "mistakes.png")
+    drawn = [axes for axes in found[0].axes if axes.images]
+    expected = [i for i in range(360) if digits.labels[i] != 9][: evaluate.DRAWN]
+    assert [texts(axes) for axes in drawn] == [[f"index {digits.names[i]}"] for i in expected]
+
+
+def test_without_a_mistake_there_is_nothing_to_draw(tmp_path, capsys, monkeypatch):
+    root = write_folder(tmp_path / "images")
+    write_checkpoint(root)
+    answering(monkeypatch, [0, 1, 0, 1])
+    out = evaluated(capsys, "run.pth", "--mistakes", "mistakes.png", "--confusion", "confusion.png").out
+    assert "no image is wrong: mistakes.png is not written" in out and not Path("mistakes.png").exists()
+    assert Path("confusion.png").exists()
+
+
+@pytest.mark.parametrize(("count", "named", "numbered"), [(10, True, True), (100, True, False), (300, False, False)])
+def test_confusion_of_few_and_many_classes(monkeypatch, count, named, numbered):
+    """Names do not cover each other, and there are numbers where there is room for them."""
+    found = []
+    monkeypatch.setattr(scores, "save", lambda figure, path: found.append(figure))
+    matrix = torch.eye(count, dtype=torch.int64) * 9
+    matrix[0, 1] = 2
+    classes = [f"class_{i}" for i in range(count)]
+    scores.draw_confusion(Path("confusion.png"), matrix, classes, "title")
+    [figure] = found
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    assert len(axes.texts) == (count + 1 if numbered else 0) and max(figure.get_size_inches()) < 25
+    labels = axes.get_yticklabels()
+    assert ([label.get_text() for label in labels] == classes) is named
+    boxes = [label.get_window_extent() for label in labels]
+    assert all(lower.y1 <= upper.y0 and lower.x0 > 0 for upper, lower in itertools.pairwise(boxes))
+
+
+def test_names_in_pictures_are_no_markup_and_may_be_odd(figures, recwarn):
+    """What looks like a formula, what no font has, what is no character, what is very long."""
+    classes = ["$\\x$", "猫\udcf6", "a class with a very long name"]
+    scores.draw_confusion(Path("confusion.png"), torch.eye(3, dtype=torch.int64), classes, "run_$\\x$/\udcf6")
+    images = ImageTensors(torch.zeros(1, 8, 8, 1, dtype=torch.uint8), torch.zeros(1), ["images/$\\x$\udcf6.png"])
+    scores.draw_mistakes(Path("mistakes.png"), images, [(*classes[:2], 0.5)], "run_$\\x$/\udcf6")
+    labels = figures["confusion.png"].axes[0].get_yticklabels()
+    assert [label.get_text() for label in labels] == ["$\\x$", "猫?", "a class with a very…"]
+    assert figures["mistakes.png"].axes[0].get_title() == "$\\x$\n→ 猫?\n50.0 %"
+    assert not recwarn.list and Image.open("confusion.png") and Image.open("mistakes.png")
+
+
+def test_matplotlib_is_imported_for_pictures_only():
+    """And the command in a process of its own, with its bar."""
+    program = "import sys, evaluate; print(evaluate.main(sys.argv[1:]), 'matplotlib' in sys.modules)"
+    command = [sys.executable, "-c", program, DIGITS, "--csv", "digits.csv", "--precision", "fp32", "--progress"]
+    result = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True)
+    assert "3 of 360 images wrong" in result.stdout and result.stdout.endswith("\n0 False\n")
+    assert "classifying images:" in result.stderr and "/360" in result.stderr and pd.read_csv("digits.csv").right.sum() == 357
+
+
+# Mistakes of users.
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("nowhere", "nowhere is not a checkpoint file"),
+        ("run.pth images --split train", "--split is for images of the run's data set: leave out the paths"),
+        ("run.pth images --mistakes a.png", "--mistakes is for images of the run's data set"),
+        ("run.pth images --confusion a.png", "--confusion is for images of the run's data set"),
+        ("run.pth --top 3", "--top is for image files: name some"),
+        ("run.pth --white 1", "--white is for image files: name some"),
+        ("run.pth --mistakes a.gif", "a.gif: a picture is written as .png, .pdf, .svg"),
+        ("run.pth --csv images", "images is a directory: name a file in it"),
+        ("run.pth --csv run.pth/a.csv", "run.pth"),
+        ("run.pth images/none", "images/none holds no image: name a folder that has some"),
+        ("run.pth --batch-size 0", "--batch-size: 0 is not in 1 … 1,000,000,000"),
+    ],
+)
+def test_mistakes_are_one_line_before_anything_is_computed(tmp_path, capsys, monkeypatch, flags, words):
+    write_checkpoint(write_folder(tmp_path / "images"))
+    (tmp_path / "images/none").mkdir()
+    monkeypatch.setattr(network, "load_model", None)
+    err = evaluated(capsys, *flags.split(), status=2).err
+    assert err.startswith("evaluate.py: error: ") and words in err and err.count("\n") == 1
+
+
+def test_too_large_a_batch_is_one_line(tmp_path, capsys, monkeypatch):
+    root = write_folder(tmp_path / "images")
+    write_checkpoint(root)
+
+    real = densenet.DenseNet.forward
+
+    def forward(model, images):
+        if images.is_meta:
+            return real(model, images)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(densenet.DenseNet, "forward", forward)
+    for paths in ([], [root]):
+        err = evaluated(capsys, "run.pth", *paths, status=1).err
+        assert err == "evaluate.py: error: too little memory: use smaller batches, smaller images or a smaller network\n"
+
+
+def test_folders_are_searched_like_those_of_training(tmp_path):
+    """What training finds in class folders, and what lies beside them; what is hidden is not seen, circles are told."""
+    root = write_folder(tmp_path / "images")
+    (root / "test/loose.PNG").touch()
+    (root / "test/.hidden.png").touch()
+    (root / "test/dog/notes.txt").touch()
+    passed, by_class = Counter(), folders.list_images(root / "test", Counter())
+    found = folders.find_images([root / "test", "any file"], passed)
+    assert found == [*by_class["cat"], *by_class["dog"], str(root / "test/loose.PNG"), "any file"]
+    assert passed == {".txt": 1}
+    (root / "test/cat/again").symlink_to(root / "test")
+    with pytest.raises(Mistake, match="again is a link to a folder that it is in"):
+        folders.find_images([root / "test"], passed)

@@ -1,0 +1,149 @@
+"""What publish.py exports is the network of the run, and evaluate.py takes it like a checkpoint."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from helpers import write_folder
+
+import evaluate
+import publish
+from common.checkpoints import read_checkpoint
+from common.console import Mistake
+from inference import export
+from inference.network import classify, load_model
+
+WEIGHTS = ROOT / "work/digits.bc16/weights.pth"
+
+
+@pytest.fixture
+def published(tiny):
+    assert tiny("--save", "run", "--epochs", "1") == 0 and publish.main(["run"]) == 0
+    return read_checkpoint("run/weights.pth")
+
+
+def evaluated(path, capsys):
+    capsys.readouterr()
+    assert evaluate.main([path]) == 0
+    return capsys.readouterr().out
+
+
+def onnx_metadata(path, published):
+    """As the package onnx reads them, after a look at what the graph takes and returns."""
+    import onnx
+
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    [images], [logits] = model.graph.input, model.graph.output
+    sizes = [[d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim] for value in (images, logits)]
+    assert (images.name, logits.name, sizes) == ("images", "logits", [["batch", 3, 8, 8], ["batch", 10]])
+    return {entry.key: entry.value for entry in model.metadata_props}
+
+
+def safetensors_metadata(path, published):
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        assert all(torch.equal(file.get_tensor(name), value) for name, value in published["model"].items())
+        return file.metadata()
+
+
+@pytest.mark.parametrize(
+    ("kind", "package", "metadata"),
+    [("onnx", "onnxscript", onnx_metadata), ("safetensors", "safetensors", safetensors_metadata)],
+)
+def test_exported_networks_are_those_of_the_run(published, kind, package, metadata, capsys, tmp_path):
+    pytest.importorskip(package)
+    assert publish.main(["run", "--export", kind]) == 0
+    line, path = capsys.readouterr().out.splitlines()[-4], f"run/weights.{kind}"
+    found = re.fullmatch(rf"{path}: on 64 test images, logits differ from torch's by (\S+) at most", line.replace("\\", "/"))
+    assert found and float(found[1]) < 1e-5
+    checkpoint = export.read_network(path)
+    assert all(json.dumps(checkpoint[name]) == json.dumps(value) for name, value in published.items() if name != "model")
+    assert {name: json.loads(value) for name, value in metadata(path, published).items()}.items() <= checkpoint.items()
+    assert evaluated(path, capsys) == evaluated("run/weights.pth", capsys)
+    image = str(write_folder(tmp_path / "images") / "train" / "cat" / "0.png")
+    for count in (1, 2):
+        probabilities = [classify(one, [image] * count) for one in (checkpoint, published)]
+        torch.testing.assert_close(*probabilities, rtol=0, atol=1e-6)
+
+
+def test_torch_export(published, capsys):
+    assert publish.main(["run", "--export", "pt2"]) == 0
+    network = torch.export.load("run/weights.pt2", extra_files=(extra := {"metadata.json": ""})).module()
+    assert json.loads(json.loads(extra["metadata.json"])["classes"]) == published["classes"]
+    for size in (1, 5):
+        images = torch.randn(size, 3, 8, 8)
+        torch.testing.assert_close(network(images), load_model(published)(images), rtol=1e-5, atol=1e-5)
+    assert evaluate.main(["run/weights.pt2"]) == 2 and "could run any code" in capsys.readouterr().err
+
+
+def test_a_run_that_is_overwritten_loses_what_was_exported(published, tiny):
+    pytest.importorskip("safetensors")
+    assert publish.main(["run", "--export", "safetensors"]) == 0 and Path("run/weights.safetensors").exists()
+    assert tiny("--save", "run", "--epochs", "1", "--overwrite") == 0
+    assert not Path("run/weights.safetensors").exists()
+
+
+def test_a_wrong_export_is_not_kept(tmp_path, monkeypatch):
+    pytest.importorskip("safetensors")
+    checkpoint, images = read_checkpoint(WEIGHTS), torch.randn(64, 3, 32, 32)
+    write, read = export.FORMATS[".safetensors"]
+
+    def write_wrong(checkpoint):
+        return write(checkpoint | {"model": {name: value * (1 + 1e-5) for name, value in checkpoint["model"].items()}})
+
+    monkeypatch.setitem(export.FORMATS, ".safetensors", (write_wrong, read))
+    with pytest.raises(Mistake, match="would compute something else: logits differ by"):
+        export.export(checkpoint, tmp_path / "weights.safetensors", images)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", export.SIZES)
+def test_every_batch_size_is_tried(size):
+    model, images = load_model(read_checkpoint(WEIGHTS)), torch.randn(64, 3, 32, 32)
+
+    def wrong_at_one_size(images):
+        return model(images) + (1e-3 if len(images) == size else 0)
+
+    difference, allowed = export.compare(model, wrong_at_one_size, images)
+    assert difference > allowed
+
+
+@pytest.mark.parametrize("kind", ["onnx", "safetensors"])
+def test_a_line_says_which_packages_are_missing(kind, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(Mistake, match=rf"packages that are not installed: pip install .*{kind}"):
+        export.FORMATS[f".{kind}"][0](read_checkpoint(WEIGHTS))
+    Path(f"x.{kind}").write_bytes(b"")
+    with pytest.raises(Mistake, match=rf"packages that are not installed: pip install .*{kind}"):
+        export.read_network(f"x.{kind}")
+
+
+def test_other_files_are_refused_in_a_line(capsys):
+    pytest.importorskip("onnxruntime")
+    save = pytest.importorskip("safetensors.torch").save_file
+    save({"x": torch.zeros(1)}, "foreign.safetensors")
+    save({"x": torch.zeros(1)}, "described.safetensors", {"format": "pt"})
+    Path("damaged.onnx").write_bytes(b"damaged")
+    Path("short.safetensors").write_bytes(b"damaged")
+    for name, words in (
+        ("foreign.safetensors", "was not exported by publish.py: its metadata lack classes, config, normalize"),
+        ("described.safetensors", "was not exported by publish.py"),
+        ("damaged.onnx", "is damaged or no .onnx file"),
+        ("short.safetensors", "is damaged or no .safetensors file"),
+        ("missing.onnx", "cannot be read: No such file"),
+    ):
+        assert evaluate.main([name]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"evaluate.py: error: {name} {words}") and err.count("\n") == 1
+
+
+def test_weights_of_distributed_data_parallel():
+    checkpoint, images = read_checkpoint(WEIGHTS), torch.randn(2, 3, 32, 32)
+    wrapped = checkpoint | {"model": {f"module.{name}": value for name, value in checkpoint["model"].items()}}
+    assert torch.equal(load_model(wrapped)(images), load_model(checkpoint)(images))

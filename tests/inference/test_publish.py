@@ -1,0 +1,177 @@
+"""What publish.py makes of a run, and that the published runs are what work/README.md says of them."""
+
+import functools
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT
+
+import evaluate
+import publish
+from common.checkpoints import read_checkpoint
+from common.hardware import choose_precision
+from inference import network
+from reports import tables
+
+ROWS = re.findall(r"^\| \[[^\n]*\|$", (ROOT / "work/README.md").read_text(), re.MULTILINE)
+RUNS = [ROOT / "work" / re.match(r"\| \[.*?\]\((.*?)\)", row)[1] for row in ROWS]
+NAMES = [run.relative_to(ROOT / "work").as_posix() for run in RUNS]
+CPU = torch.device("cpu")
+
+
+def published(directory, capsys, status=0):
+    """The cells of the run's row by their column, or what publish.py says against it."""
+    capsys.readouterr()
+    assert publish.main([str(directory)]) == status
+    out, err = capsys.readouterr()
+    if status:
+        assert err.startswith("publish.py: error: ") and err.count("\n") == 1
+        return err
+    header, _, row = out.splitlines()
+    return dict(zip(header.strip("| ").split(" | "), row.strip("| ").split(" | "), strict=True))
+
+
+def test_publish_keeps_the_network_and_its_numbers(tiny, capsys):
+    assert tiny("--save", "run") == 0
+    cells = published("run", capsys)
+    test = pd.read_csv("run/test.csv").error
+    low, high = tables.wilson(test.iloc[-1], 100)
+    assert cells["final test error (%), 95 % interval"] == f"{test.iloc[-1]:.2f} ({low:.2f} … {high:.2f})"
+    assert cells["best on test (%), not a result"] == f"{test.min():.2f} (epoch {test.idxmin() + 1})"
+    assert cells["command"].startswith("`python ") and cells["hardware"].endswith(f", {choose_precision('auto', CPU)[1]}")
+    assert re.fullmatch(r"0:00:\d\d", cells["wall time"])
+    weights, latest = (read_checkpoint(Path("run", name)) for name in ("weights.pth", "latest.pth"))
+    assert set(weights) == {"model", "config", "normalize", "classes", "epoch", "seconds", "test"}
+    assert all(torch.equal(weights["model"][name], latest["model"][name]) for name in latest["model"])
+    wrong = round(test.iloc[-1])
+    assert weights["test"] == {"images": 100, "error": test.iloc[-1], "sample": 100, "wrong_in_sample": wrong}
+    assert evaluate.main(["run/weights.pth"]) == 0
+    assert f"test error {test.iloc[-1]:.2f} %" in capsys.readouterr().out
+    Path("run/latest.pth").rename("run/elsewhere.pth")
+    assert published("run", capsys) == cells
+    shutil.copy("run/weights.pth", "run/latest.pth")
+    assert tiny("--resume", "--save", "run", args=[]) == 2
+    assert "holds weights only" in capsys.readouterr().err
+
+
+def test_a_row_tells_of_every_process_and_of_changed_sources(tiny, capsys):
+    assert tiny("--save", "run", "--epochs", "2") == 0 and tiny("--save", "run", "--resume", args=[]) == 0
+    publish.main(["run"])
+    config = json.loads(Path("run/config.json").read_text())
+    config |= {"commit": "0123456789" * 4 + "-dirty", "device": "slow"}
+    config["resumed"] = [config | {"commit": None, "device": "fast", "command": "again", "precision": "bf16"}]
+    Path("run/config.json").write_text(json.dumps(config))
+    Path("run/latest.pth").unlink()
+    cells = published("run", capsys)
+    assert cells["hardware"] == "slow, then fast, bf16"
+    assert cells["commit"] == "`0123456-dirty`, then `unknown`" and cells["command"].endswith(", then `again`")
+
+
+def test_publish_refuses_what_is_not_the_run_s_result(tiny, capsys):
+    assert tiny("--save", "run", "--epochs", "2") == 0
+    checkpoint = read_checkpoint("run/latest.pth")
+
+    def refused(words, **changed):
+        torch.save({name: value for name, value in (checkpoint | changed).items() if value is not None}, "run/latest.pth")
+        assert words in published("run", capsys, status=2)
+        assert not Path("run/weights.pth").exists()
+
+    metrics = checkpoint["metrics"]
+    refused("run has finished 1 epochs, not all", epoch=1, metrics={name: rows[:1] for name, rows in metrics.items()})
+    refused("run/latest.pth has no seconds", seconds=None)
+    others = [row | {"error": 100.0} for row in metrics["test"]]
+    refused("but its log says 100.0 %", metrics=metrics | {"test": others})
+    assert "nowhere is not a run directory" in published("nowhere", capsys, status=2)
+    assert "run/latest.pth is not a run directory" in published("run/latest.pth", capsys, status=2)
+    torch.save(checkpoint, "run/latest.pth")
+    assert publish.main(["run", "nowhere"]) == 2 and not Path("run/weights.pth").exists()
+    log = Path("run/test.csv").read_text()
+    Path("run/test.csv").write_text("\n".join([*log.splitlines()[:-1], "2,1.0,0.5\n"]))
+    assert "the logs are not those of weights.pth" in published("run", capsys, status=2)
+
+
+def test_averaged_weights_are_published_instead(tiny, capsys):
+    assert tiny("--save", "run", "--ema", "0.8", "--epochs", "2") == 0
+    latest, logs = read_checkpoint("run/latest.pth"), [pd.read_csv(f"run/{name}.csv").error for name in ("test", "test-ema")]
+    capsys.readouterr()
+    assert publish.main(["run", "--ema"]) == 0
+    low, high = tables.wilson(logs[1].iloc[-1], 100)
+    row = capsys.readouterr().out.splitlines()[-1]
+    assert f"| {logs[1].iloc[-1]:.2f} ({low:.2f} … {high:.2f}), averaged | {logs[1].min():.2f} (epoch " in row
+    weights = read_checkpoint("run/weights.pth")
+    assert all(torch.equal(weights["model"][name], value) for name, value in latest["ema"]["model"].items())
+    assert "ema" not in weights and weights["test"]["error"] == logs[1].iloc[-1]
+    for flags in (["run/latest.pth", "--ema"], ["run/weights.pth"]):
+        assert evaluate.main(flags) == 0
+        assert capsys.readouterr().out.startswith(f"test error {logs[1].iloc[-1]:.2f} %")
+    published("run", capsys)  # the last ones again
+    assert "averaged" not in read_checkpoint("run/weights.pth")
+    assert tiny("--save", "other", "--epochs", "1") == 0
+    for main, flags in ((publish.main, ["other", "--ema"]), (evaluate.main, ["other/latest.pth", "--ema"])):
+        capsys.readouterr()
+        assert main(flags) == 2
+        assert "the checkpoint has no averaged weights, which train.py --ema makes" in capsys.readouterr().err
+    Path("run/latest.pth").unlink()
+    assert publish.main(["run"]) == 0
+
+
+def test_overwriting_a_run_deletes_its_weights(tiny, capsys):
+    assert tiny("--save", "run", "--epochs", "1") == 0
+    published("run", capsys)
+    assert tiny("--save", "run", "--epochs", "1", "--overwrite") == 0
+    assert not Path("run/weights.pth").exists()
+
+
+@pytest.mark.parametrize(("run", "row"), list(zip(RUNS, ROWS, strict=True)), ids=NAMES)
+def test_rows_of_published_runs_agree_with_their_logs(run, row):
+    assert publish.markdown([publish.table_row(run)]).splitlines()[-1] == row
+    logs, epochs = [pd.read_csv(run / f"{name}.csv") for name in ("train", "test")], read_checkpoint(run / "weights.pth")["epoch"]
+    assert [log.epoch.tolist() for log in logs] == [list(range(1, epochs + 1))] * 2
+
+
+def test_what_is_committed_of_published_runs():
+    command = ["git", "-C", str(ROOT), "ls-files", "work"]
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        pytest.skip("not a clone")
+    files = [Path(name) for name in subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()]
+    committed = {run: {file.name for file in files if ROOT / file.parent == run} for run in {ROOT / f.parent for f in files}}
+    del committed[ROOT / "work"]
+    committed = {run: names for run, names in committed.items() if "latest.pth" not in names}  # one that is under way
+    assert committed.keys() == set(RUNS)
+    for run, names in committed.items():
+        assert names == {"config.json", "train.csv", "test.csv", "loss-error.png", "weights.pth"}, run
+
+
+@functools.cache
+def load_test_images(dataset, folder):
+    """The test images of a published run, which is named by its data set; all such runs were tested on all images."""
+    if dataset != "digits" and not (ROOT / folder).exists():
+        pytest.skip(f"{folder} is not here")
+    run = next(run for run in RUNS if data_of(run) == (dataset, folder))
+    return network.load_split(read_checkpoint(run / "weights.pth"), directory=ROOT / folder)[0]
+
+
+def data_of(run):
+    arguments = read_checkpoint(run / "weights.pth")["config"]["arguments"]
+    return arguments["dataset"], arguments["data"]
+
+
+@pytest.mark.parametrize("run", RUNS, ids=NAMES)
+def test_published_weights_make_the_mistakes_that_were_counted(run):
+    weights, images = read_checkpoint(run / "weights.pth"), load_test_images(*data_of(run))
+    wrong = publish.mistakes(weights, images.select(slice(weights["test"]["sample"])), CPU)
+    assert abs(int(wrong.sum()) - weights["test"]["wrong_in_sample"]) <= 1  # other hardware may decide a close case otherwise
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", RUNS, ids=NAMES)
+def test_published_weights_have_the_error_of_their_log(run):
+    wrong = publish.mistakes(read_checkpoint(run / "weights.pth"), load_test_images(*data_of(run)), CPU)
+    error = pd.read_csv(run / "test.csv").error.iloc[-1]
+    assert abs(int(wrong.sum()) - error * len(wrong) / 100) <= 1 + len(wrong) / 5000

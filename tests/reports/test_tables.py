@@ -1,0 +1,69 @@
+"""Runs side by side: what differs between them, and what came out."""
+
+import csv
+import json
+
+import pytest
+from helpers import write_bamos, write_config, write_ours, write_seeds
+
+import plot
+from reports.tables import wilson
+
+
+def table(capsys, *flags):
+    """The rows that plot.py prints as CSV, {column: cell} each."""
+    capsys.readouterr()
+    assert plot.main([*map(str, flags), "--table", "csv"]) == 0
+    return list(csv.DictReader(capsys.readouterr().out.splitlines()))
+
+
+def test_a_table_has_what_differs_and_what_came_out(tmp_path, capsys):
+    one = write_config(write_ours(tmp_path / "one"), limit_train=1000, decay="all", accumulate=1)
+    two = write_config(write_ours(tmp_path / "two"), limit_train=1000, depth=22, seed=7, mixup=0.2, recipe="modern")
+    (two / "valid.csv").write_text("epoch,loss,error\n1,2,30\n2,1,12.5\n3,1,13\n")
+    (two / "test-ema.csv").write_text("epoch,loss,error\n1,2,30\n2,1,8.25\n")
+    config = json.loads((two / "config.json").read_text()) | {"images": {"train": 500, "valid": 10, "test": 40}}
+    (two / "config.json").write_text(json.dumps(config))
+    first, second = table(capsys, one, two)
+    low, high = wilson(9.5, 360)  # digits' test images, which the first run does not say
+    assert first == {
+        "run": "one", "depth": "16", "mixup": "–", "seed": "1", "epoch": "8", "test error (%)": "9.50",
+        "95 % low": f"{low:.2f}", "95 % high": f"{high:.2f}", "averaged weights (%)": "–", "best valid (%)": "–",
+        "training time": "0:01:20",  # 8 epochs of 1,000 images, 100 a second
+    }  # fmt: skip
+    low, high = wilson(9.5, 40)
+    assert second == first | {
+        "run": "two", "depth": "22", "mixup": "0.2", "seed": "7", "95 % low": f"{low:.2f}", "95 % high": f"{high:.2f}",
+        "averaged weights (%)": "8.25", "best valid (%)": "12.50", "training time": "0:00:40",
+    }  # fmt: skip
+
+
+def test_a_table_of_runs_that_say_less(tmp_path, capsys):
+    """Those of another repository, and of an image folder by an earlier release."""
+    bamos = write_bamos(tmp_path / "bamos")
+    ours = write_config(write_ours(tmp_path / "ours"), dataset="folder", data="photos")
+    first, second = table(capsys, bamos, ours)
+    unknown = dict.fromkeys(("95 % low", "95 % high"), "–")
+    assert first.items() >= (unknown | {"run": "bamos", "dataset": "–", "epoch": "4", "test error (%)": "15.00"}).items()
+    assert second.items() >= (unknown | {"run": "ours", "dataset": "folder", "data": "photos", "test error (%)": "9.50"}).items()
+    assert "training time" not in first
+
+
+def test_a_mean_has_a_standard_deviation(tmp_path, capsys):
+    runs = write_seeds(tmp_path)
+    *singles, mean = table(capsys, *runs, "--mean", *runs)
+    errors = [float(row["test error (%)"]) for row in singles]
+    assert float(mean["test error (%)"]) == pytest.approx(sum(errors) / len(errors), abs=0.01)
+    assert float(mean["sd"]) > 0 and mean["95 % low"] == mean["seed"] == "–" and singles[0]["sd"] == "–"
+
+
+def test_tables_are_text_markdown_or_csv(tmp_path, capsys):
+    runs = [str(write_config(write_ours(tmp_path / name), lr=lr)) for name, lr in (("slow", 0.01), ("fast", 0.1))]
+    assert plot.main([*runs, "--table"]) == plot.main([*runs, "--table", "markdown"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    text, markdown = lines[:3], lines[3:]
+    assert [line.split()[:2] for line in text] == [["run", "lr"], ["slow", "0.01"], ["fast", "0.1"]]
+    assert len({line.index(word) for line, word in zip(text, ("lr", "0.01", "0.1"), strict=True)}) == 1
+    assert markdown[0].startswith("| run | lr | epoch |") and set(markdown[1]) == set("| -")
+    assert [line.count("|") for line in markdown] == [markdown[0].count("|")] * 4
+    assert sorted(path.name for path in (tmp_path / "slow").iterdir()) == ["config.json", "test.csv", "train.csv"]

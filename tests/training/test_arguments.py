@@ -1,0 +1,190 @@
+"""The flags of train.py: defaults, old spellings, contradictions, what a resumed run may change."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from conftest import status_of
+
+import train
+from densenet import DenseNet
+from training import flags
+from training.arguments import parse_args
+from training.flags import make_parser
+from training.recipe import RECIPES
+
+
+def parsed(command):
+    return parse_args(command.split())[0]
+
+
+def refused(capsys, *flags):
+    """The one line that train.py says when it refuses ``flags`` with status 2."""
+    assert status_of(train.main, flags) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("train.py: error: ") and err.count("\n") == 1
+    return err
+
+
+def test_defaults_are_the_recipe_of_the_paper():
+    args = parsed("")
+    expected = {
+        "dataset": "cifar10", "depth": 100, "growth_rate": 12, "reduction": 0.5, "bottleneck": True, "drop_rate": 0.0,
+        "epochs": 300, "batch_size": 64, "opt": "sgd", "lr": 0.1, "momentum": 0.9, "nesterov": True,
+        "weight_decay": 1e-4, "schedule": "step", "augment": True, "crop_fill": "mean", "valid_size": 0,
+        "save": "work/cifar10.base",
+    }  # fmt: skip
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
+def test_defaults_that_depend_on_data_set_and_optimiser():
+    args = parsed("--dataset digits")
+    assert (args.depth, args.epochs, args.augment, args.save) == (16, 20, False, "work/digits.base")
+    args = parsed("--dataset svhn")
+    assert (args.depth, args.epochs, args.augment, args.valid_size) == (100, 40, False, 6000)
+    assert (parsed("--opt adam").lr, parsed("--opt adam").schedule) == (1e-3, "constant")
+    assert (parsed("--opt rmsprop").lr, parsed("--opt rmsprop --lr 0.5").lr) == (1e-2, 0.5)
+    assert parsed("--dataset digits --depth 40 --augment").augment is True
+    assert (parsed("--opt adamw").weight_decay, parsed("--opt adamw --weight-decay 0.1").weight_decay) == (0.01, 0.1)
+
+
+def test_a_recipe_is_its_flags_and_single_flags_override_it(monkeypatch):
+    monkeypatch.setitem(flags.RECIPES, "modern", {"schedule": "cosine", "cutout": 16, "ema": 0.999, "opt": "adamw"})
+    args = parsed("--recipe modern")
+    assert (args.schedule, args.cutout, args.ema, args.opt, args.lr) == ("cosine", 16, 0.999, "adamw", 1e-3)
+    assert vars(args) == vars(parsed("--schedule cosine --cutout 16 --ema 0.999 --opt adamw")) | {"recipe": "modern"}
+    args = parsed("--recipe modern --ema 0 --opt sgd --schedule step")
+    assert (args.schedule, args.cutout, args.ema, args.opt, args.lr) == ("step", 16, 0, "sgd", 0.1)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_valid(name):
+    assert parsed(f"--recipe {name}").recipe == name
+
+
+def test_every_flag_says_what_it_does_and_its_default():
+    for action in make_parser()._actions:
+        if action.option_strings[0] not in ("-h", "--arch"):
+            assert "(default: " in action.help, action.option_strings
+
+
+def test_old_command_lines_of_bamos():
+    args = parsed("--batchSz 32 --nEpochs 300 --no-cuda --save DIR --seed 1 --opt adam")
+    assert (args.batch_size, args.epochs, args.device, args.save, args.seed, args.opt) == (32, 300, "cpu", "DIR", 1, "adam")
+
+
+@pytest.mark.parametrize(
+    ("flag", "block"), [("--efficient True", "checkpoint"), ("--efficient", "checkpoint"), ("--efficient=False", "naive")]
+)
+def test_old_command_lines_of_gpleiss(flag, block):
+    args = parsed(
+        f"{flag} --data DIR --save RUN --depth 100 --growth_rate 12 --n_epochs 300 "
+        "--batch_size 64 --valid_size 5000 --seed 1"
+    )
+    assert (args.block, args.data, args.save, args.depth, args.growth_rate) == (block, "DIR", "RUN", 100, 12)
+    assert (args.epochs, args.batch_size, args.valid_size, args.seed) == (300, 64, 5000, 1)
+
+
+def test_presets_set_the_architecture(capsys):
+    args = parsed("--arch densenet_40_12 --drop-rate 0.2")
+    assert (args.bottleneck, args.reduction) == (False, 1.0)
+    with torch.device("meta"):
+        model = DenseNet(**flags.model_options(args, 10))
+        assert sum(p.numel() for p in model.parameters()) == 1_019_722
+        model = DenseNet(**flags.model_options(parsed("--arch densenet121"), 1000))
+        assert sum(p.numel() for p in model.parameters()) == 7_978_856
+    assert "--arch densenet121 sets the depth" in refused(capsys, "--arch", "densenet121", "--depth", "40")
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("--depth 43", "depth 43: a network with bottlenecks needs depth = 6n + 4, such as 40 or 46"),
+        ("--reduction 0", "reduction 0.0: needs a number in (0, 1]"),
+        ("--drop-rate 1", "drop rate 1.0"),
+        ("--epochs 0", "argument --epochs: 0 is not in 1 … 1,000,000"),
+        ("--batch-size x", "argument --batch-size: invalid int value: 'x'"),
+        ("--lr nan", "argument --lr: nan is not in 0 … 1e+30"),
+        ("--momentum 0", "add --no-nesterov"),
+        ("--dataset imagenet", "invalid choice: 'imagenet'"),
+        ("--depht 40", "unrecognized arguments: --depht 40"),
+        ("--device cuda:99", "device 'cuda:99' is not available here"),
+        ("--lr 1e39", "argument --lr: 1e39 is not in 0 … 1e+30"),
+        ("--weight-decay 1e39", "argument --weight-decay: 1e39 is not in 0 … 1e+30"),
+        (f"--epochs {2**31}", "argument --epochs: 2147483648 is not in 1 … 1,000,000"),
+        (f"--growth-rate {10**20}", "argument --growth-rate: 100000000000000000000 is not in 1 … 100,000"),
+        (f"--dataset digits --image-size {10**20}", "argument --image-size: 100000000000000000000 is not in 1 … 100,000"),
+        ("--save=", "argument --save: needs a name, and got nothing"),
+        ("--device meta", "device 'meta' is not available here"),
+        ("--device privateuseone", "device 'privateuseone' is not available here"),
+        ("--device tpu9", "device 'tpu9' is not available here"),
+        ("--resume --overwrite", "--resume and --overwrite exclude each other"),
+        ("--block fused --drop-rate 0.2", "--block fused has no dropout"),
+        ("--block fused --compile", "--block fused leaves --compile nothing to fuse"),
+        ("--cuda-graph --device cpu", "--cuda-graph is for one process on a CUDA GPU"),
+        ("--dataset digits --image-size 3", "images of 3×3 pixels are too small for this network"),
+        ("--channels 1", "--channels 1: the images of cifar10 have 3 channels"),
+        ("--dataset digits --white 9", "--white is for --dataset folder: leave it out"),
+        ("--dataset folder --white 0", "argument --white: 0 is not in 1e-30 … 1e+30"),
+        ("--image-size 64", "--image-size 64: the images of cifar10 have 32×32 pixels"),
+        ("--dataset digits --crop-fill black", "--crop-fill black: no image is shifted in this run"),
+        ("--arch densenet_bc_100_12 --reduction 0.9", "--arch densenet_bc_100_12 sets the reduction"),
+        ("--cutout 33", "--cutout 33 is larger than the images, of 32 pixels"),
+        ("--dataset digits --image-size 16 --recipe modern --cutout 17", "--cutout 17 is larger than the images, of 16 pixels"),
+        ("--cutout -1", "argument --cutout: -1 is not in 0 … 1,000,000,000"),
+        ("--mixup -0.1", "argument --mixup: -0.1 is not in 0 … 1000"),
+        ("--mixup inf", "argument --mixup: inf is not in"),
+        ("--epochs 5 --warmup 5", "--warmup 5 takes all of 5 epochs: choose less"),
+        ("--warmup nan", "argument --warmup: nan is not in 0 … 1e+30"),
+        ("--clip-grad -1", "argument --clip-grad: -1 is not in 0 … 1e+30"),
+        ("--ema 1", "argument --ema: 1 is not in 0 … 0.999999"),
+        ("--ema nan", "argument --ema: nan is not in"),
+        ("--label-smoothing 1", "argument --label-smoothing: 1 is not in 0 … 0.999"),
+        ("--decay weights --weight-decay 0", "--decay weights: nothing decays with --weight-decay 0"),
+        ("--accumulate 0", "argument --accumulate: 0 is not in 1 …"),
+        ("--class-weights inverse", "invalid choice: 'inverse'"),
+        ("--recipe 2017", "invalid choice: '2017'"),
+        ("--seed 4294967296", "4294967296 is not in 0 … 4,294,967,295"),
+        ("--resume --save nowhere", "nowhere has no latest.pth to resume"),
+    ],
+)
+def test_mistakes_end_with_one_line_and_status_2(capsys, command, words):
+    assert words in refused(capsys, *command.split())
+    assert list(Path().iterdir()) == []
+
+
+def test_what_else_fails_in_the_trial_is_not_blamed_on_small_images(capsys, monkeypatch):
+    def try_out(args, batch_size):
+        raise RuntimeError("Storage size calculation overflowed\nand more")
+
+    monkeypatch.setattr(flags, "try_out", try_out)
+    words = "no such network can compute on images of 32×32 pixels (Storage size calculation overflowed and more)"
+    assert words in refused(capsys, "--dataset", "digits")
+
+
+def test_resume_keeps_the_arguments_and_refuses_others(tiny, capsys):
+    assert tiny("--save", "run", "--weight-decay", "0.01", "--epochs", "2") == 0
+    assert train.main(["--resume", "--save", "run", "--epochs", "3", "--no-plot", "--no-progress"]) == 0
+    config = json.loads(Path("run/config.json").read_text())
+    assert config["arguments"]["weight_decay"] == 0.01
+    assert [entry["epoch"] for entry in config["resumed"]] == [2]
+    log, checkpoint = pd.read_csv("run/train.csv"), torch.load("run/latest.pth", weights_only=True)
+    assert checkpoint["seconds"] > sum(200 / log.images_per_second)  # of both processes
+    capsys.readouterr()
+    assert tiny("--resume", "--save", "run", "--block", "fused", args=[]) == 0
+    out = capsys.readouterr().out
+    assert "block fused" in out and "all 3 epochs are done" in out
+    assert pd.read_csv("run/test.csv").epoch.tolist() == [1, 2, 3]
+    for flag, value in (("--depth", "16"), ("--seed", "9"), ("--dataset", "cifar10")):
+        assert f"was started with {flag}" in refused(capsys, "--resume", "--save", "run", flag, value)
+    assert "--epochs 2: the run in run has finished 3 already" in refused(
+        capsys, "--resume", "--save", "run", "--epochs", "2"
+    )
+
+
+def test_networks_for_imagenet_see_larger_photos():
+    assert parsed("--dataset folder --arch densenet121").image_size == 224
+    assert parsed("--dataset folder --arch densenet121 --image-size 64").image_size == 64
+    assert parsed("--dataset folder").image_size == parsed("--arch densenet121").image_size == 32

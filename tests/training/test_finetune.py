@@ -1,0 +1,320 @@
+"""Fine-tuning: which weights a run starts from, what of them it takes, what stays frozen."""
+
+import copy
+import functools
+import hashlib
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from conftest import ROOT, TINY, assert_same_run, status_of
+from helpers import Replayed, finished, no_amp, sgd, torchrun, write_folder
+
+import evaluate
+import publish
+import train
+from densenet import BLOCKS, DenseNet, densenet121
+from inputs.splits import NORMALIZE
+from training import distributed
+from training.finetune import freeze, parameter_groups, read_source, take, training_mode
+from training.recipe import PAPER
+from training.step import Step
+
+DIGITS = "--device cpu --dataset digits --image-size 8 --limit-train 200 --limit-test 100 --epochs 1 --precision fp32".split()
+FOLDER = "--device cpu --dataset folder --data images --image-size 8 --no-augment --batch-size 4 --precision fp32".split()
+
+
+def state(path, part="model"):
+    return torch.load(path, weights_only=True)[part]
+
+
+def parameters(model):
+    return {name: value for name, value in model.items() if "running" not in name and "tracked" not in name}
+
+
+def assert_equal(found, expected):
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.fixture
+def trained(tiny):
+    assert tiny("--save", "trained", "--epochs", "1", "--precision", "fp32") == 0 and publish.main(["trained"]) == 0
+    return Path("trained/latest.pth")
+
+
+@pytest.mark.parametrize("name", ["latest.pth", "weights.pth", "weights.safetensors", "module.pth"])
+def test_a_run_starts_from_weights_and_has_their_network(trained, tiny, name, capsys):
+    if name == "weights.safetensors":
+        pytest.importorskip("safetensors")
+        assert publish.main(["trained", "--export", "safetensors"]) == 0
+    if name == "module.pth":
+        checkpoint = torch.load(trained)
+        torch.save(checkpoint | {"model": {f"module.{k}": v for k, v in checkpoint["model"].items()}}, "trained/module.pth")
+    assert tiny("--save", "run", "--lr", "0", "--init-from", f"trained/{name}", args=DIGITS) == 0
+    assert f"weights taken from trained/{name}\n" in capsys.readouterr().out
+    assert_equal(parameters(state("run/latest.pth")), parameters(state(trained)))
+    assert state("run/latest.pth", "config")["arguments"]["depth"] == 10
+
+
+def test_what_does_not_fit_is_named_and_starts_as_without_weights(trained, tiny, tmp_path, capsys):
+    write_folder(tmp_path / "images", size=(8, 8))
+    flags = ["--epochs", "1", "--lr", "0", "--depth", "10", "--growth-rate", "4"]
+    assert tiny("--save", "fresh", *flags, args=FOLDER) == 0
+    assert tiny("--save", "run", *flags, "--channels", "1", "--init-from", str(trained), args=FOLDER) == 0
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "taken from" in line]
+    classifier = "classifier.weight (2, 9), there (10, 9); classifier.bias (2,), there (10,)"
+    assert line == f"weights taken from {trained}; fresh: stem.conv.weight (8, 1, 3, 3), there (8, 3, 3, 3); {classifier}"
+    assert tiny("--save", "run", "--overwrite", *flags, "--init-from", str(trained), args=FOLDER) == 0
+    run, fresh, before = (parameters(state(path)) for path in ("run/latest.pth", "fresh/latest.pth", trained))
+    head = {name for name in run if name.startswith("classifier.")}
+    assert_equal({name: run[name] for name in head}, {name: fresh[name] for name in head})
+    assert_equal({n: v for n, v in run.items() if n not in head}, {n: v for n, v in before.items() if n not in head})
+
+
+def test_a_classifier_of_as_many_other_classes_is_fresh(trained, tmp_path, tiny, capsys):
+    write_folder(tmp_path / "images", size=(8, 8), classes="abcdefghij")
+    assert tiny("--save", "run", "--epochs", "1", "--init-from", str(trained), args=FOLDER) == 0
+    assert "fresh: classifier.weight (10, 9), there of other classes; classifier.bias (10,), there" in capsys.readouterr().out
+
+
+def test_normalisation_comes_with_the_weights_and_resuming_needs_no_file(trained, tmp_path, tiny, capsys):
+    write_folder(tmp_path / "images", size=(8, 8), train=6)
+    flags = [*FOLDER, "--valid-size", "4", "--init-from", str(trained), "--freeze", "stem,", "blocks.0", "--head-lr", "0.5"]
+    assert tiny("--save", "whole", "--epochs", "4", args=flags) == 0
+    assert tiny("--save", "run", "--epochs", "2", "--schedule", "step", args=flags) == 0
+    normalize = state(trained, "normalize")
+    shutil.rmtree("trained")
+    assert tiny("--save", "run", "--resume", "--epochs", "4", args=[]) == 0
+    assert state("run/latest.pth", "normalize") == state("whole/latest.pth", "normalize") == normalize
+    assert state("run/latest.pth", "measured") != normalize
+    for name in ("run", "whole"):
+        assert publish.main([name]) == 0
+        assert evaluate.main([f"{name}/weights.pth", "--split", "valid", "--precision", "fp32"]) == 0
+    assert tiny("--save", "run", "--resume", "--freeze", "stem", args=[]) == 2
+    assert "was started with --freeze stem,blocks.0, not stem" in capsys.readouterr().err
+
+
+def test_a_resumed_run_with_frozen_parts_is_the_run_that_was_not_stopped(trained, tiny, monkeypatch):
+    flags = ["--init-from", str(trained), "--freeze", "stem,blocks.1", "--head-lr", "0.2", "--schedule", "cosine"]
+    assert tiny("--save", "whole", *flags, "--epochs", "2") == 0
+    real = train.print_epoch
+
+    def stop(*args):
+        real(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "print_epoch", stop)
+        assert tiny("--save", "run", *flags, "--epochs", "2") == 130
+    assert tiny("--save", "run", "--resume", args=[]) == 0
+    assert_same_run("whole", "run")
+    rates = [group["lr"] for group in state("run/latest.pth", "optimizer")["param_groups"]]
+    assert rates[1] == pytest.approx(2 * rates[0]) and len(rates) == 2
+    assert tiny("--save", "run", "--resume", "--epochs", "3", "--lr", "0.01", args=[]) == 0
+    rates = [group["lr"] for group in state("run/latest.pth", "optimizer")["param_groups"]]
+    assert rates[1] == pytest.approx(2 * rates[0])
+    before, after = state(trained), state("run/latest.pth")
+    frozen = {name for name in before if name.startswith(("stem.", "blocks.1."))}
+    assert_equal({name: after[name] for name in frozen}, {name: before[name] for name in frozen})
+
+
+# Weights of torchvision.
+
+
+def torchvision_file(path, kind):
+    model = torchvision.models.densenet121(num_classes=3)
+    weights = model.state_dict()
+    if kind == "early":
+        weights = {k.replace(".norm1.", ".norm.1.").replace(".conv2.", ".conv.2."): v for k, v in weights.items() if "tracked" not in k}
+    if kind == "parallel":  # as pytorch/examples saves what it has trained
+        weights = {"epoch": 90, "arch": "densenet121", "state_dict": {f"module.{k}": v for k, v in weights.items()}}
+    if kind == "safetensors":
+        pytest.importorskip("safetensors.torch").save_file(weights, path)
+    else:
+        torch.save(weights, path, _use_new_zipfile_serialization=kind != "early")
+    return model
+
+
+@pytest.mark.parametrize("kind", ["plain", "early", "parallel", "safetensors"])
+def test_weights_of_torchvision(kind):
+    path = "weights.safetensors" if kind == "safetensors" else "weights.pth"
+    theirs = torchvision_file(path, kind).eval()
+    source, ours = read_source(path), densenet121(num_classes=3)
+    assert source["normalize"] == NORMALIZE["imagenet"]
+    assert take(ours, source, "that", list("abc")) == "weights taken from that"
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.eval()(x), theirs(x), rtol=1e-4, atol=1e-5)
+
+
+def test_imagenet_is_what_torchvision_publishes(monkeypatch, tmp_path, tiny, capsys):
+    """In the place of the web, a folder."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    torchvision_file("weights.pth", "early")
+    digest = hashlib.sha256(Path("weights.pth").read_bytes()).hexdigest()[:8]
+    url = "file://" + str(tmp_path / "web" / f"densenet121-{digest}.pth")
+    monkeypatch.setattr(torchvision.models._api.WeightsEnum, "url", property(lambda self: url))
+    cached = tmp_path / "home/hub/checkpoints" / Path(url).name
+    write_folder(tmp_path / "images", size=(40, 40))
+    flags = [*FOLDER, "--batch-size", "2", "--image-size", "32", "--init-from", "imagenet", "--save", "run", "--epochs", "1", "--limit-train", "2"]
+
+    def refused(*more):
+        assert tiny(*more, args=flags) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and not Path("run").exists()
+        return err
+
+    assert "say of which network, with --arch: densenet121, densenet161, densenet169, densenet201" in refused()
+    assert f"cannot download {url} (" in (err := refused("--arch", "densenet121"))
+    assert f"put that file into {cached.parent} by hand" in err
+    (tmp_path / "web").mkdir()
+    Path(url.removeprefix("file://")).write_bytes(b"something else")
+    assert "invalid hash value" in refused("--arch", "densenet121")
+    cached.write_bytes(b"half of it")
+    assert f"{cached} is incomplete or damaged: delete it" in refused("--arch", "densenet121")
+    cached.unlink()
+    shutil.copy("weights.pth", url.removeprefix("file://"))
+    assert tiny("--arch", "densenet121", "--freeze", "features", args=flags) == 0
+    out = capsys.readouterr().out
+    assert "taken from imagenet; fresh: classifier.weight (2, 1024), there (3, 1024)" in out
+    assert "frozen: features; 2,050 parameters are trained" in out
+    assert state("run/latest.pth", "normalize") == NORMALIZE["imagenet"]
+    assert_equal(read_source("weights.pth")["model"] | {k: v for k, v in state("run/latest.pth").items() if "tracked" in k or "classifier" in k}, state("run/latest.pth"))
+
+
+# Frozen parts.
+
+
+def train_frozen(block, kind=Step, names="stem,blocks.0,transitions.0", head_factor=None, steps=3):
+    """A network and its copy after some steps in float64, and the optimiser."""
+    torch.manual_seed(0)
+    model = DenseNet(depth=16, growth_rate=4, block=block).double()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_var, 0.5, 2)
+    before = copy.deepcopy(model.state_dict())
+    freeze(model, names)
+    step = kind(model, sgd(parameter_groups(model, head_factor)), no_amp)
+    training_mode(model)
+    for i in range(steps):
+        step.set_learning_rate(0.5 ** (3 + i))
+        step(torch.randn(6, 3, 8, 8, dtype=torch.float64), torch.randint(10, (6,)), 6)
+    return before, model, step.optimizer
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("names", ["stem,blocks.0,transitions.0", "blocks.1,norm", "features", "transitions.1,classifier"])
+def test_frozen_parts_stay_as_they_are_with_every_block(block, names):
+    before, model, optimizer = train_frozen(block, names=names)
+    frozen = tuple(f"{name}." for name in names.split(","))
+    for name, value in model.state_dict().items():
+        is_frozen = name.startswith(frozen) or ("features" in names and not name.startswith("classifier"))
+        assert torch.equal(value, before[name]) == is_frozen, name
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert set(optimizer.state) == set(trained) and len(trained) < len(list(model.parameters()))
+    expected = train_frozen("naive", names=names)[1].state_dict()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-9)
+
+
+def test_a_frozen_fused_block_keeps_nothing(monkeypatch):
+    import fused
+
+    kept, apply = [], fused.SharedBuffer.apply
+    monkeypatch.setattr(fused.SharedBuffer, "apply", lambda x, layers, keep, *rest: kept.append(keep) or apply(x, layers, keep, *rest))
+    train_frozen("fused", steps=1)
+    assert kept == [False, True, True]
+
+
+@pytest.mark.parametrize("kind", [Step, Replayed])
+def test_the_classifier_has_its_own_learning_rate(kind):
+    """All schedules scale both: the same as a gradient that is so much larger, of plain SGD."""
+    plain = functools.partial(torch.optim.SGD, lr=0.1)
+    ends = []
+    for factor in (None, 4):
+        torch.manual_seed(0)
+        model = DenseNet(depth=10, growth_rate=4).double()
+        step = kind(model, plain(parameter_groups(model, factor)), no_amp, recipe=PAPER)
+        if factor is None:
+            for parameter in model.classifier.parameters():
+                parameter.register_hook(lambda gradient: 4 * gradient)
+        for i in range(6):
+            step.set_learning_rate(0.5 ** (5 + i))
+            step(torch.randn(6, 3, 8, 8, dtype=torch.float64), torch.randint(10, (6,)), 6)
+        ends.append(model.state_dict())
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_several_processes_start_from_the_same_weights_and_keep_frozen_parts(trained):
+    flags = ["--epochs", "2", "--init-from", str(trained), "--freeze", "blocks.1,norm", "--head-lr", "0.3", "--block", "fused"]
+    output = finished(torchrun(2, str(ROOT / "train.py"), *TINY, *flags, "--save", "run", "--no-plot"), 0)
+    assert output.count("weights taken from") == output.count("frozen: blocks.1, norm") == 1
+    before, after = state(trained), state("run/latest.pth")
+    for name, value in after.items():
+        assert torch.equal(value, before[name]) == name.startswith(("blocks.1.", "norm.")), name
+
+
+def test_ranks_average_no_statistics_that_are_frozen(monkeypatch):
+    """Sums of equal numbers, divided by how many they are, are not always those numbers again."""
+    reduced, model = [], DenseNet(depth=10, growth_rate=4)
+    freeze(model, "stem,blocks.0,norm")
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    monkeypatch.setattr(distributed, "all_reduce", lambda value: reduced.append(value) or value)
+    distributed.average_statistics(model.eval())  # as averaged weights are, which are only evaluated
+    parts = [*model.blocks[1:], *model.transitions]
+    assert {id(value) for value in reduced} == {id(b) for part in parts for b in part.buffers() if b.is_floating_point()}
+
+
+# Mistakes.
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--init-from trained/latest.pth --depth 40", "only 0 of this network's 197 tensors"),
+        ("--init-from trained/latest.pth --arch densenet_40_12", "say with --arch, or --depth"),
+        ("--init-from nowhere.pth", "nowhere.pth is not a file of weights, such as latest.pth in a run: No such file"),
+        ("--init-from trained", "trained is not a file of weights, such as latest.pth in a run: Is a directory"),
+        ("--init-from trained/config.json", "trained/config.json is damaged, or holds other things than weights"),
+        ("--init-from cut.pth", "cut.pth is damaged, or holds other things than weights"),
+        ("--init-from flipped.pth", "flipped.pth is damaged, or holds other things than weights (BadZipFile)"),
+        ("--init-from numbers.pth", "--init-from numbers.pth: the file holds no weights"),
+        ("--init-from other.pth", "only 0 of this network's"),
+        ("--init-from altered.pth", "altered.pth: its config is damaged, or of another program"),
+        ("--init-from file.pt2", "file.pt2 could run any code"),
+        ("--init-from=", "is not a file of weights"),
+        ("--freeze blocks.9", "--freeze blocks.9: the network has the parts features, stem, blocks.0, blocks.1, blocks.2, transitions.0, transitions.1, norm, classifier"),
+        ("--freeze=", "--freeze : the network has the parts"),
+        ("--freeze features,classifier", "--freeze features,classifier leaves nothing to train"),
+        ("--freeze classifier --head-lr 1", "--head-lr: the classifier is frozen"),
+        ("--head-lr 0", "argument --head-lr: 0 is not in 1e-30 … 1e+30"),
+        ("--head-lr 1 --lr 0", "--head-lr is kept in proportion to --lr, which is 0"),
+    ],
+)
+def test_mistakes_end_with_one_line_and_status_2(trained, capsys, flags, words):
+    content = trained.read_bytes()
+    Path("cut.pth").write_bytes(content[: len(content) // 2])
+    middle = len(content) // 2
+    Path("flipped.pth").write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    torch.save({0: torch.ones(1)}, "numbers.pth")
+    torch.save({"weight": torch.ones(1)}, "other.pth")
+    torch.save(torch.load(trained) | {"config": 3}, "altered.pth")
+    capsys.readouterr()
+    assert status_of(train.main, [*DIGITS, *flags.split(), "--save", "run"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("train.py: error: ") and err.count("\n") == 1 and words in err
+    assert not Path("run").exists()
+
+
+def test_a_network_with_a_few_other_layers_takes_what_fits():
+    torch.manual_seed(0)
+    large, small = (DenseNet(block_config=layers, growth_rate=4, reduction=1) for layers in ((2, 2, 2, 1), (2, 2, 2)))
+    line = take(small, {"model": large.state_dict()}, "large")
+    assert line.startswith("weights taken from large; fresh: norm.weight (32,), there (36,); norm.bias")
+    assert "; … 1 more; not taken: blocks.3.layers.0.norm1.weight; " in line
+    assert torch.equal(small.blocks[2].layers[1].conv2.weight, large.blocks[2].layers[1].conv2.weight)

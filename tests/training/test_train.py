@@ -1,0 +1,231 @@
+"""Training: what a run writes, its schedule, its averages, what ends it."""
+
+import functools
+import json
+import math
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from conftest import assert_same_run, rows
+from helpers import write_folder
+from PIL import Image
+
+import train
+from densenet import DenseNet
+from train import learning_rate
+from training import finetune, recipe
+from training.arguments import parse_args
+
+
+def arguments_of(command):
+    return parse_args(command.split())[0]
+
+
+def test_step_schedule_drops_at_half_and_three_quarters():
+    args = arguments_of("")
+    rates = {epoch: learning_rate(args, epoch, 0.5) for epoch in (1, 149, 150, 224, 225, 300)}
+    assert rates == {1: 0.1, 149: 0.1, 150: 0.01, 224: 0.01, 225: 0.001, 300: 0.001}
+
+
+def test_short_runs_begin_at_the_full_rate():
+    """That of one epoch and of two would otherwise never have it."""
+    rates = [[learning_rate(arguments_of(f"--epochs {n}"), epoch, 0.5) for epoch in range(1, n + 1)] for n in (1, 2, 3, 4)]
+    assert rates == [[0.1], [0.1, 0.001], [0.1, 0.01, 0.001], [0.1, 0.01, 0.001, 0.001]]
+
+
+def test_other_schedules():
+    args = arguments_of("--schedule cosine --epochs 10")
+    assert learning_rate(args, 1, 0.0) == 0.1
+    assert learning_rate(args, 6, 0.0) == pytest.approx(0.05)
+    assert learning_rate(args, 3, 0.5) == pytest.approx(0.05 * (1 + math.cos(math.pi / 4)))
+    assert learning_rate(arguments_of("--schedule constant"), 290, 0.9) == 0.1
+
+
+@pytest.mark.parametrize("head_factor", [None, 5.0])
+def test_decay_of_weights_leaves_norms_and_biases_alone(head_factor):
+    """Also where the classifier has a learning rate of its own."""
+    model = DenseNet(depth=10, growth_rate=4)
+    args = arguments_of("--decay weights --weight-decay 0.02")
+    groups = recipe.make_optimizer(args, finetune.parameter_groups(model, head_factor)).param_groups
+    found = {p: (group["weight_decay"], group.get("lr_factor")) for group in groups for p in group["params"]}
+    assert found == {
+        p: (0.02 if name.endswith("weight") and "norm" not in name else 0.0, head_factor if "classifier" in name else None)
+        for name, p in model.named_parameters()
+    }
+
+
+def test_a_run_writes_what_it_should(tiny, capsys):
+    assert tiny("--save", "run") == 0
+    assert sorted(p.name for p in Path("run").iterdir()) == [".lock", "config.json", "latest.pth", "previous.pth", "test.csv", "train.csv"]
+    log, test = pd.read_csv("run/train.csv"), pd.read_csv("run/test.csv")
+    assert list(log) == ["epoch", "loss", "error", "lr", "images_per_second", "peak_memory_mib"]
+    assert list(test) == ["epoch", "loss", "error"]
+    assert log.epoch.tolist() == test.epoch.tolist() == [1, 2, 3, 4]
+    assert log.lr.tolist() == [0.1, 0.01, 0.001, 0.001]
+    assert test.error.between(0, 100).all() and (log.images_per_second > 0).all()
+    config = json.loads(Path("run/config.json").read_text())
+    assert config["arguments"]["depth"] == 10 and config["arguments"]["lr"] == 0.1
+    assert config["parameters"] == 2666 and config["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", config["commit"] or "0" * 40)
+
+    checkpoint = torch.load("run/latest.pth", weights_only=True)
+    assert set(checkpoint) == {
+        "model", "optimizer", "epoch", "seconds", "rng", "config", "normalize", "classes", "metrics", "scaler"
+    }  # fmt: skip
+    assert checkpoint["classes"] == list("0123456789")
+    assert checkpoint["metrics"]["test"][-1]["error"] == test.error.iloc[-1]
+    assert checkpoint["seconds"] > sum(200 / log.images_per_second)
+    out = capsys.readouterr().out
+    assert f"test error {test.error.iloc[-1]:.2f} % after epoch 4, the last" in out
+    assert "best on test" in out
+
+
+def test_seeds_decide_everything(tiny):
+    for name, seed in (("a", "5"), ("b", "5"), ("c", "6")):
+        assert tiny("--save", name, "--seed", seed, "--epochs", "2", "--drop-rate", "0.2", "--augment") == 0
+    assert_same_run("a", "b")
+    assert not rows("a/train.csv").equals(rows("c/train.csv"))
+
+
+NEWER = "--label-smoothing 0.1 --cutout 3 --mixup 0.5 --warmup 1.5 --ema 0.9 --decay weights --accumulate 2 --clip-grad 1 --class-weights balanced".split()
+
+
+def test_a_newer_recipe_resumes_bit_for_bit(tiny, capsys):
+    flags = [*NEWER, "--recipe", "modern", "--schedule", "constant", "--batch-size", "30", "--valid-size", "300", "--augment"]
+    assert tiny(*flags, "--save", "whole", "--epochs", "3") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert tiny(*flags, "--save", "run", "--epochs", "2") == 0
+    assert tiny("--save", "run", "--resume", "--epochs", "3", args=[]) == 0
+    logs = ("train.csv", "test.csv", "valid.csv", "test-ema.csv", "valid-ema.csv")
+    assert_same_run("whole", "run", logs)
+    one, two = (torch.load(f"{name}/latest.pth", weights_only=True)["ema"] for name in ("whole", "run"))
+    assert one["updates"] == two["updates"] == 3 * 4  # 200 images, 60 in each
+    assert all(torch.equal(two["model"][name], value) for name, value in one["model"].items())
+    # What stands in the recipe, as other flags have changed it.
+    assert "recipe modern: --schedule constant --warmup 1.5 --label-smoothing 0.1 --cutout 3 --ema 0.9" in lines
+    error = pd.read_csv("whole/test-ema.csv").error.iloc[-1]
+    assert f"test error {error:.2f} % of the averaged weights, after the same epoch" in lines
+    assert any(line.startswith("epoch   3") and f"test-ema {error:5.2f} %" in line for line in lines)
+    capsys.readouterr()
+    assert tiny("--save", "run", "--resume", "--mixup", "0.2", args=[]) == 2
+    assert "the run in run was started with --mixup 0.5, not 0.2" in capsys.readouterr().err
+
+
+def test_resume_notices_other_images(tiny, capsys, tmp_path):
+    write_folder(tmp_path / "images")
+    flags = ["--dataset", "folder", "--data", "images", "--depth", "10", "--save", "run"]
+    assert tiny("--epochs", "1", args=flags) == 0
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(tmp_path / "images" / "train" / "cat" / "0.png")
+    assert tiny("--resume", "--save", "run", "--epochs", "2", args=[]) == 2
+    assert "was trained on other images or classes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_resume_notices_a_replaced_image(tiny, capsys, tmp_path, split):
+    """Also where mean and standard deviation are what they were."""
+    write_folder(tmp_path / "images")
+    assert tiny("--epochs", "1", args=["--dataset", "folder", "--data", "images", "--depth", "10", "--save", "run"]) == 0
+    (tmp_path / "images").rename("elsewhere")
+    assert tiny("--resume", "--save", "run", "--data", "elsewhere", "--epochs", "2", args=[]) == 0
+    one, other = (tmp_path / "elsewhere" / split / name / "0.png" for name in ("cat", "dog"))
+    one.rename("moved.png"), other.rename(one), Path("moved.png").rename(other)
+    assert tiny("--resume", "--save", "run", "--epochs", "3", args=[]) == 2
+    assert f"images in elsewhere ({split}) have changed since the run in run began" in capsys.readouterr().err
+
+
+def test_a_batch_of_one_image_is_refused_where_batch_norm_would_fail(tiny, capsys):
+    flags = ["--image-size", "4", "--limit-train", "65", "--epochs", "1", "--save", "run"]
+    assert tiny(*flags) == 2
+    err = capsys.readouterr().err
+    assert "--batch-size 64 makes a batch of one image" in err and err.count("\n") == 1
+    assert not Path("run").exists()
+    assert tiny(*flags, "--batch-size", "2", "--accumulate", "2") == 2  # one pass of two images, or two of one
+    assert "--batch-size 2 makes a batch of one image" in capsys.readouterr().err
+    assert tiny(*flags, "--batch-size", "63") == 0
+    assert tiny(*flags, "--image-size", "8", "--save", "other") == 0
+
+
+def test_log_every_adds_rows_within_epochs(tiny):
+    assert tiny("--save", "run", "--epochs", "2", "--log-every", "2", "--batch-size", "50") == 0
+    log = pd.read_csv("run/train.csv")
+    assert log.epoch.tolist() == [0.5, 1.0, 1.5, 2.0]
+    whole = log[log.epoch == 1].iloc[0]
+    assert log.images_per_second.isna().tolist() == [True, False, True, False]
+    tiny("--save", "plain", "--epochs", "2", "--batch-size", "50")
+    assert pd.read_csv("plain/train.csv").loss[0] == whole.loss
+
+
+def test_averages_weigh_images():
+    steps = torch.tensor([[64 * 1.0, 32, 64], [16 * 2.0, 16, 16]])
+    assert train.averages(steps) == (96 / 80, 60.0)
+
+
+def test_validation_chooses_best_pth(tiny, capsys):
+    assert tiny("--save", "run", "--valid-size", "400") == 0
+    valid = pd.read_csv("run/valid.csv")
+    best = torch.load("run/best.pth", weights_only=True)
+    assert best["epoch"] == valid.epoch[valid.error.idxmin()]
+    expected = pd.read_csv("run/test.csv").error[best["epoch"] - 1]
+    assert f"test error {expected:.2f} % at epoch {best['epoch']}, which has the lowest validation error" in (
+        capsys.readouterr().out
+    )
+    assert tiny("--save", "other", "--valid-size", "1437") == 2
+    assert "--valid-size 1437: the training set has 1437 images" in capsys.readouterr().err
+    assert not Path("other").exists()
+
+
+@pytest.mark.parametrize("opt", ["adam", "rmsprop"])
+@pytest.mark.parametrize("schedule", ["cosine", "step"])
+def test_optimisers_and_schedules(tiny, opt, schedule):
+    assert tiny("--save", "run", "--opt", opt, "--schedule", schedule, "--epochs", "2") == 0
+    lr = pd.read_csv("run/train.csv").lr
+    assert lr[1] < 0.2 * lr[0]
+
+
+@pytest.mark.parametrize("flags", [["--no-bottleneck", "--reduction", "1"], ["--drop-rate", "0.2"], ["--precision", "bf16"]])
+def test_variants_train(tiny, flags):
+    assert tiny("--save", "run", "--epochs", "1", *flags) == 0
+    assert math.isfinite(pd.read_csv("run/train.csv").loss[0])
+
+
+def test_fp16_counts_updates_that_it_left_out_and_resumes(tiny, capsys, monkeypatch):
+    """The first factors of the loss are too large on purpose."""
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**20, growth_interval=3))
+    assert tiny("--save", "whole", "--precision", "fp16", "--epochs", "2", "--schedule", "constant") == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
+    assert re.search(r"left  (\d+) updates skipped, their gradients too large for fp16$", lines[0])
+    tiny("--save", "run", "--precision", "fp16", "--epochs", "1", "--schedule", "constant")
+    assert tiny("--save", "run", "--resume", "--epochs", "2") == 0
+    assert_same_run("whole", "run")
+    scalers = [torch.load(f"{name}/latest.pth", weights_only=True)["scaler"] for name in ("whole", "run")]
+    assert scalers[0] == scalers[1] and scalers[0]["scale"] < 2.0**20
+    assert tiny("--save", "run", "--resume", "--epochs", "3", "--precision", "fp32") == 0
+
+
+def test_imagenet_network_on_a_streamed_folder(tmp_path):
+    write_folder(tmp_path / "images", train=2, test=1, size=(150, 140))
+    flags = "--dataset folder --data images --image-size 128 --arch densenet121 --epochs 1 --batch-size 4 --save run"
+    assert train.main([*flags.split(), "--no-plot", "--no-progress"]) == 0
+    assert torch.load("run/latest.pth", weights_only=True)["classes"] == ["cat", "dog"]
+
+
+def test_a_loss_that_is_not_finite_stops_with_status_3(tiny, capsys):
+    assert tiny("--save", "run", "--epochs", "2", "--lr", "1e30") == 3
+    err = capsys.readouterr().err
+    assert re.search(r"the loss is not finite in epoch 1, iteration \d; epoch 0 is saved in run/latest.pth", err)
+    assert torch.load("run/latest.pth", weights_only=True)["epoch"] == 0
+    assert "--save run --resume --lr 1e+29 (at the same rate, the same would happen)" in err
+    assert tiny("--save", "run", "--resume", "--lr", "0.05", args=[]) == 0
+    config = json.loads(Path("run/config.json").read_text())
+    assert [config["lr"], config["arguments"]["lr"], config["resumed"][0]["lr"]] == [1e30, 0.05, 0.05]
+    assert pd.read_csv("run/train.csv").lr.tolist() == [0.05, 0.0005]
+
+
+def test_a_last_update_that_diverges_is_not_saved(tiny, capsys):
+    assert tiny("--save", "run", "--epochs", "1", "--limit-train", "64", "--lr", "1e30") == 3  # one iteration, finite
+    assert "the loss is not finite in epoch 1, iteration 1; epoch 0 is saved" in capsys.readouterr().err
+    model = torch.load("run/latest.pth", weights_only=True)["model"]
+    assert all(value.isfinite().all() for value in model.values())

@@ -1,0 +1,318 @@
+"""A run directory: never touched by mistake, whole after a kill at any moment, mended where it was damaged."""
+
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT, TINY, assert_same_run, rows
+
+import train
+from common.checkpoints import read_checkpoint
+from common.console import Mistake
+from training import run
+
+
+def test_an_existing_run_is_never_touched(tiny, capsys):
+    assert tiny("--save", "run", "--epochs", "1") == 0
+    Path("run/notes.txt").write_text("mine")
+    before = {p: p.read_bytes() for p in Path("run").iterdir()}
+    assert tiny("--save", "run") == 2
+    assert "run holds a run (latest.pth): --resume continues it, --overwrite replaces it" in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in Path("run").iterdir()} == before
+    assert tiny("--save", "run", "--overwrite", "--epochs", "2", "--seed", "2") == 0
+    assert len(pd.read_csv("run/test.csv")) == 2
+    assert Path("run/notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["train.csv", "config.json", "latest.pth"])
+def test_files_of_another_program_are_not_replaced(tiny, capsys, name):
+    Path("run").mkdir()
+    Path("run", name).write_text('{"hidden_size": 768}\n')
+    assert tiny("--save", "run", "--overwrite") == 2
+    assert f"run holds files of another program ({name})" in capsys.readouterr().err
+    assert Path("run", name).read_text() == '{"hidden_size": 768}\n'
+
+
+@pytest.mark.parametrize("deleted", ["latest.pth.tmp", "previous.pth", "best.pth", "train.csv", "loss.png"])
+def test_a_replacement_that_is_cut_short_leaves_the_old_run_or_the_new(tiny, monkeypatch, deleted):
+    flags = ["--save", "run", "--valid-size", "100", "--epochs", "2"]
+    assert tiny(*flags, "--seed", "2") == 0
+    assert tiny("--save", "new", *flags[2:]) == 0
+    Path("run/latest.pth.tmp").write_bytes(b"left by a kill")
+    before = {name: Path("run", name).read_bytes() for name in ("latest.pth", "best.pth", "config.json")}
+    real = Path.unlink
+
+    def unlink(path, *args, **options):
+        if path.name == deleted and path.parent.name == "run":
+            raise KeyboardInterrupt
+        real(path, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", unlink)
+        assert tiny(*flags, "--overwrite") == 130
+    if deleted == "latest.pth.tmp":
+        assert {name: Path("run", name).read_bytes() for name in before} == before
+    else:
+        assert tiny("--save", "run", "--resume", args=[]) == 0
+        assert_same_run("new", "run", ("train.csv", "valid.csv", "test.csv"))
+        assert torch.load("run/best.pth", weights_only=True)["config"]["arguments"]["seed"] == 1
+    assert not list(Path("run").glob("*.tmp")) or deleted == "latest.pth.tmp"
+
+
+@pytest.mark.parametrize(("write", "epoch"), [(13, 1), (15, 2)])  # the second epoch's checkpoint, its row of train.csv
+def test_a_full_disk_keeps_the_last_epoch(tiny, capsys, monkeypatch, write, epoch):
+    assert tiny("--save", "whole") == 0
+    real, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) == write:
+            raise OSError(28, "No space left on device")
+        real(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.os, "fsync", full)
+        assert tiny("--save", "run") == 1
+    err = capsys.readouterr().err
+    resume = f"python {shlex.quote(sys.argv[0])} --save run --resume"
+    assert f"No space left on device; epoch {epoch} is saved in run/latest.pth; to go on: {resume}\n" in err
+    assert not list(Path("run").glob("*.tmp"))
+    assert tiny("--save", "run", "--resume", args=[]) == 0
+    assert_same_run("whole", "run")
+
+
+def test_damaged_files_end_in_one_line_or_are_mended(tiny, capsys):
+    assert tiny("--save", "whole") == 0
+    assert tiny("--save", "run", "--epochs", "3") == 0
+    log = Path("run/train.csv")
+    log.write_text(log.read_text()[:90])  # most rows are gone, one is cut in half
+    Path("run/test.csv").unlink()
+    assert tiny("--save", "run", "--resume", "--epochs", "4", args=[]) == 0
+    whole, mended = rows("whole/test.csv"), rows("run/test.csv")
+    pd.testing.assert_frame_equal(mended[:1], whole[:1])  # later epochs differ: 3 and 4 epochs have other schedules
+    assert pd.read_csv(log).epoch.tolist() == pd.read_csv("run/test.csv").epoch.tolist() == [1, 2, 3, 4]
+
+    for name in ("latest.pth", "previous.pth"):
+        Path("run", name).write_bytes(Path("run", name).read_bytes()[:1000])
+    capsys.readouterr()
+    assert tiny("--save", "run", "--resume", args=[]) == 2
+    assert "run/previous.pth is damaged or no checkpoint" in capsys.readouterr().err
+
+
+def test_no_flipped_bit_of_a_checkpoint_goes_unnoticed(tiny):
+    assert tiny("--save", "run", "--epochs", "1") == 0
+    whole, path, dice = Path("run/latest.pth").read_bytes(), Path("flipped.pth"), random.Random(1)
+    model, noticed = read_checkpoint("run/latest.pth")["model"], 0
+    for _ in range(300):
+        content = bytearray(whole)
+        content[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
+        path.write_bytes(content)
+        try:
+            found = read_checkpoint(path)["model"]
+            assert found.keys() == model.keys() and all(torch.equal(found[key], model[key]) for key in model)
+        except Mistake:
+            noticed += 1
+    assert noticed > 200  # the rest is in what zip keeps beside the records, such as their times
+
+
+@pytest.mark.parametrize("harm", ["a flipped bit", "missing"])
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tiny, capsys, harm):
+    assert tiny("--save", "whole") == 0
+    assert tiny("--save", "run", "--epochs", "4") == 0
+    latest = Path("run/latest.pth")
+    assert [read_checkpoint(f"run/{name}.pth")["epoch"] for name in ("latest", "previous")] == [4, 3]
+    if harm == "missing":  # as between two renames
+        latest.unlink()
+    else:
+        content = bytearray(latest.read_bytes())
+        content[content.index(read_checkpoint(latest)["model"]["norm.weight"].numpy().tobytes())] ^= 1
+        latest.write_bytes(content)
+    capsys.readouterr()
+    assert tiny("--save", "run", "--resume", args=[]) == 0
+    assert capsys.readouterr().err == "run/latest.pth is missing or damaged: going on from run/previous.pth, after epoch 3\n"
+    assert_same_run("whole", "run")
+    assert [read_checkpoint(f"run/{name}.pth")["epoch"] for name in ("latest", "previous")] == [4, 3]
+
+
+def test_one_command_line_starts_a_run_and_goes_on_with_it(tiny, capsys):
+    assert tiny("--save", "whole") == 0
+    flags = ["--save", "run", "--resume", "if-any"]
+    assert tiny(*flags, "--epochs", "2") == 0
+    assert read_checkpoint("run/latest.pth")["config"]["arguments"]["resume"] is False
+    Path("run/latest.pth").unlink()
+    assert tiny(*flags) == 0
+    assert len(pd.read_csv("run/test.csv")) == 4
+    assert tiny(*flags) == 0 and "all 4 epochs are done" in capsys.readouterr().out
+    assert tiny(*flags, "--seed", "3") == 2 and "was started with --seed 1" in capsys.readouterr().err
+    assert tiny(*flags, "--overwrite") == 2
+    for name in ("latest.pth", "previous.pth"):
+        Path("run", name).rename(name)
+    assert tiny(*flags) == 2  # a published run, say
+    assert "run holds a run (config.json)" in capsys.readouterr().err
+
+
+def test_what_was_saved_is_told_from_the_disk(tiny, capsys, monkeypatch):
+    """A signal just behind a rename, one before training begins, a directory that is gone or cannot be written."""
+    def interrupted(*args):
+        raise train.Interrupted(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "csv_lines", lambda name, rows: interrupted() if rows else "")
+        assert tiny("--save", "run") == 143
+    assert "stopped; epoch 1 is saved in run/latest.pth; to go on: " in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "load_data", interrupted)
+        for flag in ("--resume", "--overwrite"):
+            assert tiny("--save", "run", flag) == 143
+            assert capsys.readouterr().err == "train.py: stopped; run/latest.pth is as it was, after epoch 1\n"
+        patch.setattr(train, "parse_args", interrupted)
+        assert tiny("--save", "run", "--resume") == 143
+        assert capsys.readouterr().err == "train.py: stopped; nothing was written\n"
+    with monkeypatch.context() as patch:
+        patch.setattr(run.os, "access", lambda *args: False)
+        assert tiny("--save", "run", "--resume", args=[]) == 2
+        assert capsys.readouterr().err == "train.py: error: run cannot be written: choose another --save\n"
+    real = train.print_epoch
+    monkeypatch.setattr(train, "print_epoch", lambda *args: (real(*args), shutil.rmtree("run")))
+    assert tiny("--save", "run", "--resume", args=[]) == 1
+    assert "No such file or directory; nothing was saved" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_a_closed_terminal_ends_a_run_like_sigterm(tiny, capsys, monkeypatch):
+    assert tiny("--save", "run", "--epochs", "1") == 0
+    monkeypatch.setattr(train, "print_epoch", lambda *args: os.kill(os.getpid(), signal.SIGHUP))
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, these tests have it ignored
+    try:
+        assert tiny("--save", "run", "--resume", "--epochs", "3", args=[]) == 129
+        assert "stopped; epoch 2 is saved in run/latest.pth; to go on: " in capsys.readouterr().err
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+        assert tiny("--save", "run", "--resume", "--epochs", "3", args=[]) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+# Programs that run train.py and kill themselves, as kill -9 does, at a moment of the third epoch.
+KILLED = {
+    "in an epoch": """
+        real = torch.optim.SGD.step
+        def step(self, *args):
+            steps.append(1)
+            return kill() if len(steps) == 10 else real(self, *args)
+        torch.optim.SGD.step = step""",
+    "while a checkpoint is written": """
+        real = run.os.fsync
+        def fsync(descriptor):
+            steps.append(1)
+            if len(steps) == 17:
+                os.truncate(descriptor, 3000)
+                kill()
+            real(descriptor)
+        run.os.fsync = fsync""",
+    "between checkpoint and CSV row": """
+        real = run.csv_lines
+        def csv_lines(name, rows):
+            return kill() if rows and rows[0]["epoch"] == 3 and name == "test" else real(name, rows)
+        run.csv_lines = csv_lines""",
+}
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    path = tmp_path_factory.mktemp("whole") / "run"
+    assert train.main([*TINY, "--save", str(path), "--no-progress"]) == 0
+    return path
+
+
+@pytest.mark.parametrize("moment", KILLED)
+def test_a_killed_run_resumes_bit_for_bit(moment, whole_run, tmp_path):
+    program = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch, train, workdir
+steps = []
+kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
+if True:{KILLED[moment]}
+sys.exit(train.main(sys.argv[1:]))"""
+    command = [sys.executable, "-c", program, *TINY, "--save", "run", "--no-progress"]
+    assert subprocess.run(command, timeout=120).returncode == -signal.SIGKILL
+    saved = torch.load("run/latest.pth", weights_only=True)["epoch"]
+    assert saved == (3 if "row" in moment else 2)
+    if "written" in moment:
+        assert Path("run/latest.pth.tmp").stat().st_size == 3000
+    assert train.main(["--resume", "--save", "run", "--no-progress"]) == 0
+    assert_same_run(whole_run, "run")
+    for name in ("loss.png", "error.png", "loss-error.png"):
+        assert Path("run", name).read_bytes() == (whole_run / name).read_bytes()
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_runs_survive_harm_at_random():
+    result = subprocess.run([sys.executable, ROOT / "tests/campaign.py", "--count", "5"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupt_says_how_to_go_on(number, status, whole_run):
+    command = [sys.executable, ROOT / "train.py", *TINY, "--epochs", "100000", "--block", "fused", "--save", "run", "--no-progress"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while "epoch   2/" not in process.stdout.readline():
+        assert process.poll() is None
+    held = subprocess.run([*command[:-2], "run", "--resume"], capture_output=True, text=True)
+    assert (held.returncode, held.stderr.count("\n")) == (2, 1)
+    assert "run is in use by another process" in held.stderr
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == status
+    epochs = int(re.findall(r"epoch +(\d+)/", out)[-1]) if out else 2
+    where = r"run/(?:latest|previous)\.pth"  # the latter while one takes the other's place
+    match = re.search(rf"^train.py: stopped; epoch (\d+) is saved in {where}; to go on: (.*)$", err, re.MULTILINE)
+    assert int(match[1]) in (epochs, epochs + 1) and match[2] == f"python {ROOT / 'train.py'} --save run --resume"
+    assert torch.load("run/latest.pth", weights_only=True)["epoch"] == int(match[1])
+
+
+def test_a_failing_plot_is_reported_once_and_hurts_nothing(tiny, capsys, monkeypatch):
+    real = run.Figures.__init__
+
+    def broken(self, path, enabled):
+        real(self, path, enabled=True)
+        self.command = [sys.executable, "-c", "raise SystemExit('no ink')"]
+
+    monkeypatch.setattr(run.Figures, "__init__", broken)
+    assert tiny("--save", "run") == 0
+    assert capsys.readouterr().err.splitlines() == ["plot.py failed, training goes on: no ink"]
+    assert len(pd.read_csv("run/test.csv")) == 4
+
+
+def test_a_drawing_that_is_ended_leaves_nothing():
+    Path("run").mkdir()
+    figures = run.Figures("run")
+    program = "import os, time; open(f'run/loss.png.{os.getpid()}.tmp', 'w'); time.sleep(60)"
+    figures.command = [sys.executable, "-c", program]
+    with pytest.raises(KeyboardInterrupt), figures:
+        figures.redraw()
+        while not list(Path("run").iterdir()):
+            assert figures.process.poll() is None
+        raise KeyboardInterrupt
+    assert list(Path("run").iterdir()) == []
+
+
+def test_best_pth_is_of_the_first_epoch_with_the_lowest_validation_error():
+    rows = {"train": [], "valid": [], "test": []}
+    with run.Run("run") as directory:
+        directory.lock()
+        directory.start({"epoch": 0, "metrics": rows, "config": {}})
+        for epoch, error in enumerate((50.0, 40.0, 45.0, 40.0), 1):
+            directory.finish_epoch({"epoch": epoch, "metrics": rows, "config": {}}, {"valid": [{"epoch": epoch, "loss": 1.0, "error": error}]})
+            assert torch.load("run/best.pth", weights_only=True)["epoch"] == min(epoch, 2)
+    assert torch.load("run/latest.pth", weights_only=True)["epoch"] == 4

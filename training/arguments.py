@@ -1,0 +1,137 @@
+"""The arguments of a run, new or resumed: from the command line, the run's checkpoint and the defaults."""
+
+import argparse
+import contextlib
+import sys
+from pathlib import Path
+
+import torch
+
+from common.config import stages
+from common.console import Mistake
+from densenet import DenseNet
+from training import distributed
+from training.finetune import freeze, read_source, unfit
+from training.flags import NETWORK, check_args, given_flags, make_parser, model_options, modernize, resolve_defaults
+from training.run import Run
+
+# What --resume may change: none of it changes what is computed, but for the schedule and rounding.
+RESUMABLE = {
+    "lr",  # a run whose loss is not finite would come to the same loss again
+    *("data", "workers", "block", "epochs", "device", "precision", "compile", "cuda_graph", "deterministic"),
+    *("save", "resume", "overwrite", "log_every", "plot", "progress"),
+}
+OWN = ("save", "resume", "overwrite", "progress")  # arguments that a process does not take from the run it resumes
+
+
+def parse_args(argv=None, description=None):
+    """Arguments, resolved in this order: given on the command line, saved by the run that is resumed, defaults.
+
+    Where no flag says which network, it is that of the weights to start from, if a run has saved it with them.
+
+    Returns the namespace and, with --resume, the checkpoint to go on from. Raises Mistake where arguments are wrong or
+    contradict each other, SystemExit where argparse finds that.
+    """
+    parser = make_parser(description)
+    defaults = vars(parser.parse_args([]))
+    given = given_flags(parser, modernize(sys.argv[1:] if argv is None else argv))
+    if started_by_this_launch(run_directory(given)):
+        given |= {"resume": True, "overwrite": False}
+    if given.get("resume") and given.get("overwrite"):
+        raise Mistake("--resume and --overwrite exclude each other: choose one")
+    if given.get("resume") == "if-any":
+        given["resume"] = Run(run_directory(given)).can_go_on()
+    checkpoint, source = None, None
+    if given.get("resume"):
+        checkpoint, saved = read_saved(given, defaults)
+        args = argparse.Namespace(**saved | given)
+    else:
+        source = read_source(given["init_from"], given.get("arch")) if "init_from" in given else None
+        args = argparse.Namespace(**resolve_defaults(defaults, network_of(source, given) | given))
+        Run(args.save).check(resume=False, overwrite=args.overwrite)
+    check_args(args)
+    check_finetuning(args, source)
+    return args, checkpoint
+
+
+def network_of(source, given):
+    """The flags of the network that a run's weights belong to; none of them where ``given`` has one."""
+    names = [name for name in ("arch", *NETWORK) if name != "drop_rate"]  # which is none of the network's weights
+    saved = source["config"]["arguments"] if source and "config" in source else {}
+    if given.keys() & set(names):
+        return {}
+    if saved.get("arch"):
+        return {"arch": saved["arch"]}
+    return {name: saved[name] for name in names[1:] if name in saved}
+
+
+def check_finetuning(args, source):
+    """Raises Mistake where the network has not the parts to freeze, or most weights of ``source`` don't fit it."""
+    if args.head_lr and not args.lr:
+        raise Mistake("--head-lr is kept in proportion to --lr, which is 0: to train the classifier, --freeze features")
+    with torch.device("meta"):
+        model = DenseNet(**model_options(args, num_classes=2))
+    if source:
+        unfit(model, source, args.init_from)
+    if args.freeze is not None:
+        freeze(model, args.freeze)
+    if args.head_lr and not model.classifier.weight.requires_grad:
+        raise Mistake("--head-lr: the classifier is frozen: leave out one of the two")
+
+
+def started_by_this_launch(path):
+    """Whether torchrun, after the death of a process, starts us anew to go on with the run in ``path``."""
+    launch = distributed.launch_id()
+    with contextlib.suppress(Mistake):  # told later, if it matters
+        return launch is not None and stages(Run(path).latest()[0]["config"])[-1].get("launch") == launch
+    return False
+
+
+def run_directory(given):
+    return Path(given.get("save") or f"work/{given.get('dataset', 'cifar10')}.base")
+
+
+def read_saved(given, defaults):
+    """The checkpoint to resume, and its run's arguments. Raises Mistake where ``given`` would make it another run."""
+    path = run_directory(given)
+    Run(path).check(resume=True, overwrite=False)
+    checkpoint, source = Run(path).latest()
+    if source.name != "latest.pth":
+        reason = f"{path / 'latest.pth'} is missing or damaged"
+        print(f"{reason}: going on from {source}, after epoch {checkpoint['epoch']}", file=sys.stderr)
+    try:
+        saved = parse_again(checkpoint["config"]["arguments"], defaults)
+    except Mistake as error:
+        raise Mistake(f"{source} was edited, or is of another program: {error}") from error
+    saved |= {"save": str(path), "resume": True, "overwrite": False}
+    for name, value in given.items():
+        if name not in RESUMABLE and value != saved[name]:
+            flag = "--" + name.replace("_", "-")
+            raise Mistake(
+                f"the run in {path} was started with {flag} {saved[name]}, not {value}: "
+                f"leave out {flag}, or start another run with --save"
+            )
+    if given.get("epochs", saved["epochs"]) < checkpoint["epoch"]:
+        raise Mistake(f"--epochs {given['epochs']}: the run in {path} has finished {checkpoint['epoch']} already")
+    if not {"optimizer", "metrics", "seconds", *["ema"] * bool(saved["ema"])} <= checkpoint.keys():
+        raise Mistake(f"training cannot go on from {source}: it holds weights only, or is too old")
+    if saved["head_lr"] and "lr" in given:  # the same proportion
+        saved["head_lr"] *= given["lr"] / saved["lr"]
+    saved["progress"] = sys.stderr.isatty()
+    return checkpoint, saved
+
+
+def parse_again(saved, defaults):
+    """A run's saved arguments, written as flags and parsed: they pass the parser's own checks. Raises Mistake.
+
+    Flags that the run did not know take their defaults, which reproduce what it did.
+    """
+    flags = []
+    for name, value in saved.items():
+        if name not in OWN and value != defaults.get(name, value):
+            name = name.replace("_", "-")
+            flags.append(f"--{'' if value else 'no-'}{name}" if type(value) is bool else f"--{name}={value}")
+    for name, value in resolve_defaults(defaults, {}).items():
+        if defaults[name] is None and value is not None and name not in saved:
+            raise Mistake(f"argument --{name} is missing")
+    return vars(make_parser().parse_args(flags))

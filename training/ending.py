@@ -1,0 +1,114 @@
+"""How a run ends before its last epoch: with which status, and what is said of what is safe on the disk."""
+
+import contextlib
+import shlex
+import signal
+import sys
+
+from common.checkpoints import Lost
+from common.console import Mistake, forget_workers, memory_problem, place_of
+from training import distributed
+
+
+class NotFinite(Exception):
+    """The loss became NaN or infinite in iteration ``step`` (from 1) of an epoch."""
+
+    def __init__(self, step):
+        super().__init__(step)
+        self.step = step
+
+
+class Interrupted(BaseException):
+    """SIGINT, SIGTERM or SIGHUP arrived."""
+
+    def __init__(self, number):
+        super().__init__(number)
+        self.number = number
+
+
+@contextlib.contextmanager
+def interruptible():
+    """Raise Interrupted on SIGINT, SIGTERM and SIGHUP, until the function that this yields is called: then ignore them.
+
+    SIGHUP, by which a terminal says that it is closed, stays ignored where it is: ``nohup`` starts a command like that.
+    """
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # Windows has none
+        numbers.append(signal.SIGHUP)
+
+    def interrupt(number, frame):
+        raise Interrupted(number)
+
+    def ignore():
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)
+
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield ignore
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def ending(error, run):
+    """The exit status of a run that ``error`` has ended, and what this rank says about it, or None.
+
+    Raises errors that are not to be expected, and those of standard output, again.
+    """
+    rank, has_begun = distributed.rank(), run is not None and run.epoch is not None
+    if isinstance(error, distributed.FailedElsewhere):
+        return error.status, None
+    if isinstance(error, Mistake):
+        return 2, f"error: {error}" + (f"; {saved(run)}" if has_begun else "")
+    if isinstance(error, NotFinite):
+        if rank > 0:  # which do not know the epoch
+            return 3, None
+        where = f"epoch {run.epoch + 1}, iteration {error.step}"
+        return 3, f"error: the loss is not finite in {where}; {saved(run, slower)}"
+    if isinstance(error, Interrupted):
+        quiet = not distributed.reports_lost_rank() or (error.number == signal.SIGINT and rank > 0)
+        return 128 + error.number, None if quiet else f"stopped; {saved(run)}"
+    if (problem := memory_problem(error)) and has_begun:
+        forget_workers()
+        error.__traceback__ = None  # which holds on to what filled the memory
+        return 1, f"error: {problem}; {saved(run, fewer if '--workers' in problem else smaller)}"
+    if isinstance(error, OSError) and has_begun and not isinstance(error, BrokenPipeError):
+        return 1, f"error: {place_of(error) or run.path}: {error.strerror or error}; {saved(run)}"
+    if distributed.is_lost_rank(error):
+        quiet = not distributed.reports_lost_rank()
+        return 1, None if quiet else f"error: another process of this run has ended; {saved(run)}"
+    raise error
+
+
+def slower(arguments):
+    return f" --lr {arguments['lr'] / 10:g} (at the same rate, the same would happen)"
+
+
+def fewer(arguments):
+    return f" --workers {arguments['workers'] // 2}"
+
+
+def smaller(arguments):
+    return "" if arguments["block"] == "checkpoint" else " --block checkpoint (which needs less memory)"
+
+
+def saved(run, change=lambda arguments: ""):
+    """What of a run that ended early is safe on disk, as found there, and how to go on.
+
+    ``change`` says what to add to the command, from the run's arguments.
+    """
+    if run is None:
+        return "nothing was written"
+    try:
+        checkpoint, path = run.latest()
+    except Lost:
+        return "nothing was saved"
+    except Mistake as error:
+        return str(error)
+    if run.epoch is None:
+        return f"{path} is as it was, after epoch {checkpoint['epoch']}"
+    save = ("--save=" if str(run.path).startswith("-") else "--save ") + shlex.quote(str(run.path))
+    resume = f"{distributed.launcher()} {shlex.quote(sys.argv[0])} {save} --resume"
+    resume += change(checkpoint["config"]["arguments"])
+    return f"epoch {checkpoint['epoch']} is saved in {path}; to go on: {resume}"

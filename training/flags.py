@@ -1,0 +1,313 @@
+"""The flags of train.py: groups, types, defaults, old spellings, what contradicts what."""
+
+import argparse
+import contextlib
+import sys
+from pathlib import Path
+
+import torch
+
+from common.console import Mistake, Parser, between, natural, nonempty, one_line, positive, positive_number, workers
+from common.hardware import PRECISIONS, choose_device, choose_precision, compiler_problem
+from densenet import ARCHITECTURES, BLOCKS, DenseNet
+from inputs import datasets
+from inputs.image import STREAM_FROM
+from training import distributed
+from training.recipe import RECIPES
+
+# Defaults that depend on another argument; everything else is the parser's default.
+BY_DATASET = {
+    "digits": {"depth": 16, "epochs": 20, "augment": False},
+    "svhn": {"epochs": 40, "augment": False, "valid_size": 6000},
+}
+BY_OPTIMIZER = {
+    "sgd": {"lr": 0.1, "schedule": "step"},
+    "adam": {"lr": 1e-3, "schedule": "constant"},
+    "adamw": {"lr": 1e-3, "schedule": "constant", "weight_decay": 0.01},
+    "rmsprop": {"lr": 1e-2, "schedule": "constant"},
+}
+# Flags of bamos/densenet.pytorch and gpleiss/efficient_densenet_pytorch, so that old command lines still run.
+OLD_FLAGS = {
+    "--batchSz": "--batch-size",
+    "--batch_size": "--batch-size",
+    "--nEpochs": "--epochs",
+    "--n_epochs": "--epochs",
+    "--growth_rate": "--growth-rate",
+    "--valid_size": "--valid-size",
+}
+NETWORK = ("depth", "growth_rate", "reduction", "bottleneck", "drop_rate", "init_channels")  # flags that DenseNet takes
+switch = argparse.BooleanOptionalAction
+rate = between(0, 1e30)  # beyond, float32 has infinity
+channels = pixels = between(1, 100_000, int)
+
+
+class Joined(argparse.Action):
+    """Several values, or one with commas in it, as one with commas."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, ",".join(part for value in values for part in value.split(",") if part))
+
+
+def make_parser(description=None):
+    parser = Parser(
+        prog="train.py",
+        description=description,
+        epilog="Old spellings work too: --batchSz, --nEpochs, --no-cuda (bamos/densenet.pytorch); --batch_size, "
+        "--n_epochs,\n--growth_rate, --valid_size, --efficient [True|False] (gpleiss/efficient_densenet_pytorch).",
+        usage="%(prog)s [--dataset NAME] [--depth L] [--block NAME] … (flags below)",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=118),
+        allow_abbrev=False,
+    )
+    add_data_flags(parser.add_argument_group("data").add_argument)
+    model = parser.add_argument_group("model").add_argument
+    add_network_flags(model, depth="100; digits 16")
+    model("--block", choices=("auto", *BLOCKS), default="auto",
+        help="how dense blocks run; auto measures which is fastest here, if the run is long (default: %(default)s)")
+    add_optimisation_flags(parser.add_argument_group("optimisation").add_argument)
+    add_finetuning_flags(parser.add_argument_group("fine-tuning").add_argument)
+    add_newer_flags(parser.add_argument_group("newer than the paper").add_argument)
+    add_run_flags(parser.add_argument_group("run").add_argument)
+    return parser
+
+
+def add_data_flags(add):
+    add("--dataset", choices=datasets.DATASETS, default="cifar10",
+        help="digits needs no download (default: %(default)s)")
+    add("--data", type=nonempty, metavar="DIR", default="data",
+        help="where data sets live; folder: has train/<class>/* and test/<class>/* (default: %(default)s)")
+    add("--image-size", type=pixels, metavar="N",
+        help="folder and digits: resize images to N×N pixels (default: 32; folder with ImageNet's networks 224); "
+        f"a folder is streamed from disk, not held in memory, from {STREAM_FROM} on")
+    add("--channels", type=int, choices=(1, 3), default=3,
+        help="of the images; 1: folder and digits in grey (default: %(default)s)")
+    add("--white", type=positive_number, metavar="X",
+        help="folder: the value that is white in images of more than 8 bits (default: 65535)")
+    add("--augment", action=switch, help="random crops and mirror images (default: on; digits and svhn off)")
+    add("--crop-fill", choices=("mean", "black"), default="mean",
+        help="beyond the border of a shifted image: mean colour (paper) or raw zeros (default: %(default)s)")
+    add("--valid-size", type=natural, metavar="N",
+        help="training images to hold out for validation (default: 0; svhn 6000)")
+    add("--test-size", type=natural, default=0, metavar="N",
+        help="folder without test images: set N images apart, the same for every seed (default: %(default)s)")
+    add("--skip-unreadable", action="store_true",
+        help="folder: go on without images that cannot be read (default: off)")
+    add("--limit-train", type=positive, metavar="N", help="train on the first N images (default: all)")
+    add("--limit-test", type=positive, metavar="N",
+        help="test and validate on the first N images (default: all)")
+    add("--workers", type=workers, default=0, metavar="N",
+        help="processes that decode images of a folder (default: %(default)s)")
+
+
+def add_network_flags(add, depth):
+    """The flags that say which network; ``depth`` is what the help says of the default depth."""
+    add("--arch", choices=ARCHITECTURES, metavar="NAME",
+        help=f"a network of the paper or its authors by name: {', '.join(ARCHITECTURES)}")
+    add("--depth", type=between(1, 2000, int), metavar="L",
+        help=f"layers with weights: 6n + 4, or 3n + 4 without bottlenecks (default: {depth})")
+    add("--growth-rate", type=channels, default=12, metavar="K",
+        help="channels that each layer adds (default: %(default)s)")
+    add("--reduction", type=float, default=0.5, metavar="R",
+        help="share of the channels that a transition keeps (default: %(default)s)")
+    add("--bottleneck", action=switch, default=True,
+        help="1×1 convolutions before the 3×3 ones (default: on)")
+    add("--drop-rate", type=float, default=0.0, metavar="P",
+        help="dropout after every convolution but the first (default: %(default)s)")
+    add("--init-channels", type=channels, metavar="N",
+        help="channels of the first convolution (default: 2K, or 16 without bottlenecks)")
+
+
+def add_optimisation_flags(add):
+    add("--epochs", type=between(1, 10**6, int), metavar="N",
+        help="passes over the training set (default: 300; digits 20, svhn 40)")
+    add("--batch-size", type=positive, default=64, metavar="N", help="images (default: %(default)s)")
+    add("--opt", choices=BY_OPTIMIZER, default="sgd", help="optimiser (default: %(default)s)")
+    add("--lr", type=rate, metavar="X",
+        help="initial learning rate (default: 0.1; adam and adamw 0.001, rmsprop 0.01)")
+    add("--momentum", type=rate, default=0.9, metavar="X", help="sgd only (default: %(default)s)")
+    add("--nesterov", action=switch, default=True, help="sgd only (default: on)")
+    add("--weight-decay", type=rate, default=1e-4, metavar="X",
+        help="see --decay; of adamw, apart from the gradient (default: %(default)s; adamw 0.01)")
+    add("--schedule", choices=("step", "cosine", "constant"),
+        help="step: ×0.1 in the epochs (from 1) at 50 %% and 75 %%, not in the first "
+        "(default: step; adam, adamw, rmsprop constant)")
+    add("--seed", type=between(0, 2**32 - 1, int), default=1, metavar="N",
+        help="of split, weights, order, augmentation, dropout (default: %(default)s)")
+
+
+def add_finetuning_flags(add):
+    add("--init-from", metavar="WHAT",
+        help="start from trained weights: a checkpoint, .safetensors or torchvision's state dict, or imagenet: "
+        "torchvision's published ones (default: none)")
+    add("--freeze", action=Joined, nargs="+", metavar="PART",
+        help="do not train these: features, stem, blocks.0, transitions.0, norm, … (default: none)")
+    add("--head-lr", type=positive_number, metavar="X",
+        help="initial learning rate of the classifier (default: as --lr)")
+
+
+def as_flags(values):
+    """{name: value} as on a command line."""
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in values.items())
+
+
+def add_newer_flags(add):
+    sets = "; ".join(f"{name}: {as_flags(values)}" for name, values in RECIPES.items())
+    add("--recipe", choices=RECIPES, metavar="NAME",
+        help=f"stands for several flags, each of which can be given, too; {sets} (default: the paper's)")
+    add("--label-smoothing", type=between(0, 0.999), default=0.0, metavar="E",
+        help="share of a label that is spread over all classes (default: off)")
+    add("--cutout", type=natural, default=0, metavar="N",
+        help="pixels of the side of a square that is hidden in each training image (default: off)")
+    add("--mixup", type=between(0, 1000), default=0.0, metavar="ALPHA",
+        help="mix each training image with another one, in shares drawn from Beta(ALPHA, ALPHA) (default: off)")
+    add("--warmup", type=rate, default=0.0, metavar="EPOCHS",
+        help="let the learning rate rise from 1 %% to all of the schedule's meanwhile (default: off)")
+    add("--ema", type=between(0, 0.999999), default=0.0, metavar="DECAY",
+        help="average weights over the last 1 / (1 − DECAY) updates or so, and test these, too (default: off)")
+    add("--decay", choices=("all", "weights"), default="all",
+        help="weight decay on every parameter, or not on batch norms and biases (default: %(default)s)")
+    add("--accumulate", type=positive, default=1, metavar="N",
+        help="batches per update; batch norm sees each by itself (default: %(default)s)")
+    add("--clip-grad", type=rate, default=0.0, metavar="X", help="largest norm of the gradient (default: off)")
+    add("--class-weights", choices=("balanced",),
+        help="classes with fewer training images weigh more, so that all weigh the same (default: off)")
+
+
+def add_run_flags(add):
+    add("--save", type=nonempty, metavar="DIR", help="the run directory (default: work/<dataset>.base)")
+    add("--resume", nargs="?", const=True, default=False, choices=("if-any",), metavar="if-any",
+        help="continue the run in the run directory, with its arguments; if-any: or start one (default: off)")
+    add("--overwrite", action="store_true", help="replace the run in the run directory (default: off)")
+    add("--device", default="auto", metavar="NAME",
+        help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
+    add("--precision", choices=("auto", *PRECISIONS), default="auto",
+        help="auto is bf16 where the hardware has it, fp16 on GPUs without, else fp32 (default: %(default)s)")
+    add("--compile", action=switch, default=False, help="use torch.compile (default: off)")
+    add("--cuda-graph", action=switch, default=None,
+        help="launch a training step as one CUDA graph: on one GPU, without --compile "
+             "(default: off, unless --block auto has found it right)")
+    add("--deterministic", action=switch, default=False,
+        help="repeat bit for bit on a GPU, too (default: off)")
+    add("--log-every", type=natural, default=0, metavar="N",
+        help="more train.csv rows, one per N iterations (default: %(default)s: one per epoch)")
+    add("--plot", action=switch, default=True, help="redraw the figures after each epoch (default: on)")
+    add("--progress", action=switch, default=sys.stderr.isatty(),
+        help="progress bars (default: on in a terminal)")
+
+
+def modernize(argv):
+    """The command line with the old spellings replaced."""
+    result, argv = [], list(argv)
+    while argv:
+        flag, equals, value = argv.pop(0).partition("=")
+        if flag == "--no-cuda":
+            result += ["--device", "cpu"]
+        elif flag == "--efficient":
+            if not equals and argv and argv[0].lower() in ("true", "false"):
+                value = argv.pop(0)
+            result += ["--block", "naive" if value.lower() == "false" else "checkpoint"]
+        else:
+            result.append(OLD_FLAGS.get(flag, flag) + equals + value)
+    return result
+
+
+def given_flags(parser, argv):
+    """What a command line sets, without defaults: {name: value}. Ends the program where argparse does."""
+    unset = object()
+    blank = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([])), unset))
+    return {name: value for name, value in vars(parser.parse_args(argv, blank)).items() if value is not unset}
+
+
+def resolve_defaults(defaults, given):
+    preset = RECIPES.get(given.get("recipe"), {})
+    dataset, opt = given.get("dataset", defaults["dataset"]), (defaults | preset | given)["opt"]
+    general = {"depth": 100, "epochs": 300, "augment": True, "valid_size": 0, "save": f"work/{dataset}.base"}
+    photos = dataset == "folder" and ARCHITECTURES.get(given.get("arch"), {}).get("stem") == "imagenet"
+    general["image_size"] = 224 if photos else 32
+    args = defaults | general | BY_DATASET.get(dataset, {}) | BY_OPTIMIZER[opt] | preset | given
+    if "arch" in given:
+        preset = architecture(given)
+        args |= {"depth": None} | {name: value for name, value in preset.items() if name in args}
+    return args
+
+
+def architecture(given):
+    """The arguments of DenseNet that --arch stands for. Raises Mistake where another flag sets one of them, too."""
+    preset = ARCHITECTURES[given["arch"]] if "arch" in given else {}
+    for name in ("depth", *preset) if preset else ():
+        if name in given:
+            raise Mistake(f"--arch {given['arch']} sets the {name.replace('_', ' ')}: leave out one of the two")
+    return preset
+
+
+def check_args(args):
+    """Raises Mistake where arguments are out of range, contradict each other, or ask for what this machine lacks."""
+    check_newer_flags(args)
+    if args.nesterov and args.opt == "sgd" and args.momentum == 0:
+        raise Mistake("--momentum 0 excludes Nesterov momentum: add --no-nesterov")
+    if args.block == "fused" and args.drop_rate > 0:
+        raise Mistake("--block fused has no dropout: choose naive or checkpoint, or leave out --drop-rate")
+    if args.block == "fused" and args.compile:
+        raise Mistake("--block fused leaves --compile nothing to fuse: choose naive or checkpoint, or leave it out")
+    ranks, size, device = distributed.world_size(), args.image_size, choose_device(args.device)
+    if args.batch_size < ranks:
+        raise Mistake(f"--batch-size {args.batch_size}: each of {ranks} processes needs an image of it")
+    if device.type == "mps" and args.block == "fused":
+        raise Mistake("--block fused runs on CPUs and CUDA GPUs: choose naive or checkpoint")
+    if args.cuda_graph and (device.type != "cuda" or ranks > 1 or args.compile):
+        raise Mistake("--cuda-graph is for one process on a CUDA GPU, without --compile: add --no-cuda-graph instead")
+    if args.cuda_graph and choose_precision(args.precision, device)[1] == "fp16":
+        raise Mistake("--cuda-graph cannot leave out an update, as fp16 needs: add --no-cuda-graph or --precision fp32")
+    if args.compile and (problem := compiler_problem(device)):
+        raise Mistake(f"--compile does not work here ({problem}): leave it out")
+    downloaded = args.dataset not in ("digits", "folder")  # whose images are as they are
+    if size != 32 and downloaded:
+        raise Mistake(f"--image-size {size}: the images of {args.dataset} have 32×32 pixels")
+    if downloaded and Path(args.data, "train").is_dir():
+        raise Mistake(f"{Path(args.data, 'train')} is not of {args.dataset}: for image folders, add --dataset folder")
+    if args.channels != 3 and downloaded:
+        raise Mistake(f"--channels {args.channels}: the images of {args.dataset} have 3 channels")
+    for name in ("white", "test_size", "skip_unreadable"):
+        if getattr(args, name) and args.dataset != "folder":
+            raise Mistake(f"--{name.replace('_', '-')} is for --dataset folder: leave it out")
+    streamed = args.dataset == "folder" and size >= STREAM_FROM
+    if args.crop_fill == "black" and (streamed or not args.augment):
+        raise Mistake("--crop-fill black: no image is shifted in this run, so that nothing shows beyond its border")
+    with possible(size):
+        try_out(args, batch_size=2)
+
+
+@contextlib.contextmanager
+def possible(image_size):
+    """Raises Mistake where the block builds a network that cannot be, or not for images of so many pixels."""
+    try:
+        yield
+    except ValueError as error:
+        raise Mistake(str(error)) from error
+    except RuntimeError as error:
+        images = f"images of {image_size}×{image_size} pixels"
+        if "too small" in str(error):
+            raise Mistake(f"{images} are too small for this network: see --image-size") from error
+        raise Mistake(f"no such network can compute on {images} ({one_line(error)})") from error
+
+
+def check_newer_flags(args):
+    if args.cutout > args.image_size:
+        raise Mistake(f"--cutout {args.cutout} is larger than the images, of {args.image_size} pixels: choose less")
+    if args.warmup and args.warmup >= args.epochs:
+        raise Mistake(f"--warmup {args.warmup:g} takes all of {args.epochs} epochs: choose less, 0, or more --epochs")
+    if args.decay == "weights" and args.weight_decay == 0:
+        raise Mistake("--decay weights: nothing decays with --weight-decay 0: leave out one of the two")
+
+
+def try_out(args, batch_size):
+    """Let the network compute on a batch without data or weights; raises what it would raise in training."""
+    with torch.device("meta"):
+        images = torch.empty(batch_size, args.channels, args.image_size, args.image_size)
+        DenseNet(**model_options(args, num_classes=2))(images)
+
+
+def model_options(args, num_classes):
+    """Arguments of DenseNet; kept in the checkpoint, so that the network can be built again from it."""
+    options = {name: getattr(args, name) for name in NETWORK}
+    options |= {"num_classes": num_classes, "in_channels": args.channels}
+    return options | ARCHITECTURES.get(args.arch, {})

@@ -1,0 +1,246 @@
+"""What a run writes into its directory: config.json, CSV logs, checkpoints, figures. Survives a kill at any moment.
+
+The checkpoint is the truth: it holds every row of every log, and is replaced by renaming after each epoch; the one
+before it is kept, too. Only then are the new rows appended to the CSV files. A resumed run makes the CSV files agree
+with the checkpoint again.
+"""
+
+import contextlib
+import csv
+import io
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from common.checkpoints import Lost, read_checkpoint, write_checkpoint
+from common.config import read_config
+from common.console import Mistake
+from common.files import named, written_whole
+from common.hardware import device_name
+
+ROOT = Path(__file__).parent.parent
+COLUMNS = {
+    "train": ("epoch", "loss", "error", "lr", "images_per_second", "peak_memory_mib"),
+    "valid": ("epoch", "loss", "error"),
+    "test": ("epoch", "loss", "error"),
+    "valid-ema": ("epoch", "loss", "error"),  # of the averaged weights
+    "test-ema": ("epoch", "loss", "error"),
+}
+FIGURES = ("loss.png", "error.png", "loss-error.png")
+WEIGHTS = tuple(f"weights.{suffix}" for suffix in ("pth", "onnx", "safetensors", "pt2"))
+CHECKPOINTS = ("latest.pth", "previous.pth")  # what a run goes on from: the first of them that is whole
+FILES = (*CHECKPOINTS, "best.pth", *WEIGHTS, "config.json", *(f"{name}.csv" for name in COLUMNS), *FIGURES)
+
+
+class Run:
+    """One run directory.
+
+    ``rows`` maps "train", "valid", "test", … to the rows (dicts) logged so far; ``epoch`` counts the epochs that are
+    over, None before this process has written anything. As a context manager it lets go of its lock at the end.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.rows, self.epoch = {}, None
+        self._lock = FileLock(self.path / ".lock")  # flock: the kernel lets go of it when the process dies
+
+    def check(self, resume, overwrite):
+        """Raise Mistake unless training may start, or go on, here. Writes nothing."""
+        if self.path.exists() and not self.path.is_dir():
+            raise Mistake(f"{self.path} is a file: choose another directory with --save")
+        if resume and not self.can_go_on() and (self.path / "weights.pth").exists():
+            raise Mistake(f"{self.path} has only weights.pth, which is for evaluate.py: start another run with --save")
+        if resume and not self.can_go_on():
+            raise Mistake(f"{self.path} has no latest.pth to resume: leave out --resume, or name the run with --save")
+        existing = [name for name in FILES if (self.path / name).exists()]
+        if existing and not self._is_ours():
+            raise Mistake(f"{self.path} holds files of another program ({existing[0]}): choose another --save")
+        if existing and not (resume or overwrite):
+            raise Mistake(
+                f"{self.path} holds a run ({existing[0]}): --resume continues it, --overwrite replaces it, "
+                "--save DIR starts another"
+            )
+
+    def can_go_on(self):
+        """Whether there is anything to resume."""
+        return any((self.path / name).exists() for name in CHECKPOINTS)
+
+    def latest(self):
+        """The newest checkpoint that is whole, and its path. Raises Mistake where there is none."""
+        try:
+            return read_checkpoint(self.path / "latest.pth"), self.path / "latest.pth"
+        except Lost:
+            if not (self.path / "previous.pth").exists():
+                raise
+            return read_checkpoint(self.path / "previous.pth"), self.path / "previous.pth"
+
+    def _is_ours(self):
+        """Whether train.py wrote what is in the directory: other programs have a config.json or latest.pth, too."""
+        with contextlib.suppress(Mistake):
+            return bool(read_config(self.path))
+        with contextlib.suppress(Mistake):
+            self.latest()
+            return True
+        return False
+
+    def lock(self):
+        """Create the directory and keep other processes out of it until this one ends, however it ends."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise Mistake(f"{self.path} is in use by another process: wait, or choose another --save") from error
+        except OSError as error:
+            raise Mistake(f"{self.path} cannot be written ({error.strerror}): choose another --save") from error
+        if not os.access(self.path, os.W_OK):  # although the lock is there, and is open to all
+            raise Mistake(f"{self.path} cannot be written: choose another --save")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._lock.release()
+
+    def start(self, checkpoint):
+        """Make the directory agree with ``checkpoint``, the state that training goes on from.
+
+        A run at its beginning takes the place of an earlier one as soon as latest.pth is written. What else that one
+        has left, and nothing else, is deleted after that, now or when the new run is resumed.
+        """
+        self.rows, self.epoch = checkpoint["metrics"], checkpoint["epoch"]
+        for name in FILES:
+            for unfinished in self.path.glob(f"{name}*.tmp"):  # when a process was killed
+                unfinished.unlink(missing_ok=True)
+        self._write_checkpoints(checkpoint)
+        for name in FILES[1:] if self.epoch == 0 else ():
+            (self.path / name).unlink(missing_ok=True)
+        write(self.path / "config.json", json.dumps(checkpoint["config"], indent=2) + "\n")
+        for name, rows in self.rows.items():
+            write(self.path / f"{name}.csv", ",".join(COLUMNS[name]) + "\n" + csv_lines(name, rows))
+
+    def finish_epoch(self, checkpoint, new_rows):
+        """Save the state after an epoch, then append its rows to the logs."""
+        for name, rows in new_rows.items():
+            self.rows[name].extend(rows)
+        self._write_checkpoints(checkpoint, previous=self.path / "previous.pth")
+        for name, rows in new_rows.items():
+            with named(path := self.path / f"{name}.csv"), open(path, "a", newline="") as file:
+                file.write(csv_lines(name, rows))
+                file.flush()
+                os.fsync(file.fileno())
+
+    def _write_checkpoints(self, checkpoint, previous=None):
+        """latest.pth, then best.pth if this epoch is the best; a kill in between is mended when the run is resumed."""
+        write_checkpoint(self.path / "latest.pth", checkpoint, previous)
+        self.epoch = checkpoint["epoch"]
+        if self.rows.get("valid") and self.best("valid")["epoch"] == self.epoch:
+            write_checkpoint(self.path / "best.pth", checkpoint)
+
+    def best(self, name):
+        """The first row with the lowest error in a log."""
+        return min(self.rows[name], key=lambda row: row["error"])
+
+
+def csv_lines(name, rows):
+    buffer = io.StringIO()
+    csv.DictWriter(buffer, COLUMNS[name], lineterminator="\n").writerows(rows)
+    return buffer.getvalue()
+
+
+def write(path, text):
+    with written_whole(path) as file:
+        file.write(text.encode())
+
+
+class Figures:
+    """Runs ``plot.py`` on a run directory beside the training, one process at a time, at the lowest priority.
+
+    As a context manager: leaving it draws the last state and returns when that is on disk; leaving it by an exception
+    ends a drawing that is under way.
+    """
+
+    def __init__(self, path, enabled=True):
+        self.path = Path(path)
+        self.command = [sys.executable, str(ROOT / "plot.py"), "--", str(path)]
+        self.enabled, self.process, self.reported = enabled, None, False
+
+    def redraw(self):
+        """Start drawing, unless the last drawing is still under way: the next epoch will draw again."""
+        if not self.enabled or (self.process and self.process.poll() is None):
+            return
+        self._check()
+        try:
+            self.process = subprocess.Popen(
+                self.command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            )
+        except OSError as error:
+            self._report(error)
+            return
+        with contextlib.suppress(OSError, AttributeError):  # not allowed, or not to be had on this system
+            os.setpriority(os.PRIO_PROCESS, self.process.pid, 19)
+
+    def _wait(self):
+        if self.process:
+            self.process.wait()
+
+    def _check(self):
+        if self.process and self.process.returncode:
+            lines = self.process.stderr.read().strip().splitlines() or [f"exit status {self.process.returncode}"]
+            self._report(lines[-1])
+
+    def _report(self, reason):
+        if not self.reported:
+            print(f"plot.py failed, training goes on: {reason}", file=sys.stderr)
+            self.reported = True
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        if not self.enabled:
+            return
+        if kind:
+            if self.process:
+                self.process.kill()
+                self._wait()
+                for unfinished in self.path.glob(f"*.{self.process.pid}.tmp"):
+                    unfinished.unlink(missing_ok=True)
+            return
+        self._wait()  # this drawing may miss the last rows
+        self.redraw()
+        self._wait()
+        self._check()
+
+
+def provenance(device, launcher="python"):
+    """What numbers of a run depend on beside its arguments: command, commit, versions, hardware.
+
+    ``launcher`` is what the command begins with: torchrun and its options where several processes share the work.
+    """
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None  # not a clone, or no git
+    return {
+        "command": f"{launcher} {shlex.join(sys.argv)}",
+        "commit": commit,
+        "versions": versions(),
+        "device": device_name(device),
+    }
+
+
+def versions():
+    """Of Python and of the packages on which numbers and speed depend, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for package in ("torch", "torchvision", "triton", "numba", "numpy", "pillow"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
