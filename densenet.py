@@ -375,6 +375,11 @@ class DenseNet(nn.Module):
             x = block(transition(x))
         return norm_relu(self.norm, self.relu, x, self.block)
 
+    def set_block(self, block):
+        """Let dense blocks, and what is between them, run as another key of ``BLOCKS`` from now on."""
+        for module in (self, *self.blocks, *self.transitions):
+            module.block = block
+
     def reset_classifier(self, num_classes):
         """Start with a fresh classifier; for 0 classes without one: the network then returns its features, (N, C)."""
         (channels,), like = self.norm.weight.shape, dict(device=self.norm.weight.device, dtype=self.norm.weight.dtype)
