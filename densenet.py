@@ -6,6 +6,7 @@
 """
 
 import contextlib
+import copy
 import functools
 import re
 import sys
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import fused
+from fused import known
 
 # Table 2 (CIFAR, SVHN) and Table 1 (ImageNet) of the paper, and the wide networks that its authors recommend
 # (github.com/liuzhuang13/DenseNet), as arguments of DenseNet.
@@ -92,6 +94,7 @@ def checkpoint_block(layers, x):
     """Keep each layer's output once; concatenate, normalise, rectify and convolve anew in the backward pass.
 
     Memory grows linearly with depth. The recomputed part is the one whose input is wide, up to the first convolution.
+    Parameters that torch.func.functional_call lends must still be there in the backward pass, which reads them again.
     """
     outputs = [x]
     for layer in layers:
@@ -100,75 +103,148 @@ def checkpoint_block(layers, x):
             return layer.up_to_conv1(torch.cat(outputs, 1))
 
         # Under torch.compile the recomputation happens within the graph, where batch norm updates its statistics once.
-        keep = {} if torch.compiler.is_compiling() else {"context_fn": lambda norm=layer.norm1: keep_statistics(norm)}
+        keep = {} if torch.compiler.is_compiling() else {"context_fn": lambda layer=layer: keep_statistics(layer)}
         x = checkpoint(recomputed, *outputs, use_reentrant=False, preserve_rng_state=False, **keep)
         outputs.append(layer.after_conv1(x))
     return torch.cat(outputs, 1)
 
 
-def keep_statistics(norm):
+def keep_statistics(layer):
     """Contexts for a forward pass and for its recomputations: only the first is to count in the running statistics."""
-    return contextlib.nullcontext(), KeptStatistics(norm)
+    return contextlib.nullcontext(), KeptStatistics(layer)
 
 
 class KeptStatistics:
-    """A context that leaves the running statistics of ``norm`` as they are: it updates copies, which are thrown away.
+    """A context that leaves the running statistics of ``layer`` as they are: it updates copies, which are thrown away.
 
     Without it, recomputation would update them a second time in every step. Each backward pass through the graph
-    enters it anew.
+    enters it anew. Those of norm2, which is not recomputed, are none of its business.
     """
 
-    def __init__(self, norm):
-        self.norm = norm
+    def __init__(self, layer):
+        self.layer = layer
 
     def __enter__(self):
-        self.statistics = dict(self.norm.named_buffers())
-        for name, value in self.statistics.items():
-            setattr(self.norm, name, value.clone())
+        modules = (m for m in known.parts([self.layer]) if m._buffers and m is not self.layer._modules.get("norm2"))
+        self.statistics = [(m, name, value) for m in modules for name, value in m._buffers.items() if value is not None]
+        for module, name, value in self.statistics:
+            setattr(module, name, value.clone())
 
     def __exit__(self, *_):
-        for name, value in self.statistics.items():
-            setattr(self.norm, name, value)
+        for module, name, value in self.statistics:
+            setattr(module, name, value)
+
+
+def unknown_to_checkpoint(layers, x):
+    """Why layers cannot be computed in two parts, one of them twice, in words, or None."""
+    for layer in layers:
+        if type(layer).forward is not Layer.forward or "forward" in vars(layer):
+            return f"a {type(layer).__name__} with a forward of its own"
+        if any("parametrizations" in module._modules for module in known.parts([layer])):
+            return "a parametrised weight, which changes whenever it is read"
+    return known.watched(x, known.parts(layers))
+
+
+METHODS = ("forward", "up_to_conv1", "after_conv1")
+MADE_HERE = {kind: [getattr(kind, name) for name in METHODS] for kind in (SingleLayer, BottleneckLayer)}
+
+
+def unknown_to_fused(layers, x):
+    """Why the fused block would not compute what layers do, in words, or None."""
+    for layer in layers:
+        kind = type(layer)
+        if kind is not type(layers[0]) or MADE_HERE.get(kind) != [getattr(kind, name, None) for name in METHODS]:
+            return f"a {kind.__name__} that is not densenet.py's"
+        if not vars(layer).keys().isdisjoint(METHODS):
+            return f"a {kind.__name__} with methods of its own"
+    return known.unknown(layers, x)
 
 
 # The ways to run a dense block, (N, C, H, W) → (N, C + L·k, H, W). All compute the same function of the same
-# parameters, so a state_dict trained with one loads into a model that uses another.
+# parameters, so a state_dict trained with one loads into a model that uses another. Where there are layers that one of
+# them does not know, it says so below, and the block is naive.
 BLOCKS = {"naive": naive_block, "checkpoint": checkpoint_block, "fused": fused.dense_block}
+UNKNOWN = {"naive": lambda *_: None, "checkpoint": unknown_to_checkpoint, "fused": unknown_to_fused}
 
 
 class DenseBlock(nn.Module):
-    """L layers, each reading the block's input and the outputs of all layers before it (equation 2).
+    """L layers, each reading the block's input (N, in_channels, H, W) and the outputs of all before it (equation 2)."""
 
-    Where somebody is to see what each layer does, through hooks or in a trace of the operations, the block is naive.
-    """
-
-    def __init__(self, layers, block):
+    def __init__(self, layers, in_channels, block):
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self.block = block
+        self.in_channels, self.block = in_channels, block
 
     def forward(self, x):
-        if self.block != "naive" and fused.watched(x, self.parts()):
-            say_naive(self.block)
-            return naive_block(self.layers, x)
-        return BLOCKS[self.block](self.layers, x)
+        naive = as_naive("dense block", self.block, self.unknown(x))
+        return BLOCKS["naive" if naive else self.block](self.layers, x)
 
-    def parts(self):
-        """The layers and what they are made of; many times as fast as ``modules()``, since every step looks at them."""
-        return (module for layer in self.layers for module in (layer, *layer._modules.values()))
+    def unknown(self, x):
+        """Why the layers have to be run as naive for x, in words, or None."""
+        return UNKNOWN.get(self.block, unknown_to_checkpoint)(self.layers, x)
 
     def extra_repr(self):
         return f"block={self.block!r}"
 
 
-def say_naive(block):
-    if not torch.compiler.is_dynamo_compiling():  # which does not print
-        print_once(f"a dense block that has hooks, or is traced or exported, runs as block 'naive', not {block!r}")
+def as_naive(what, block, reason):
+    """True if there is a reason not to run something as that kind of block. It is said once."""
+    if reason and not torch.compiler.is_dynamo_compiling():  # which does not print
+        print_once(f"{what}: {reason}: runs as block 'naive', not {block!r}")
+    return bool(reason)
 
 
 @functools.cache
 def print_once(line):
     print(line, file=sys.stderr)
+
+
+def differing_blocks(model, block):
+    """The dense blocks that do not compute as ``block`` what their code says, which naive runs: {name: why, in words}.
+
+    What an edit of a method changes, no look at modules shows. So each block is copied, and the copies take a training
+    step and an evaluation on a few random pixels in float64, on the CPU. Model and random numbers stay as they are.
+    """
+    blocks = {name: module for name, module in model.named_modules() if isinstance(module, DenseBlock)}
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), fused.plain():
+        found = {name: difference(module, block) for name, module in blocks.items()}
+    return {name: reason for name, reason in found.items() if reason}
+
+
+def difference(dense_block, block):
+    """Why a dense block must not be run as ``block``, in words, or None; draws random numbers."""
+    x, found = torch.randn(2, dense_block.in_channels, 4, 4, dtype=torch.float64), {}
+    for name in ("naive", block):
+        module = copy.deepcopy(dense_block).to("cpu", torch.float64).train().requires_grad_()
+        module.block = name
+        if reason := module.unknown(x):
+            return reason
+        try:
+            found[name] = outcome(module, x.clone().requires_grad_())
+        except Exception as error:  # whatever a changed layer raises for so few pixels
+            return f"{name} cannot be tried on {tuple(x.shape)} ({error})".replace("\n", " ")
+    for kind, exact in found["naive"].items():
+        if not (error := (found[block][kind] - exact).norm()) <= 1e-9 * exact.norm():  # nor NaN
+            return f"other {kind} than naive's (relative error {error / exact.norm():.0e})"
+    return None
+
+
+def outcome(module, x):
+    """What a module computes in a training step and an evaluation: {kind: vector}.
+
+    Its parameters are moved first: those that are 1 and 0 would hide mistakes.
+    """
+    torch.manual_seed(0)
+    tensors = [x, *module.parameters()]
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn(parameter.shape), alpha=0.1)
+    out = module(x)
+    out.backward(torch.randn(out.shape, dtype=out.dtype))
+    gradients = [torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in tensors]
+    statistics = [x.new_empty(0), *module.buffers()]
+    kinds = {"outputs": [out, module.eval()(x)], "gradients": gradients, "statistics": statistics}
+    return {kind: torch.cat([part.detach().double().flatten() for part in parts]) for kind, parts in kinds.items()}
 
 
 class Transition(nn.Module):
@@ -188,7 +264,9 @@ class Transition(nn.Module):
 
 def norm_relu(norm, relu, x, block):
     """Batch norm and ReLU of what a dense block returned, as that kind of block does them."""
-    return fused.norm_relu(norm, relu, x) if block == "fused" else relu(norm(x))
+    if block != "fused" or as_naive("norm and ReLU", block, known.unknown_norm_relu(norm, relu, x)):
+        return relu(norm(x))
+    return fused.norm_relu(norm, relu, x)
 
 
 def make_stem(kind, in_channels, out_channels):
@@ -279,7 +357,7 @@ class DenseNet(nn.Module):
                 self.transitions.append(Transition(channels, kept, drop_rate, block))
                 channels = kept
             layers = [make_layer(channels + j * growth_rate, growth_rate, drop_rate) for j in range(num_layers)]
-            self.blocks.append(DenseBlock(layers, block))
+            self.blocks.append(DenseBlock(layers, channels, block))
             channels += num_layers * growth_rate
         self.norm, self.relu, self.block = nn.BatchNorm2d(channels), nn.ReLU(), block
         self.classifier = nn.Linear(channels, num_classes)
@@ -296,6 +374,11 @@ class DenseNet(nn.Module):
         for transition, block in zip(self.transitions, rest, strict=True):
             x = block(transition(x))
         return norm_relu(self.norm, self.relu, x, self.block)
+
+    def set_block(self, block):
+        """Let dense blocks, and what is between them, run as another key of ``BLOCKS`` from now on."""
+        for module in (self, *self.blocks, *self.transitions):
+            module.block = block
 
     def reset_classifier(self, num_classes):
         """Start with a fresh classifier; for 0 classes without one: the network then returns its features, (N, C)."""

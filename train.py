@@ -18,7 +18,7 @@ from common.checkpoints import FIRST_MANIFEST, load_weights
 from common.config import stages
 from common.console import Mistake, command, one_line
 from common.hardware import choose_device, choose_precision, device_name, peak_memory_mib, set_up_device
-from densenet import BLOCKS, DenseNet
+from densenet import BLOCKS, DenseNet, differing_blocks
 from inputs import datasets, splits
 from inputs.batches import batch_positions, memory_format
 from inputs.image import Reader
@@ -111,32 +111,52 @@ def make_batches(args, dataset):
     }
 
 
-def pick_block(args, checkpoint, dataset, options, device, precision):
-    """How dense blocks run, whether steps are replayed as a CUDA graph, and a line about it or None.
+def pick_block(args, checkpoint, dataset, model, device, precision):
+    """A stage's entries on how dense blocks run and whether steps are replayed as a CUDA graph, and lines about that.
 
-    --block auto measures where it can and it pays. A resumed run keeps what it had, on the same device.
+    A block that would compute something else than the network's code is not taken, whoever asked for it.
+    """
+    refused = {}
+
+    def computes_the_same(name):
+        if name not in ("naive", *refused) and (found := differing_blocks(model, name)):
+            refused[name] = "{}: {}".format(*next(iter(found.items())))
+        return name not in refused
+
+    block, graph, note = wanted_block(args, checkpoint, dataset, device, precision, computes_the_same)
+    if not computes_the_same(block):
+        block, graph = "naive", graph and bool(args.cuda_graph)
+    notes = [f"--block {x} would compute something else ({why}): this run takes {block}" for x, why in refused.items()]
+    entries = {"block": block, "cuda_graph": graph} | ({"refused": refused} if refused else {})
+    return entries, [*notes, *filter(None, [note])]
+
+
+def wanted_block(args, checkpoint, dataset, device, precision, possible):
+    """The block that is asked for, whether steps are to be replayed as a CUDA graph, and a line about it or None.
+
+    --block auto measures those that are ``possible`` where it can and it pays. A resumed run keeps what it had, on the
+    same device.
     """
     last = stages(checkpoint["config"])[-1] if checkpoint else {}
     same = (last.get("device"), last.get("precision")) == (device_name(device), precision)
-    wanted = same and last.get("cuda_graph", False) if args.cuda_graph is None else args.cuda_graph
-    possible = can_replay(args, device, precision)
-    graph = wanted and possible
+    replay = can_replay(args, device, precision)
+    graph = replay and (same and last.get("cuda_graph", False) if args.cuda_graph is None else args.cuda_graph)
     if args.block != "auto":
         return args.block, graph, None
-    default = "naive" if args.compile else choose_block(args.drop_rate, device)
+    default = "naive" if args.compile else choose_block(device)
     if args.deterministic or args.compile or device.type not in ("cpu", "cuda"):
         return default, graph, None
     if same and checkpoint["config"]["arguments"]["block"] == "auto":
         return last["block"], graph, None
     share, finished = -(-args.batch_size // distributed.world_size()), checkpoint["epoch"] if checkpoint else 0
     job = {
-        "model": options,
+        "model": model_options(args, len(dataset.classes)),
         "batch_size": min(share, len(dataset.train)),
         "image_size": args.image_size,
         "precision": precision,
         "device": str(device),
-        "graph": args.cuda_graph is not False and possible,
-        "blocks": [name for name in BLOCKS if name != "fused" or args.drop_rate == 0],
+        "graph": args.cuda_graph is not False and replay,
+        "blocks": [name for name in BLOCKS if possible(name)],
     }
     steps = (args.epochs - finished) * -(-len(dataset.train) // args.batch_size)
     return fastest_block(job, default, steps, graph)
@@ -147,13 +167,9 @@ def can_replay(args, device, precision):
     return device.type == "cuda" and precision != "fp16" and distributed.world_size() == 1 and not args.compile
 
 
-def make_model(options, device, block):
-    return DenseNet(**options, block=block).to(device, memory_format=memory_format(device))
-
-
-def start_model(args, dataset, options, source, device, block):
+def start_model(args, dataset, options, source, device):
     """The network that training starts with: weights of a source taken, parts frozen, and notes about both."""
-    model = make_model(options, device, block)
+    model = DenseNet(**options).to(device, memory_format=memory_format(device))
     if source:
         dataset.notes.append(take(model, source, args.init_from, list(dataset.classes)))
     if args.freeze is not None:
@@ -344,14 +360,14 @@ def train(args, checkpoint, run):
         source = distributed.on_rank_0(read_source, args.init_from, args.arch)
     dataset = dataset.normalized_as((checkpoint or source or {}).get("normalize"))
     distributed.on_rank_0(claim, args, checkpoint, run)
-    block, graph, note = distributed.on_rank_0(pick_block, args, checkpoint, dataset, options, device, precision)
-    if note:
-        dataset.notes.append(note)
-    model = start_model(args, dataset, options, source, device, block)
+    model = start_model(args, dataset, options, source, device)
+    entries, notes = distributed.on_rank_0(pick_block, args, checkpoint, dataset, model, device, precision)
+    dataset.notes.extend(notes)
+    model.set_block(entries["block"])
     optimizer = make_optimizer(args, parameter_groups(model, args.head_lr and args.head_lr / args.lr))
     recipe = make_recipe(args, model, dataset, distributed.world_size())
     stage = provenance(device, distributed.launcher())
-    stage |= {"precision": precision, "block": block, "cuda_graph": graph}
+    stage |= {"precision": precision} | entries
     stage |= {"lr": args.lr, "launch": distributed.launch_id()}
     if checkpoint is None:
         checkpoint = first_checkpoint(args, dataset, model, options, stage)
@@ -363,7 +379,7 @@ def train(args, checkpoint, run):
             recipe.average.load_state_dict(checkpoint["ema"])
     if args.compile:
         compile_model(model)
-    step = make_step(model, optimizer, amp, precision, recipe, graph)
+    step = make_step(model, optimizer, amp, precision, recipe, entries["cuda_graph"])
     if checkpoint.get("scaler"):  # nothing, of a run in another precision
         step.scaler.load_state_dict(checkpoint["scaler"])
 

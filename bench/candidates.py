@@ -304,7 +304,7 @@ def our_epochs(job, tensors, device):
     amp, precision = choose_precision(args.precision, device)
     dataset = splits.Dataset(tensors, tensors, [str(i) for i in range(10)], splits.NORMALIZE["cifar10"]).to(device)
     batches = train.make_batches(args, dataset)
-    model = train.make_model(flags.model_options(args, 10), device, choose_block(args.drop_rate, device))
+    model, _ = place(make_model(choose_block(device), args.depth), choose_block(device), device)
     step = train.make_step(model, train.make_optimizer(args, model.parameters()), amp, precision)
     epochs = itertools.count(1)
 

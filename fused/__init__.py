@@ -26,13 +26,13 @@ everywhere, and in kernels.py for CUDA in bf16 and fp16. Batch norms that use th
 place of μ and σ²; where all do, as in evaluation, none are computed.
 """
 
+import contextlib
 import functools
 import sys
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.nn.modules.module import _has_any_global_hook as has_hooks_everywhere
 
 try:
     from fused import loops
@@ -44,12 +44,10 @@ except (ImportError, RuntimeError):  # without Numba, or without a place where N
 def dense_block(layers, x):
     """Run a dense block's layers on x (N, C0, H, W) → (N, C0 + L·k, H, W), channels last.
 
-    ``layers`` are SingleLayer or BottleneckLayer modules, used as containers, which nobody may have ``watched``. Under
-    autocast the result has autocast's dtype; statistics are float32 or better. Raises ValueError for dropout, and
-    RuntimeError in a backward pass that is itself to be differentiated.
+    ``layers`` are SingleLayer or BottleneckLayer modules, used as containers, of which nothing may be ``unknown`` (in
+    known.py). Under autocast the result has autocast's dtype; statistics are float32 or better. Raises RuntimeError in
+    a backward pass that is itself to be differentiated.
     """
-    if any(layer.drop_rate > 0 and layer.training for layer in layers):
-        raise ValueError("block 'fused' has no dropout: train with block 'naive' or 'checkpoint', or with drop rate 0")
     parameters = [parameter for layer in layers for parameter in layer_parameters(layer)]
     if not len(x):  # for which no kernel can be launched
         return torch.cat((x, x.new_empty(0, len(layers) * parameters[-1].shape[0], *x.shape[2:])), 1)
@@ -86,25 +84,23 @@ def kernels_for(device):
     return kernels
 
 
-def watched(x, modules):
-    """Whether somebody is to see what each of the modules does with x: through hooks, or in a trace of the operations.
-
-    torch.fx traces with a stand-in for x that is no tensor.
-    """
-    if not isinstance(x, torch.Tensor) or torch.jit.is_tracing() or torch.compiler.is_exporting():
-        return True
-    return has_hooks_everywhere() or any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules
-    )
+@contextlib.contextmanager
+def plain():
+    """A context in which the CPU's passes are those below, too: nothing has to be compiled first."""
+    global loops
+    kept, loops = loops, None
+    try:
+        yield
+    finally:
+        loops = kept
 
 
 def norm_relu(norm, relu, x):
-    """relu(norm(x)), of a BatchNorm2d and x (N, C, H, W): between the blocks, by the same passes as within them.
+    """relu(norm(x)), of modules that are not ``odd`` and x (N, C, H, W): between the blocks, as within them.
 
-    That is on a CPU, where nobody asks for what each module returns; elsewhere it is what torch does.
+    That is on a CPU; elsewhere it is what torch does.
     """
-    usual = type(norm) is torch.nn.BatchNorm2d and norm.affine and not watched(x, (norm, relu))
-    if torch.compiler.is_compiling() or not usual or passes_for(x) is not loops or not len(x):
+    if torch.compiler.is_compiling() or passes_for(x) is not loops or not len(x):
         return relu(norm(x))
     return NormReLU.apply(x, norm, torch.is_grad_enabled(), norm.weight, norm.bias)
 
@@ -118,7 +114,8 @@ class SharedBuffer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layers, keep, *parameters):
         kind, shape = x.device.type, x.shape
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        cast = torch.is_autocast_enabled(kind) and x.dtype is not torch.float64  # which autocast leaves alone
+        dtype = torch.get_autocast_dtype(kind) if cast else x.dtype
         start, growth_rate = shape[1], parameters[-1].shape[0]
         total, bottleneck = start + len(layers) * growth_rate, hasattr(layers[0], "norm2")
         saved, ctx.norms, measured = [], [], []

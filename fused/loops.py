@@ -83,8 +83,11 @@ def combine(d, x, u, v, w):
 
 
 def vectors(norm):
-    """Mean, variance, weight and bias of a Norm, in one dtype."""
-    return [vector.to(norm.mean.dtype) for vector in norm[:4]]
+    """Mean, variance, weight and bias of a Norm, in one dtype: the last two, parameters, as copies.
+
+    What NumPy has seen cannot be resized any more, as FSDP does to free the memory of parameters.
+    """
+    return [vector.to(norm.mean.dtype, copy=i > 1) for i, vector in enumerate(norm[:4])]
 
 
 def slices_of(x):

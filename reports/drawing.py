@@ -1,6 +1,6 @@
 """The network as boxes and arrows: its operations, as torch.fx traces them, grouped; what make_graph.py draws.
 
-The tensors have no data, and dense blocks run as the naive one: the others compute the same function.
+The tensors have no data, and dense blocks run as the naive one.
 """
 
 import re
@@ -9,7 +9,8 @@ from functools import cached_property
 
 import torch
 import torch.nn as nn
-from torch.fx import symbolic_trace
+import torch.nn.functional as F
+from torch.fx import GraphModule, Tracer
 from torch.fx.passes.shape_prop import ShapeProp
 
 from common.console import Mistake
@@ -41,14 +42,28 @@ class Op:
         return int(found[1]) if found else None
 
 
+class Parts(Tracer):
+    """Sees the layers' parts, and those of transitions, as one operation each, whatever they are made of."""
+
+    def is_leaf_module(self, module, path):
+        part = re.match(r"(blocks\.\d+\.layers|transitions)\.\d+\.", path) and not isinstance(module, nn.Sequential)
+        return bool(part) or super().is_leaf_module(module, path)
+
+
 def trace(model, image_size):
-    """The operations of ``model`` by name, in the order of the forward pass; without dropout of 0."""
-    traced = symbolic_trace(model)
+    """The operations of ``model`` by name, in the order of the forward pass; without dropout of 0.
+
+    What is no tensor, such as a size, or no activation, such as a weight that is used by itself, is left out.
+    """
+    traced = GraphModule(model, Parts().trace(model))
     ShapeProp(traced).propagate(example(model, image_size))
     ops, names = {}, {}
     for node in traced.graph.nodes:
-        reads = [names[source] for source in node.all_input_nodes]
-        if node.op == "output" or (node.name.startswith("dropout") and node.kwargs["p"] == 0):
+        reads = [names[source] for source in node.all_input_nodes if source in names]
+        if node.op == "get_attr":
+            continue
+        off = node.target is F.dropout and node.kwargs.get("p") == 0
+        if node.op == "output" or off or not hasattr(node.meta.get("tensor_meta"), "shape"):
             names[node] = reads[0]
             continue
         names[node] = node.name
@@ -84,7 +99,8 @@ def describe(node, model):
             return f"Conv {module.kernel_size[0]}×{module.kernel_size[1]}{stride}"
         if isinstance(module, nn.MaxPool2d):
             return f"max pool {module.kernel_size}×{module.kernel_size} stride {module.stride}"
-        return {"BatchNorm2d": "BN", "ReLU": "ReLU", "Linear": "linear"}[type(module).__name__]
+        name = type(module).__name__
+        return {"BatchNorm2d": "BN", "Linear": "linear"}.get(name, name)
     function = node.target if isinstance(node.target, str) else node.target.__name__
     return {
         "relu": "ReLU",

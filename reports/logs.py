@@ -32,6 +32,11 @@ NOT_COMPARED = {
     *("save", "resume", "overwrite", "log_every", "plot", "progress"),
     "recipe",  # a name for other arguments
 }
+# The arguments of DenseNet in the paper, and what goes without saying.
+NETWORK = {
+    *("depth", "growth_rate", "reduction", "bottleneck", "drop_rate", "init_channels"),
+    *("num_classes", "in_channels", "block_config", "stem"),
+}
 SEED = re.compile(r"([.\-_ ]*seed)?[.\-_ ]*\d*$")  # at the end of what the names of several seeds have in common
 
 
@@ -69,11 +74,16 @@ class Log:
 
 
 def network_name(config):
-    """As in the paper: DenseNet-BC-100 (k = 12), of ImageNet's networks DenseNet-121 (k = 32)."""
+    """As in the paper: DenseNet-BC-100 (k = 12), of ImageNet's networks DenseNet-121 (k = 32).
+
+    Arguments that DenseNet has got since, and that are not off, follow: DenseNet-BC-100 (k = 12, activation = gelu).
+    """
     model, arch = config["model"], str(config["arguments"].get("arch"))
     depth, letters = model.get("depth"), "B" * bool(model.get("bottleneck")) + "C" * (model.get("reduction") != 1)
     name = f"{letters}-{depth}".strip("-") if depth else arch.removeprefix("densenet")
-    return f"DenseNet-{name} (k = {model.get('growth_rate')})"
+    own = {key: value for key, value in model.items() if key not in NETWORK and value}
+    settings = ", ".join(f"{key} = {value}" for key, value in ({"k": model.get("growth_rate")} | own).items())
+    return f"DenseNet-{name} ({settings})"
 
 
 def dataset_name(arguments):

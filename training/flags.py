@@ -35,7 +35,6 @@ OLD_FLAGS = {
     "--growth_rate": "--growth-rate",
     "--valid_size": "--valid-size",
 }
-NETWORK = ("depth", "growth_rate", "reduction", "bottleneck", "drop_rate", "init_channels")  # flags that DenseNet takes
 switch = argparse.BooleanOptionalAction
 rate = between(0, 1e30)  # beyond, float32 has infinity
 channels = pixels = between(1, 100_000, int)
@@ -99,7 +98,7 @@ def add_data_flags(add):
 
 
 def add_network_flags(add, depth):
-    """The flags that say which network; ``depth`` is what the help says of the default depth."""
+    """The flags that say which network: arguments of DenseNet; ``depth`` is what the help says of the default depth."""
     add("--arch", choices=ARCHITECTURES, metavar="NAME",
         help=f"a network of the paper or its authors by name: {', '.join(ARCHITECTURES)}")
     add("--depth", type=between(1, 2000, int), metavar="L",
@@ -114,6 +113,16 @@ def add_network_flags(add, depth):
         help="dropout after every convolution but the first (default: %(default)s)")
     add("--init-channels", type=channels, metavar="N",
         help="channels of the first convolution (default: 2K, or 16 without bottlenecks)")
+
+
+def network_flags():
+    """Names of the arguments of DenseNet that are flags: all that add_network_flags adds, but for --arch."""
+    names = []
+    add_network_flags(lambda flag, **_: names.append(flag.removeprefix("--").replace("-", "_")), depth="")
+    return tuple(name for name in names if name != "arch")
+
+
+NETWORK = network_flags()
 
 
 def add_optimisation_flags(add):
@@ -244,8 +253,6 @@ def check_args(args):
     check_newer_flags(args)
     if args.nesterov and args.opt == "sgd" and args.momentum == 0:
         raise Mistake("--momentum 0 excludes Nesterov momentum: add --no-nesterov")
-    if args.block == "fused" and args.drop_rate > 0:
-        raise Mistake("--block fused has no dropout: choose naive or checkpoint, or leave out --drop-rate")
     if args.block == "fused" and args.compile:
         raise Mistake("--block fused leaves --compile nothing to fuse: choose naive or checkpoint, or leave it out")
     ranks, size, device = distributed.world_size(), args.image_size, choose_device(args.device)

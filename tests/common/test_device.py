@@ -105,10 +105,10 @@ def test_a_compiler_that_is_missing_is_named_in_a_line(monkeypatch):
 
 def test_the_block_where_none_is_measured(monkeypatch):
     monkeypatch.setattr(fused, "loops", "Numba is here")
-    assert choose_block(0.0, CPU) == "fused"
-    assert choose_block(0.2, CPU) == choose_block(0.0, torch.device("cuda")) == choose_block(0.0, torch.device("mps")) == "naive"
+    assert choose_block(CPU) == "fused"
+    assert choose_block(torch.device("cuda")) == choose_block(torch.device("mps")) == "naive"
     monkeypatch.setattr(fused, "loops", None)
-    assert choose_block(0.0, CPU) == "naive"
+    assert choose_block(CPU) == "naive"
 
 
 def test_a_gpu_without_a_number_is_set_up():

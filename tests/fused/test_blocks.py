@@ -103,7 +103,8 @@ def test_hooks_see_what_naive_shows(block, register, capsys):
         found, expected = seen(ours, x, register, name), seen(naive, x, register, name)
         assert len(found) == len(expected) == 1, name
         torch.testing.assert_close(found[0], expected[0], rtol=1e-9, atol=1e-9)
-    assert capsys.readouterr().err == f"a dense block that has hooks, or is traced or exported, runs as block 'naive', not {block!r}\n"
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == f"dense block: it has hooks: runs as block 'naive', not {block!r}" and len(lines) == (2 if block == "fused" else 1)
     kinds = [type(network.blocks[0](network.stem(x)).grad_fn) for network in (ours, naive)]
     assert block != "fused" or kinds[0] is not kinds[1]  # without hooks, the block is itself again
 
@@ -270,10 +271,6 @@ def test_fused_gradcheck_in_float64():
 
 def test_fused_says_what_it_cannot_do():
     x = torch.randn(2, 3, 8, 8)
-    model = DenseNet(depth=10, growth_rate=4, drop_rate=0.2, block="fused")
-    with pytest.raises(ValueError, match="block 'fused' has no dropout: train with block 'naive' or 'checkpoint'"):
-        model(x)
-    model.eval()(x)
     model = DenseNet(depth=10, growth_rate=4, block="fused")
     with pytest.raises(RuntimeError, match="cannot be differentiated twice: use block 'naive'"):
         torch.autograd.grad(model(x.requires_grad_()).sum(), x, create_graph=True)

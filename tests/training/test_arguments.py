@@ -121,7 +121,6 @@ def test_presets_set_the_architecture(capsys):
         ("--device privateuseone", "device 'privateuseone' is not available here"),
         ("--device tpu9", "device 'tpu9' is not available here"),
         ("--resume --overwrite", "--resume and --overwrite exclude each other"),
-        ("--block fused --drop-rate 0.2", "--block fused has no dropout"),
         ("--block fused --compile", "--block fused leaves --compile nothing to fuse"),
         ("--cuda-graph --device cpu", "--cuda-graph is for one process on a CUDA GPU"),
         ("--dataset digits --image-size 3", "images of 3×3 pixels are too small for this network"),

@@ -12,6 +12,7 @@ from conftest import ROOT, TINY, assert_same_run
 
 import fused
 import train
+from densenet import DenseNet
 from training import fastest
 from training.step import Step
 
@@ -313,9 +314,9 @@ def test_a_resumed_run_keeps_its_graph_in_one_process(monkeypatch, ranks, given,
     monkeypatch.setattr(train.distributed, "world_size", lambda: ranks)
     stage = {"device": "a GPU", "precision": "bf16", "block": "fused", "cuda_graph": True}
     checkpoint = {"epoch": 1, "config": stage | {"arguments": {"block": "auto"}, "resumed": []}}
-    args = argparse.Namespace(block=block, cuda_graph=given, compile=False, deterministic=False, drop_rate=0.0)
-    picked = train.pick_block(args, checkpoint, None, {}, torch.device("cuda"), "bf16")
-    assert picked == ("fused", expected, None)
+    args = argparse.Namespace(block=block, cuda_graph=given, compile=False, deterministic=False)
+    picked = train.pick_block(args, checkpoint, None, DenseNet(**JOB["model"]), torch.device("cuda"), "bf16")
+    assert picked == ({"block": "fused", "cuda_graph": expected}, [])
 
 
 @pytest.fixture
