@@ -354,7 +354,7 @@ def test_an_edited_repository(name, tmp_path):
         for save in (block, f"{block}.2"):
             log = pd.read_csv(tmp_path / "clone" / save / "test.csv")
             losses.append(log.loss.tolist())
-            assert f"{log.error.iloc[-1]:.2f} %" in run("evaluate.py", save, "--device", "cpu", "--precision", "fp32")
+            assert f"{log.error.iloc[-1]:.2f} %" in run("evaluate.py", f"{save}/latest.pth", "--device", "cpu", "--precision", "fp32")
     assert losses[0::2] == [losses[0]] * 3 and losses[1::2] == [losses[1]] * 3  # bit for bit
     run("train.py", *small, "--epochs", "2", "--block", "fused", "--save", "whole")
     assert pd.read_csv(tmp_path / "clone/whole/test.csv").loss.tolist() == losses[0]
