@@ -161,10 +161,10 @@ def unknown_to_fused(layers, x):
 
 
 # The ways to run a dense block, (N, C, H, W) → (N, C + L·k, H, W). All compute the same function of the same
-# parameters, so a state_dict trained with one loads into a model that uses another. Where there are layers that one of
-# them does not know, it says so below, and the block is naive.
+# parameters, so a state_dict trained with one loads into a model that uses another. One that does not call the layers
+# as they are says below for which layers or x that makes a difference: then naive runs them.
 BLOCKS = {"naive": naive_block, "checkpoint": checkpoint_block, "fused": fused.dense_block}
-UNKNOWN = {"naive": lambda *_: None, "checkpoint": unknown_to_checkpoint, "fused": unknown_to_fused}
+UNKNOWN = {"checkpoint": unknown_to_checkpoint, "fused": unknown_to_fused}
 
 
 class DenseBlock(nn.Module):
@@ -181,7 +181,7 @@ class DenseBlock(nn.Module):
 
     def unknown(self, x):
         """Why the layers have to be run as naive for x, in words, or None."""
-        return UNKNOWN.get(self.block, unknown_to_checkpoint)(self.layers, x)
+        return UNKNOWN[self.block](self.layers, x) if self.block in UNKNOWN else None
 
     def extra_repr(self):
         return f"block={self.block!r}"
@@ -215,13 +215,13 @@ def difference(dense_block, block):
     """Why a dense block must not be run as ``block``, in words, or None; draws random numbers."""
     x, found = torch.randn(2, dense_block.in_channels, 4, 4, dtype=torch.float64), {}
     for name in ("naive", block):
-        module = copy.deepcopy(dense_block).to("cpu", torch.float64).train().requires_grad_()
-        module.block = name
-        if reason := module.unknown(x):
-            return reason
         try:
+            module = copy.deepcopy(dense_block).to("cpu", torch.float64).train().requires_grad_()
+            module.block = name
+            if reason := module.unknown(x):
+                return reason
             found[name] = outcome(module, x.clone().requires_grad_())
-        except Exception as error:  # whatever a changed layer raises for so few pixels
+        except Exception as error:  # whatever a changed layer raises when it is copied, or for so few pixels
             return f"{name} cannot be tried on {tuple(x.shape)} ({error})".replace("\n", " ")
     for kind, exact in found["naive"].items():
         if not (error := (found[block][kind] - exact).norm()) <= 1e-9 * exact.norm():  # nor NaN

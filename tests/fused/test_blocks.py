@@ -15,6 +15,11 @@ import densenet
 import fused
 from densenet import BLOCKS, DenseNet
 
+# After an edit that fused does not know, it is naive, and what makes it another block cannot be seen.
+KNOWN = not densenet.differing_blocks(DenseNet(depth=10, growth_rate=4), "fused")
+needs_fused = pytest.mark.skipif(not KNOWN, reason="densenet.py has layers that fused does not know")
+FUSED = pytest.param("fused", marks=needs_fused)
+
 
 def assert_same(result, expected, rtol=1e-9):
     assert result.keys() == expected.keys()
@@ -91,7 +96,7 @@ def seen(model, x, register, name=None):
     return found
 
 
-@pytest.mark.parametrize("block", OTHERS)
+@pytest.mark.parametrize("block", ["checkpoint", FUSED])
 @pytest.mark.parametrize("register", HOOKS)
 def test_hooks_see_what_naive_shows(block, register, capsys):
     model, x = make(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
@@ -269,6 +274,7 @@ def test_fused_gradcheck_in_float64():
         assert torch.autograd.gradcheck(block, (x, *parameters), fast_mode=False)
 
 
+@needs_fused
 def test_fused_says_what_it_cannot_do():
     x = torch.randn(2, 3, 8, 8)
     model = DenseNet(depth=10, growth_rate=4, block="fused")
@@ -347,7 +353,7 @@ def test_memory_of_a_training_step():
     assert kept["fused"] <= 0.22 * kept["naive"]
 
 
-@pytest.mark.parametrize(("block", "linear"), [("naive", False), ("checkpoint", True), ("fused", True)])
+@pytest.mark.parametrize(("block", "linear"), [("naive", False), ("checkpoint", True), pytest.param("fused", True, marks=needs_fused)])
 def test_memory_grows_linearly_with_depth(block, linear):
     depths = torch.tensor([40.0, 70, 100, 130], dtype=torch.float64)
     kept = torch.tensor([kept_bytes(1, depth=int(depth), block=block) for depth in depths], dtype=torch.float64)

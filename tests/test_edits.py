@@ -1,0 +1,366 @@
+"""A changed network trains as changed: with every block it computes what naive does, and says where it is naive."""
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from conftest import ROOT, TINY, assert_same_run
+from test_blocks import OTHERS, assert_same, make, step, with_block
+from torch.nn.utils import prune
+
+import densenet
+from densenet import BLOCKS, BottleneckLayer, DenseNet, Layer, differing_blocks
+
+
+class Leaky(nn.ReLU):
+    def forward(self, x):
+        return F.leaky_relu(x, 0.3)
+
+
+class Doubled(nn.BatchNorm2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class LowRank(nn.Module):
+    def __init__(self, conv):
+        super().__init__()
+        self.conv, self.down = conv, nn.Conv2d(conv.in_channels, 2, 1, bias=False)
+        self.up = nn.Conv2d(2, conv.out_channels, 1, bias=False)
+
+    def forward(self, x):
+        return self.conv(x) + self.up(self.down(x))
+
+
+class Other(BottleneckLayer):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+def put(name, make):
+    """A change that puts another module, made of the old one, in a layer's place of that name."""
+    return lambda layer: setattr(layer, name, make(getattr(layer, name)))
+
+
+def conv(old, size=3, **options):
+    return nn.Conv2d(old.in_channels, old.out_channels, size, **{"padding": size // 2, "bias": False} | options)
+
+
+def weighted(method):
+    """A change of the weight of conv1 by one of torch's methods, in place."""
+    return lambda layer: method(layer.conv1) and None
+
+
+def patched(name, function):
+    return lambda layer: setattr(layer.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], function)
+
+
+# What is changed in a layer, and how the line names it for checkpoint, where that is naive, and for fused.
+CHANGES = {
+    "SiLU": (put("relu1", lambda old: nn.SiLU()), None, "relu1 is a SiLU"),
+    "Identity": (put("relu2", lambda old: nn.Identity()), None, "relu2 is a Identity"),
+    "a subclass of ReLU": (put("relu1", lambda old: Leaky()), None, "relu1 is a Leaky"),
+    "a subclass of BatchNorm2d": (put("norm1", lambda old: Doubled(old.num_features)), None, "norm1 is a Doubled"),
+    "InstanceNorm": (put("norm2", lambda old: nn.InstanceNorm2d(old.num_features)), None, "norm2 is a InstanceNorm2d"),
+    "GroupNorm": (put("norm1", lambda old: nn.GroupNorm(1, old.num_features)), None, "norm1 is a GroupNorm"),
+    "no affine": (put("norm1", lambda old: nn.BatchNorm2d(old.num_features, affine=False)), None, "norm1 has other parameters"),
+    "dilation": (put("conv2", lambda old: conv(old, dilation=2, padding=2)), None, "conv2 has dilation (2, 2), padding (2, 2)"),
+    "circular padding": (put("conv2", lambda old: conv(old, padding_mode="circular")), None, "conv2 has padding_mode circular"),
+    "another kernel": (put("conv2", lambda old: conv(old, 5)), None, "conv2 has padding (2, 2)"),
+    "a 1×1 kernel": (put("conv2", lambda old: conv(old, 1)), None, "conv2 has padding (0, 0)"),
+    "groups": (put("conv2", lambda old: conv(old, groups=2)), None, "conv2 has groups 2"),
+    "a bias": (put("conv1", lambda old: conv(old, 1, bias=True)), None, "conv1 has a bias"),
+    "LoRA": (put("conv1", LowRank), None, "conv1 is a LowRank"),
+    "a batch norm in place of ReLU": (put("relu1", lambda old: nn.BatchNorm2d(old.channels)), None, "relu1 is a BatchNorm2d"),
+    "a patched module": (patched("conv2.forward", lambda x: x[:, :6].sin()), None, "conv2 has a forward of its own"),
+    "a patched layer": (patched("after_conv1", lambda x: x[:, :6].sin()), None, "a BottleneckLayer with methods of its own"),
+    "a patched forward": (patched("forward", lambda x: x[:, :6].sin()),) + ("a BottleneckLayer with",) * 2,
+    "spectral_norm": (weighted(nn.utils.parametrizations.spectral_norm), "a parametrised weight", "conv1 is a ParametrizedConv2d"),
+    "old spectral_norm": (weighted(nn.utils.spectral_norm), "it has hooks", "it has hooks"),
+    "one child more": (lambda layer: layer.register_module("se", nn.Conv2d(1, 1, 1)), None, "a layer with other parts (se)"),
+    "dropout": (patched("drop_rate", 0.2), None, "dropout"),
+}  # fmt: skip
+
+
+def changed(change, layers):
+    model = make()
+    for i, layer in enumerate(model.blocks[1].layers):
+        layer.relu1.channels = layer.norm1.num_features
+        if i in layers:
+            change(layer)
+    return model.double()
+
+
+def steps(model, block, x):
+    """Two training steps of a model that runs as that kind of block; of gradients that are 0, rounding is no part."""
+    densenet.print_once.cache_clear()
+    # In which all blocks compute, so that masks of dropout are drawn alike.
+    model, x = with_block(model, block).to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    step(model, x)
+    return {name: None if value is None else value.double().round(decimals=14) for name, value in step(model, x).items()}
+
+
+@pytest.mark.parametrize("layers", [(0, 1), (1,)])
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_module_is_computed_as_it_is(name, layers, capsys):
+    change, *reasons = CHANGES[name]
+    torch.manual_seed(0)
+    model, x = changed(change, layers), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    expected = steps(model, "naive", x)
+    assert capsys.readouterr().err == ""
+    for block, reason in zip(OTHERS, reasons, strict=True):
+        assert_same(steps(model, block, x), expected)
+        err = capsys.readouterr().err
+        assert err.count("\n") == (reason is not None)
+        assert reason is None or (err.startswith(f"dense block: {reason}") and err.endswith(f": runs as block 'naive', not '{block}'\n"))
+
+
+def test_other_classes_and_other_widths(capsys):
+    model, x = make(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    for i, layer in enumerate(model.blocks[1].layers):
+        layer.__class__ = (BottleneckLayer, Other)[i]
+    first, second = model.blocks[2].layers
+    first.conv2 = conv(first.conv2).double()
+    second.conv2 = nn.Conv2d(24, 9, 3, padding=1, bias=False).double()
+    model.norm, model.classifier = nn.BatchNorm2d(model.norm.num_features + 3).double(), nn.LazyLinear(10).double()
+    with_block(model, "naive")(x[:1])
+    model(x)
+    for block in OTHERS:
+        assert_same(steps(model, block, x), steps(model, "naive", x))
+    err = capsys.readouterr().err
+    assert "a Other that is not" in err and "a Other with a forward of its own" in err and "layers that add 6 and 9 channels" in err
+
+
+def test_what_is_honoured_stays_fused(capsys):
+    """Among it are eps, momentum and batch norms without running statistics."""
+    model, x = make(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    for i, norm in enumerate(m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.eps, norm.momentum = 1e-3 * (i + 1), (None, 0.0, 0.7)[i % 3]
+        if i % 4 == 0:
+            norm.running_mean = norm.running_var = norm.num_batches_tracked = None
+            norm.track_running_stats = False
+    assert_same(steps(model, "fused", x), steps(model, "naive", x))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("name", "module", "reason"), [
+    ("relu", nn.GELU(), "relu is a GELU"), ("relu", Leaky(), "relu is a Leaky"), ("norm", nn.Identity(), "norm is a Identity"),
+])  # fmt: skip
+def test_between_the_blocks(name, module, reason, capsys):
+    model, x = make(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    for part in (model, model.transitions[0]):
+        setattr(part, name, module)
+    assert_same(steps(model, "fused", x), steps(model, "naive", x))
+    assert capsys.readouterr().err == f"norm and ReLU: {reason}: runs as block 'naive', not 'fused'\n"
+
+
+def test_float64_stays_float64_under_autocast():
+    model, x = make(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    for block in OTHERS:
+        assert_same(step(with_block(model, block), x, amp=True), step(with_block(model, "naive"), x, amp=True))
+
+
+def fsdp_rank(rank, rendezvous):
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    mesh, outcomes, x = torch.distributed.init_device_mesh("cpu", (2,)), [], torch.randn(4, 3, 8, 8)
+    for block in ("naive", "fused"):
+        model = with_block(make(torch.float32), block)
+        for part in (*model.blocks, *model.transitions, model):
+            fully_shard(part, mesh=mesh)
+        outcomes.append([])
+        for _ in range(2):
+            loss = model(x).square().sum()
+            loss.backward()
+            outcomes[-1].append(loss.detach())
+    torch.testing.assert_close(*outcomes, rtol=1e-4, atol=0)
+    torch.distributed.destroy_process_group()
+
+
+def test_fully_sharded_data_parallel(tmp_path):
+    """Which frees the parameters of a part after its forward pass."""
+    torch.multiprocessing.spawn(fsdp_rank, (tmp_path / "rendezvous",), nprocs=2)
+
+
+# What an edit of densenet.py makes of a method, and which blocks a comparison finds to be others then.
+
+
+def residual(self, x):
+    out = self.conv2(self.relu2(self.norm2(x)))
+    return out + x[:, : out.shape[1]]
+
+
+def random_part(self, x):
+    return self.conv1(F.dropout(self.relu1(self.norm1(x)), 0.1, self.training))
+
+
+def dense_without_the_input(layers, x):
+    for layer in layers:
+        x = torch.cat((layer(x), x), 1)
+    return x
+
+
+EDITS = {
+    "after_conv1": (BottleneckLayer, "after_conv1", residual, {"fused"}),
+    "another order": (Layer, "up_to_conv1", lambda self, x: self.conv1(self.norm1(self.relu1(x))), {"fused"}),
+    "forward": (Layer, "forward", lambda self, x: self.after_conv1(self.up_to_conv1(x)).tanh(), {"fused", "checkpoint"}),
+    "a random part": (Layer, "up_to_conv1", random_part, {"fused", "checkpoint"}),
+    "statistics": (Layer, "up_to_conv1", lambda self, x: self.conv1(self.norm1(x).relu() * self.norm2.running_mean.mean()), {"fused", "checkpoint"}),
+    "evaluation": (Layer, "up_to_conv1", lambda self, x: self.conv1(self.norm1(x).relu() * (1 + (not self.training))), {"fused"}),
+}  # fmt: skip
+
+
+@pytest.fixture
+def edit(monkeypatch):
+    def apply(name):
+        kind, method, function, blocks = EDITS[name]
+        monkeypatch.setattr(kind, method, function)
+        made = {kind: [getattr(kind, name) for name in densenet.METHODS] for kind in densenet.MADE_HERE}
+        monkeypatch.setattr(densenet, "MADE_HERE", made)  # as if the file had it
+        return blocks
+
+    return apply
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_a_comparison_finds_edited_methods(edit, name):
+    expected, model = edit(name), make(torch.float32)
+    found = {block: differing_blocks(model, block) for block in OTHERS}
+    assert {block for block, names in found.items() if names} == expected
+    for block in expected:
+        assert found[block].keys() == {"blocks.0", "blocks.1", "blocks.2"}
+
+
+@pytest.mark.parametrize("bottleneck", [True, False])
+def test_a_comparison_leaves_everything_as_it_was(bottleneck):
+    model = make(torch.float32, bottleneck=bottleneck).eval()
+    model.blocks[0].requires_grad_(False)
+    before, random = copy.deepcopy(model), torch.get_rng_state()
+    with torch.no_grad():
+        assert all(differing_blocks(model, block) == {} for block in BLOCKS)
+    assert torch.equal(torch.get_rng_state(), random)
+    for (name, one), two in zip(model.named_parameters(), before.parameters(), strict=True):
+        assert torch.equal(one, two) and one.grad is None and one.requires_grad == two.requires_grad, name
+    assert all(torch.equal(one, two) for one, two in zip(model.buffers(), before.buffers(), strict=True))
+    assert not any(module.training for module in model.modules()) and str(model) == str(before)
+
+
+def test_what_cannot_be_compared_is_not_trusted(monkeypatch):
+    monkeypatch.setitem(BLOCKS, "mine", lambda layers, x: x.nothing)
+    found = differing_blocks(make(), "mine")
+    assert found["blocks.0"].startswith("mine cannot be tried on (2, 12, 4, 4) ('Tensor' object has no attribute 'nothing'")
+    model = make(torch.float32)
+    prune.random_unstructured(model.blocks[1].layers[0].conv1, "weight", 0.5)  # which torch cannot copy
+    assert differing_blocks(model, "fused")["blocks.1"].startswith("naive cannot be tried")
+
+
+def config_of(run):
+    return json.loads((Path(run) / "config.json").read_text())
+
+
+def test_a_run_takes_naive_for_a_block_that_differs(tiny, edit, capsys):
+    edit("forward")
+    for block in BLOCKS:
+        assert tiny("--save", block, "--epochs", "1", "--block", block) == 0
+        out = capsys.readouterr().out
+        assert ", block naive, " in out and (f"--block {block} would compute something else (blocks.0: other outputs" in out) == (block != "naive")
+        assert out.count("this run takes naive") == (block != "naive")
+        assert config_of(block)["block"] == "naive" and config_of(block).get("refused", {}).keys() == {block} - {"naive"}
+        assert_same_run(block, "naive")
+    assert tiny("--save", "fused", "--resume", "--epochs", "2", args=[]) == 0
+    assert "--block fused would compute something else" in capsys.readouterr().out
+    assert "fused" in config_of("fused")["resumed"][0]["refused"]
+    assert tiny("--save", "auto", "--epochs", "1") == 0
+    assert_same_run("auto", "naive")
+
+
+def test_dropout_is_what_fused_cannot(tiny, capsys):
+    assert tiny("--save", "run", "--epochs", "1", "--block", "fused", "--drop-rate", "0.2") == 0
+    assert capsys.readouterr().out.count("--block fused would compute something else (blocks.0: dropout): this run takes naive\n") == 1
+
+
+def test_auto_measures_what_computes_the_same(tiny, edit, monkeypatch):
+    import measure
+
+    edit("after_conv1")
+    jobs = []
+    monkeypatch.setattr(measure, "SHARE", 1e9)
+    monkeypatch.setattr(measure, "run_process", lambda job, timeout: jobs.append(dict(job)) or ([], 0))
+    assert tiny("--save", "run", "--epochs", "1") == 0
+    assert jobs[0]["blocks"] == ["naive", "checkpoint"] and config_of("run")["refused"].keys() == {"fused"}
+
+
+# The same in a copy of the repository whose densenet.py is edited as a user would.
+
+SOURCE = {
+    "GELU": [("nn.ReLU()", "nn.GELU()")],
+    "squeeze and excitation": [
+        ("class SingleLayer(Layer):", '''class SqueezeExcitation(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.down, self.up = nn.Linear(channels, 4), nn.Linear(4, channels)
+
+    def forward(self, x):
+        weights = self.up(F.relu(self.down(x.mean((2, 3))))).sigmoid()
+        return x * weights[:, :, None, None]
+
+
+class SingleLayer(Layer):'''),
+        ("growth_rate, growth_rate, 3, padding=1, bias=False)\n", "growth_rate, growth_rate, 3, padding=1, bias=False)\n        self.se = SqueezeExcitation(growth_rate)\n"),
+        ("x = self.conv2(self.relu2(self.norm2(x)))", "x = self.se(self.conv2(self.relu2(self.norm2(x))))"),
+    ],
+    "a residual connection": [
+        ("        x = self.conv2(self.relu2(self.norm2(x)))\n", "        out = self.conv2(self.relu2(self.norm2(x)))\n        x = out + x[:, : out.shape[1]]\n"),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SOURCE)
+def test_an_edited_repository(name, tmp_path):
+    ignored = shutil.ignore_patterns(".git", "data", "work", "attic", "tests", "images", "__pycache__")
+    shutil.copytree(ROOT, tmp_path / "clone", ignore=ignored)
+    source = (tmp_path / "clone/densenet.py").read_text()
+    for old, new in SOURCE[name]:
+        assert old in source
+        source = source.replace(old, new)
+    (tmp_path / "clone/densenet.py").write_text(source)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def run(*command):
+        result = subprocess.run([sys.executable, *command], cwd=tmp_path / "clone", env=env, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    small = [*TINY[:-2], "--no-plot", "--precision", "fp32"]
+    losses, two = [], ["-m", "torch.distributed.run", "--nproc_per_node=2"]
+    for block in BLOCKS:
+        out = run("train.py", *small, "--epochs", "1", "--block", block, "--save", block)
+        assert ("this run takes naive" in out) == (block == "fused")
+        run("train.py", "--save", block, "--resume", "--epochs", "2")
+        out = run(*two, "train.py", *small, "--epochs", "2", "--block", block, "--save", f"{block}.2")
+        assert out.count("this run takes naive") == (block == "fused")
+        for save in (block, f"{block}.2"):
+            log = pd.read_csv(tmp_path / "clone" / save / "test.csv")
+            losses.append(log.loss.tolist())
+            assert f"{log.error.iloc[-1]:.2f} %" in run("evaluate.py", f"{save}/latest.pth", "--device", "cpu", "--precision", "fp32")
+    assert losses[0::2] == [losses[0]] * 3 and losses[1::2] == [losses[1]] * 3  # bit for bit
+    run("train.py", *small, "--epochs", "2", "--block", "fused", "--save", "whole")
+    assert pd.read_csv(tmp_path / "clone/whole/test.csv").loss.tolist() == losses[0]
+    if name == "GELU":
+        run("make_graph.py", "--depth", "10", "--depth-limit", "3", "--out", "graph.dot")
+        assert "GELU" in (tmp_path / "clone/graph.dot").read_text()
+    run("publish.py", "fused")
+    network = "import torch; print(torch.hub.load('.', 'densenet_bc_100_12', source='local', block='fused'))"
+    assert DenseNet.__name__ in run("-c", network)
