@@ -1,4 +1,4 @@
-"""A data set's splits: images held out, limited, compared with those of an earlier run; their mean and deviation."""
+"""A data set's splits: images held out, limited, compared with those of an earlier run; dataset statistics."""
 
 import hashlib
 import os
@@ -10,17 +10,6 @@ import torch
 from common.console import Mistake
 from inputs.batches import ImageTensors
 from inputs.streaming import ImageFiles
-
-
-def fingerprint(images, root):
-    """A digest of labels and pixels; of images that are streamed, of names: reading them would take minutes."""
-    key = hashlib.sha256(images.labels.numpy())
-    if isinstance(images, ImageFiles):
-        key.update(os.fsencode("\0".join(os.path.relpath(path, root) for path in images.paths)))
-    else:
-        key.update(images.pixels.numpy())
-    return key.hexdigest()
-
 
 # Mean and standard deviation of each channel, of 255. CIFAR-10: fb.resnet.torch, which the paper's code builds on.
 NORMALIZE = {
@@ -97,9 +86,19 @@ def stratified(labels, count, seed, flag):
     return [sorted(part) for part in parts]
 
 
+def fingerprint(images, root):
+    """A digest of labels and pixels; of images that are streamed, of names: reading them would take minutes."""
+    key = hashlib.sha256(images.labels.numpy())
+    if isinstance(images, ImageFiles):
+        key.update(os.fsencode("\0".join(os.path.relpath(path, root) for path in images.names)))
+    else:
+        key.update(images.pixels.numpy())
+    return key.hexdigest()
+
+
 def changed(manifest, dataset):
-    """The splits whose images are not those that the manifest of a run was made of."""
-    before = (manifest or {}).get("fingerprints", {})
+    """The splits whose images are not those that the manifest of a run, or None, was made of."""
+    before = (manifest or {}).get("fingerprints", {})  # of early runs, nothing is known
     return [split for split, digest in before.items() if digest != dataset.manifest["fingerprints"].get(split)]
 
 
@@ -114,14 +113,13 @@ def check_memory(count, reader, bytes_per_pixel, instead=""):
         )
 
 
-def measure(pixels):
+def channel_statistics(pixels):
     """Per-channel (mean, std), of 255, of (N, H, W, C) uint8: exact, from 256-bin histograms in float64."""
     values = torch.arange(256, dtype=torch.float64)
     means, stds = [], []
     for channel in range(pixels.shape[-1]):
-        counts = torch.zeros(256, dtype=torch.float64)
-        for part in pixels[..., channel].split(4096):  # bincount makes an int64 copy: keep it small
-            counts += torch.bincount(part.flatten(), minlength=256)
+        parts = pixels[..., channel].split(4096)  # bincount makes an int64 copy: keep it small
+        counts = sum(torch.bincount(part.flatten(), minlength=256) for part in parts).double()
         weights = counts / counts.sum()
         mean = (weights * values).sum()
         means.append(mean.item())
