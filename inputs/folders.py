@@ -178,7 +178,7 @@ def draw_test(paths, labels, root, count):
 
 
 def divide(paths, labels, root, test_files):
-    """Paths and labels for training, and for testing, from those of all images and the names of the files to test on."""
+    """Paths and labels for training and for testing, from those of all files and the names of the ones to test on."""
     position = {Path(path).relative_to(root).as_posix(): i for i, path in enumerate(paths)}
     check_found(root, test_files, position)
     test = [position[name] for name in test_files]

@@ -6,7 +6,6 @@ from helpers import write_folder
 from PIL import Image
 
 import check_data
-from inputs import datasets
 
 
 def test_statistics(capsys, tmp_path):

@@ -10,8 +10,8 @@ from PIL import Image, ImageCms, features
 from torchvision.transforms import v2
 
 from common.console import Mistake
-from inputs import decoding, folders, image
-from inputs.image import Reader, Unreadable
+from inputs import decoding, folders
+from inputs.image import UPRIGHT, Reader, Unreadable, centre, decode_reduced, in_8_bits, random_box
 from inputs.streaming import ImageFiles
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -52,7 +52,7 @@ def test_orientation_is_obeyed(tmp_path, orientation, suffix):
     image, exif = quadrants((800, 600)), Image.Exif()  # large enough for a JPEG file to be decoded at reduced scale
     if orientation > 1:  # stored as a camera that was held so would
         inverse = {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
-        image = image.transpose(inverse.get(orientation, image.UPRIGHT[orientation]))
+        image = image.transpose(inverse.get(orientation, UPRIGHT[orientation]))
     exif[0x0112] = orientation
     image.save(tmp_path / f"photo.{suffix}", exif=exif, **({"quality": 100} if suffix != "tif" else {}))
     np.testing.assert_allclose(read_both_ways(tmp_path / f"photo.{suffix}"), [RED, GREEN, BLUE, WHITE], atol=NEAR)
@@ -174,7 +174,7 @@ def test_the_first_frame_of_an_animation_counts(tmp_path):
     assert read_both_ways(tmp_path / "film.gif")[0] == list(GREEN)
 
 
-@pytest.mark.parametrize("choose", [image.centre(224), image.random_box])
+@pytest.mark.parametrize("choose", [centre(224), random_box])
 def test_an_odd_shape_costs_no_more_than_any_other(tmp_path, monkeypatch, choose):
     sizes, real = [], Image.Image.resize
     monkeypatch.setattr(Image.Image, "resize", lambda image, size, *args: sizes.append(size) or real(image, size, *args))
@@ -185,13 +185,11 @@ def test_an_odd_shape_costs_no_more_than_any_other(tmp_path, monkeypatch, choose
     assert sizes == [(224, 224)] * 2  # the whole strip, resized to a shorter side of 256, would have 262 MB
 
 
-
-
-@pytest.mark.parametrize("choose", [lambda size: (0, 0, *size), image.centre(224)])
+@pytest.mark.parametrize("choose", [lambda size: (0, 0, *size), centre(224)])
 def test_large_photos_are_decoded_smaller_and_look_the_same(tmp_path, monkeypatch, choose):
     photo(2000, 1500).save(tmp_path / "photo.jpg", quality=92)
-    decoded, real = [], image.in_8_bits
-    monkeypatch.setattr(image, "in_8_bits", lambda image, *args: decoded.append(image.size) or real(image, *args))
+    decoded = []
+    monkeypatch.setattr("inputs.image.in_8_bits", lambda image, *args: decoded.append(image.size) or in_8_bits(image, *args))
     reduced = Reader(224).read(tmp_path / "photo.jpg", choose).astype(float)
     monkeypatch.setattr(Image.Image, "draft", lambda *args: None)
     monkeypatch.setattr("PIL.JpegImagePlugin.JpegImageFile.draft", lambda *args: None)
@@ -203,7 +201,7 @@ def test_large_photos_are_decoded_smaller_and_look_the_same(tmp_path, monkeypatc
 def test_a_small_crop_of_a_large_photo_keeps_its_pixels(tmp_path):
     photo(2000, 1500).save(tmp_path / "photo.jpg", quality=92)
     with Image.open(tmp_path / "photo.jpg") as image:
-        box = image.decode_reduced(image, (100, 100, 400, 400), 224)
+        box = decode_reduced(image, (100, 100, 400, 400), 224)
         assert image.size == (2000, 1500) and box == (100, 100, 400, 400)
 
 
@@ -211,7 +209,7 @@ def test_a_small_crop_of_a_large_photo_keeps_its_pixels(tmp_path):
 def test_evaluation_sees_what_torchvision_s_transforms_show(tmp_path, size):
     photo(*size).save(tmp_path / "image.png")
     theirs = v2.Compose([v2.Resize(224 * 8 // 7), v2.CenterCrop(224)])(Image.open(tmp_path / "image.png"))
-    ours = Reader(224).read(tmp_path / "image.png", image.centre(224)).astype(float)
+    ours = Reader(224).read(tmp_path / "image.png", centre(224)).astype(float)
     assert abs(ours - np.asarray(theirs, float)).max() <= 2
 
 
@@ -221,7 +219,7 @@ def test_training_draws_the_crops_that_torchvision_draws(tmp_path):
         torch.manual_seed(seed)
         theirs = np.asarray(v2.RandomResizedCrop(128)(Image.open(tmp_path / "image.png")), float)
         torch.manual_seed(seed)
-        ours = Reader(128).read(tmp_path / "image.png", image.random_box).astype(float)
+        ours = Reader(128).read(tmp_path / "image.png", random_box).astype(float)
         assert abs(ours - theirs).mean() < 1  # at the border of a crop, ours blends in what lies beyond it
 
 
@@ -253,6 +251,6 @@ def test_a_program_is_not_run(tmp_path):
         Reader().read(tmp_path / "image.png")
 
 
-def test_a_run_s_reader_knows_what_older_runs_did_not():
-    assert Reader.of_run({"image_size": 64, "epochs": 3, "workers": 2}, workers=0) == Reader(64)
-    assert Reader.of_run({"image_size": 64, "white": 4095.0, "channels": 1}) == Reader(64, 1, 4095.0)
+def test_a_run_s_reader():
+    arguments = {"image_size": 64, "epochs": 3, "workers": 2, "white": 4095.0, "channels": 1}
+    assert Reader.of_run(arguments, workers=0) == Reader(64, 1, 4095.0)
