@@ -52,6 +52,7 @@ def add_data_flags(parser):
 def load(args, device):
     """The data set and its training batches, not augmented. Raises Mistake where there is none."""
     import data
+
     from common.console import Mistake
     from inputs.image import Reader
 
