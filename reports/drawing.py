@@ -3,6 +3,7 @@
 The tensors have no data, and dense blocks run as the naive one: the others compute the same function.
 """
 
+import itertools
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,16 @@ from common.console import Mistake
 from common.files import written_whole
 
 INPUT, CONCATENATION = "input", "concatenation"
+SHOWN = 4  # layers of a dense block that get boxes of their own
+FORMATS = ("svg", "png", "pdf", "dot")
+FONT = "Helvetica,Arial,sans-serif"
+RANKDIR = {"down": "TB", "right": "LR"}
+SIDES = {"down": "we", "right": "sn"}  # compass points to the left and right of the way
+GREY, LINE = "#EDEDED", "#555555"
+FILLS = {"image": "#FFFFFF", "stem": "#FFF3CF", "transitions": "#FFF3CF", "classifier": "#FFF3CF"}
+# Tints and full tones after Okabe and Ito's colours, which colour-blind readers can tell apart. A layer's box and the
+# arrows that leave it have one colour.
+LAYER_COLORS = (("#D6E8F5", "#0072B2"), ("#FBE0CF", "#D55E00"), ("#D3EFE4", "#009E73"), ("#F6E1EC", "#B04A87"))
 
 
 @dataclass
@@ -110,28 +121,27 @@ def features(op, ops):
     return found
 
 
-def group(ops, depth_limit, max_layers):
-    """The boxes to draw: name → operations in it.
+def group(ops):
+    """The boxes to draw: name → operations in it. Layers of dense blocks have boxes, and whole other parts.
 
-    A concatenation that only its own dense block reads gets no box. Of a block with more than ``max_layers`` layers,
-    all between the first ones and the last share a box.
+    A concatenation that only its own dense block reads gets no box. Of a block with more than SHOWN layers, all between
+    the first ones and the last share a box.
     """
     leaving = {name for op in ops.values() for name in op.reads if ops[name].part != op.part}
     counts = {part: len(layers_of(ops.values(), part)) for part in {op.part for op in ops.values()}}
     boxes = {}
     for op in ops.values():
-        first, last = max_layers - 2, counts[op.part] - 2  # of the layers that share a box
-        if depth_limit == 1 or (depth_limit == 2 and not op.part.startswith("blocks")):
+        first, last = SHOWN - 2, counts[op.part] - 2  # of the layers that share a box
+        if not op.part.startswith("blocks"):
             name = op.part
-        elif op.layer is not None and counts[op.part] > max_layers and first <= op.layer <= last:
-            name = f"{op.part}.layers.{first}-{last}"
-        elif op.layer is not None and depth_limit == 2:
-            name = f"{op.part}.layers.{op.layer}"
-        elif op.text == CONCATENATION and op.name not in leaving:
-            continue
-        else:
+        elif op.layer is None:
             name = op.name
-        boxes.setdefault(name, []).append(op)
+        elif counts[op.part] > SHOWN and first <= op.layer <= last:
+            name = f"{op.part}.layers.{first}-{last}"
+        else:
+            name = f"{op.part}.layers.{op.layer}"
+        if op.layer is not None or op.text != CONCATENATION or op.name in leaving:
+            boxes.setdefault(name, []).append(op)
     return boxes
 
 
@@ -156,17 +166,6 @@ def arrows(boxes, ops):
     return list(pairs)
 
 
-def part_title(part):
-    kind, _, index = part.partition(".")
-    kind = {"blocks": "dense block", "transitions": "transition"}.get(kind, kind)
-    return f"{kind} {int(index) + 1}" if index else kind
-
-
-def layer_title(layers):
-    first, last = min(layers) + 1, max(layers) + 1
-    return f"layer {first}" if first == last else f"layers {first} … {last}"
-
-
 def size(shape):
     return "×".join(map(str, shape))
 
@@ -182,11 +181,10 @@ def compose(members):
     return text.rstrip("-\n").split("\n")
 
 
-def heading(part, layers):
-    """Title and lines that say what a part is: of a dense block, how many layers of which operations."""
-    if not layers:
-        return part_title(part), []
-    return f"{part_title(part)}: {len(layers)} layer{'s' * (len(layers) > 1)}", compose(layers[0])
+def part_title(part):
+    kind, _, index = part.partition(".")
+    kind = {"blocks": "dense block", "transitions": "transition"}.get(kind, kind)
+    return f"{kind} {int(index) + 1}" if index else kind
 
 
 def describe_box(name, members, ops):
@@ -194,44 +192,20 @@ def describe_box(name, members, ops):
     first, last = members[0], members[-1]
     if name == first.name or not first.reads:  # a single operation
         return first.text, [size(first.shape)]
-    layers = layers_of(members, first.part)
-    if first.layer is not None:
-        reads = [ops[layer[0].reads[0]].shape[0] for layer in layers.values()]  # channels
-        if len(reads) == 1:
-            return layer_title(layers), [f"{reads[0]} → {last.shape[0]} channels"]
-        return layer_title(layers), [f"{reads[0]} … {reads[-1]} → {last.shape[0]} channels each"]
-    title, lines = heading(first.part, layers)
-    return title, [*(lines or compose(members)), f"{size(ops[first.reads[0]].shape)} → {size(last.shape)}"]
-
-
-FORMATS = ("svg", "png", "pdf", "dot")
-FONT = "Helvetica,Arial,sans-serif"
-RANKDIR = {"down": "TB", "right": "LR"}
-SIDES = {"down": "we", "right": "sn"}  # compass points to the left and right of the way
-GREY, LINE = "#EDEDED", "#555555"
-FILLS = {"image": "#FFFFFF", "stem": "#FFF3CF", "transitions": "#FFF3CF", "classifier": "#FFF3CF"}
-# Tints and full tones after Okabe and Ito's colours, which colour-blind readers can tell apart. A layer's box and the
-# arrows that leave it have one colour.
-LAYER_COLORS = (("#D6E8F5", "#0072B2"), ("#FBE0CF", "#D55E00"), ("#D3EFE4", "#009E73"), ("#F6E1EC", "#B04A87"))
+    if first.layer is None:
+        lines = [*compose(members), f"{size(ops[first.reads[0]].shape)} → {size(last.shape)}"]
+        return part_title(first.part), lines
+    inputs = [ops[layer[0].reads[0]].shape[0] for layer in layers_of(members, first.part).values()]  # channels
+    if first.layer == last.layer:
+        return f"layer {first.layer + 1}", [f"{inputs[0]} → {last.shape[0]} channels"]
+    title = f"layers {first.layer + 1} … {last.layer + 1}"
+    return title, [f"{inputs[0]} … {inputs[-1]} → {last.shape[0]} channels each"]
 
 
 def html(title, lines, align="center"):
     """A label of Graphviz: the title bold, the lines below smaller."""
     end = f'<br align="{align}"/>'
     return f"<<b>{title}</b>{end}" + "".join(f'<font point-size="11">{line}</font>{end}' for line in lines) + ">"
-
-
-def paint(boxes):
-    """Box → (fill, line). Each layer of a block has the next colour; layers that share a box are grey."""
-    colors, turns = {}, {}
-    for name, members in boxes.items():
-        part, layer = members[0].part, members[0].layer
-        if layer is None or len(layers_of(members, part)) > 1:
-            colors[name] = FILLS.get(part.partition(".")[0], GREY), LINE
-        else:
-            turn = turns.setdefault((part, layer), sum(other == part for other, _ in turns))
-            colors[name] = LAYER_COLORS[turn % len(LAYER_COLORS)]
-    return colors
 
 
 def new_graph(name, direction):
@@ -246,50 +220,44 @@ def new_graph(name, direction):
     return graph
 
 
-def model_graph(model, image_size, depth_limit, max_layers, part, direction):
+def model_graph(model, image_size, part, direction):
     """The graph of the network, or of one part of it and what that reads, as a graphviz.Digraph."""
     ops = trace(model, image_size)
     _, *parts = dict.fromkeys(op.part for op in ops.values())  # the first is the image
     if part not in (None, *parts):
         raise Mistake(f"part {part!r}: choose one of {', '.join(parts)}")
-    boxes = group(ops, depth_limit, max_layers)
+    boxes = group(ops)
     pairs = [(tail, head) for tail, head in arrows(boxes, ops) if part in (None, boxes[head][0].part)]
     shown = {name for pair in pairs for name in pair}
     boxes = {name: members for name, members in boxes.items() if name in shown}
-    graph, colors = new_graph("model", direction), paint(boxes)
+    graph, colors = new_graph("model", direction), {}
     for current in dict.fromkeys(members[0].part for members in boxes.values()):
-        add_part(graph, current, boxes, ops, colors)
-    # With more boxes, arrows that must keep to a side cross each other more often than those that need not.
-    sides = SIDES[direction] if depth_limit == 2 and max_layers <= 4 else None
-    add_arrows(graph, boxes, pairs, colors, sides)
+        inside = {name: members for name, members in boxes.items() if members[0].part == current}
+        if not current.startswith("blocks"):
+            colors |= add_boxes(graph, inside, ops)
+            continue
+        with graph.subgraph(name=f"cluster_{current}") as frame:
+            layers = layers_of(ops.values(), current)
+            title = f"{part_title(current)}: {len(layers)} layer{'s' if len(layers) > 1 else ''}"
+            label = html(title, compose(layers[0]), align="left")
+            frame.attr(label=label, labeljust="l", fontsize="13", margin="20")
+            frame.attr(style="rounded,filled", fillcolor="#F7F7F7", color="#BBBBBB")
+            colors |= add_boxes(frame, inside, ops)
+    add_arrows(graph, boxes, pairs, colors, SIDES[direction])
     return graph
 
 
-def add_part(graph, part, boxes, ops, colors):
-    """Add a part's boxes, in a frame if it is opened; an opened layer has a frame of its own."""
-    boxes = {name: members for name, members in boxes.items() if members[0].part == part}
-    if list(boxes) == [part] or part == "image":
-        add_boxes(graph, boxes, ops, colors)
-        return
-    with graph.subgraph(name=f"cluster_{part}") as frame:
-        title, lines = heading(part, layers_of(ops.values(), part))
-        frame.attr(label=html(title, lines, align="left"), labeljust="l", fontsize="13", margin="20")
-        frame.attr(style="rounded,filled", fillcolor="#F7F7F7", color="#BBBBBB")
-        for layer in dict.fromkeys(members[0].layer for members in boxes.values()):
-            inside = {name: members for name, members in boxes.items() if members[0].layer == layer}
-            if layer is None or len(inside) == 1:
-                add_boxes(frame, inside, ops, colors)
-                continue
-            with frame.subgraph(name=f"cluster_{part}.layers.{layer}") as inner:
-                inner.attr(label=html(layer_title([layer]), []), fillcolor="white", margin="10")
-                add_boxes(inner, inside, ops, colors)
-
-
-def add_boxes(graph, boxes, ops, colors):
-    for name, members in boxes.items():
-        fill, line = colors[name]
-        # dot keeps a group in one straight row.
-        graph.node(name, html(*describe_box(name, members, ops)), fillcolor=fill, color=line, group="row")
+def add_boxes(graph, boxes, ops):
+    """Add the boxes of a part. Returns the colour of each, which the arrows that leave it have, too."""
+    colors, turns = {}, itertools.cycle(LAYER_COLORS)
+    for name in sorted(boxes, key=lambda name: boxes[name][0].layer is not None):
+        first, last = boxes[name][0], boxes[name][-1]
+        fill, colors[name] = FILLS.get(first.part.partition(".")[0], GREY), LINE
+        if first.layer is not None and first.layer == last.layer:  # layers that share a box are grey
+            fill, colors[name] = next(turns)
+        label = html(*describe_box(name, boxes[name], ops))
+        graph.node(name, label, fillcolor=fill, color=colors[name], group="row")  # dot keeps a group in a straight row
+    return colors
 
 
 def add_arrows(graph, boxes, pairs, colors, sides):
@@ -300,12 +268,12 @@ def add_arrows(graph, boxes, pairs, colors, sides):
     order = {name: i for i, name in enumerate(boxes)}
     for tail, head in pairs:
         source, reader = boxes[tail][0], boxes[head][0]
-        style = {"color": LINE if (source.part, source.layer) == (reader.part, reader.layer) else colors[tail][1]}
+        style = {"color": LINE if (source.part, source.layer) == (reader.part, reader.layer) else colors[tail]}
         if reader.part.startswith("transitions") and tail != source.part != reader.part:
             style["minlen"] = "0"
         elif order[head] - order[tail] == 1:
             style["weight"] = "20"
-        elif sides:
+        else:
             side = sides[(order[tail] - order[f"{source.part}.{INPUT}"]) % 2]
             style |= {"tailport": side, "headport": side}
         graph.edge(tail, head, **style)

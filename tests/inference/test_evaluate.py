@@ -27,7 +27,7 @@ from inference import network
 from inputs import datasets, folders
 from inputs.batches import ImageTensors
 from inputs.image import Reader
-from reports import scores, tables
+from reports import curves, scores, tables
 from training import arguments
 
 DIGITS = str(ROOT / "work/digits.bc16/weights.pth")
@@ -304,13 +304,13 @@ def test_a_table_is_written_whole_or_not_at_all(tmp_path, capsys, monkeypatch):
 @pytest.fixture
 def figures(monkeypatch):
     """The figures that are saved, by file name; they are saved, too."""
-    found, save = {}, scores.save
+    found, save = {}, curves.save
 
     def kept(figure, path):
         found[path.name] = figure
         save(figure, path)
 
-    monkeypatch.setattr(scores, "save", kept)
+    monkeypatch.setattr(curves, "save", kept)
     return found
 
 
@@ -343,7 +343,7 @@ def test_the_surest_mistakes_come_first(monkeypatch, capsys):
     digits = datasets.load("digits", None).test
     answering(monkeypatch, [9] * len(digits))
     found = []
-    monkeypatch.setattr(scores, "save", lambda figure, path: found.append(figure))
+    monkeypatch.setattr(curves, "save", lambda figure, path: found.append(figure))
     evaluated(capsys, DIGITS, "--mistakes", "mistakes.png")
     drawn = [axes for axes in found[0].axes if axes.images]
     expected = [i for i in range(360) if digits.labels[i] != 9][: evaluate.DRAWN]
@@ -363,7 +363,7 @@ def test_without_a_mistake_there_is_nothing_to_draw(tmp_path, capsys, monkeypatc
 def test_confusion_of_few_and_many_classes(monkeypatch, count, named, numbered):
     """Names do not cover each other, and there are numbers where there is room for them."""
     found = []
-    monkeypatch.setattr(scores, "save", lambda figure, path: found.append(figure))
+    monkeypatch.setattr(curves, "save", lambda figure, path: found.append(figure))
     matrix = torch.eye(count, dtype=torch.int64) * 9
     matrix[0, 1] = 2
     classes = [f"class_{i}" for i in range(count)]
@@ -385,8 +385,8 @@ def test_names_in_pictures_are_no_markup_and_may_be_odd(figures, recwarn):
     images = ImageTensors(torch.zeros(1, 8, 8, 1, dtype=torch.uint8), torch.zeros(1), ["images/$\\x$\udcf6.png"])
     scores.draw_mistakes(Path("mistakes.png"), images, [(*classes[:2], 0.5)], "run_$\\x$/\udcf6")
     labels = figures["confusion.png"].axes[0].get_yticklabels()
-    assert [label.get_text() for label in labels] == ["$\\x$", "猫?", "a class with a very…"]
-    assert figures["mistakes.png"].axes[0].get_title() == "$\\x$\n→ 猫?\n50.0 %"
+    assert [label.get_text() for label in labels] == [r"\$\x\$", r"猫\udcf6", "a class with a very…"]
+    assert figures["mistakes.png"].axes[0].get_title() == "\\$\\x\\$\n→ 猫\\udcf6\n50.0 %"
     assert not recwarn.list and Image.open("confusion.png") and Image.open("mistakes.png")
 
 

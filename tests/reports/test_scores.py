@@ -1,0 +1,26 @@
+"""What is written of predictions. Scores and pictures: tests/inference/test_evaluate.py."""
+
+import pandas as pd
+import pytest
+import torch
+
+from reports.scores import csv_table
+
+
+@pytest.mark.parametrize(
+    ("column", "labelled", "classes", "named"),
+    [
+        ("path", False, ["cat", "true"], ["cat", "true"]),
+        ("path", True, ["cat", "true"], ["p(cat)", "p(true)"]),
+        ("index", False, ["path", "p(path)"], ["path", "p(path)"]),
+        ("path", False, ["path", "p(path)"], ["p(path)", "p(p(path))"]),
+        ("path", False, ["class", "probability"], ["p(class)", "p(probability)"]),
+    ],
+)
+def test_no_two_columns_have_one_name(tmp_path, column, labelled, classes, named):
+    with csv_table(tmp_path / "a.csv", column, classes, labelled) as write:
+        write("a.png", 1, torch.tensor([0.25, 0.75]), 0 if labelled else None)
+    text = (tmp_path / "a.csv").read_text()
+    assert text.splitlines()[0].split(",") == [column, "class", "probability", *["true", "right"] * labelled, *named]
+    [row] = pd.read_csv(tmp_path / "a.csv").to_dict("records")
+    assert row["class"] == classes[1] and row["probability"] == row[named[1]] == 0.75 and row[named[0]] == 0.25
