@@ -22,5 +22,5 @@ def test_no_two_columns_have_one_name(tmp_path, column, labelled, classes, named
         write("a.png", 1, torch.tensor([0.25, 0.75]), 0 if labelled else None)
     text = (tmp_path / "a.csv").read_text()
     assert text.splitlines()[0].split(",") == [column, "class", "probability", *["true", "right"] * labelled, *named]
-    [row] = pd.read_csv(tmp_path / "a.csv").to_dict("records")
+    [row] = pd.read_csv(tmp_path / "a.csv", dtype={"class": str}).to_dict("records")
     assert row["class"] == classes[1] and row["probability"] == row[named[1]] == 0.75 and row[named[0]] == 0.25
