@@ -7,7 +7,6 @@ Example: python check_data.py DIR --workers 2                 (reads every image
 import hashlib
 import sys
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 from common.console import Mistake, Parser, between, command, natural, nonempty, positive_number, workers
@@ -18,59 +17,50 @@ from inputs.image import STREAM_FROM, Reader, in_8_bits, opened, orientation
 from inputs.splits import channel_statistics
 
 
-@dataclass(frozen=True)
-class Inspection:
-    """What a file holds: "W×H", mode, digest of the pixels that are seen; or why it cannot be read."""
-
-    size: str | None = None
-    mode: str | None = None
-    digest: bytes | None = None
-    problem: Mistake | None = None
-
-
 def inspect(path, reader):
-    """The Inspection of a file, which is decoded whole."""
+    """("W×H", mode, digest of the pixels that are seen) of a file; or the Mistake that says why it cannot be read."""
     try:
         with opened(path) as image:
             image.load()
             seen = in_8_bits(image, reader.channels, reader.white, path)
             content = hashlib.blake2b(f"{seen.size} {orientation(image)}".encode() + seen.tobytes())
-            return Inspection(f"{image.width}×{image.height}", image.mode, content.digest())
+            return f"{image.width}×{image.height}", image.mode, content.digest()
     except Mistake as error:
-        return Inspection(problem=error)
+        return error
 
 
 def check_folder(root, reader):
     """Read every image below ``root`` and print what was found. Returns 1 if some are unreadable or in two splits."""
     splits = [root / name for name in ("train", "val", "test") if (root / name).is_dir()] or [existing(root)]
-    passed, found = Counter(), {}  # found: path → (split, Inspection)
+    passed, found, problems = Counter(), {}, []  # found: path → (split, size, mode, digest)
     for split in splits:
         classes = list_images(split, passed)
         paths = [path for paths in classes.values() for path in paths]
-        inspections = in_workers(inspect, paths, reader, "checking images")
-        found |= {path: (split, inspection) for path, inspection in zip(paths, inspections, strict=True)}
+        for path, answer in zip(paths, in_workers(inspect, paths, reader, "checking images"), strict=True):
+            if isinstance(answer, Mistake):
+                problems.append(answer)
+            else:
+                found[path] = split, *answer
         counts = ", ".join(f"{name} {len(paths)}" for name, paths in classes.items())
         print(f"{split}: {len(paths):,} images in {len(classes)} classes: {counts}")
     print(*passed_over(passed), sep="\n", end="\n" if passed else "")
-    readable = [inspection for _, inspection in found.values() if not inspection.problem]
-    for name in ("mode", "size"):
-        kinds = Counter(getattr(inspection, name) for inspection in readable).most_common()
+    _, sizes, modes, _ = zip(*found.values(), strict=True) if found else [()] * 4
+    for name, values in (("modes", modes), ("sizes", sizes)):
+        kinds = Counter(values).most_common()
         others = f", {len(kinds) - 10} others" if len(kinds) > 10 else ""
-        print(f"{name}s: " + ", ".join(f"{kind} {count:,}" for kind, count in kinds[:10]) + others)
-    for _, inspection in found.values():
-        if inspection.problem:
-            print(f"unreadable: {inspection.problem}")
+        print(f"{name}: " + ", ".join(f"{kind} {count:,}" for kind, count in kinds[:10]) + others)
+    for problem in problems:
+        print(f"unreadable: {problem}")
     first, twice = {}, 0  # first: digest → the first file with these pixels, and its split
-    for path, (split, inspection) in found.items():
-        other, other_split = first.setdefault(inspection.digest, (path, split))
-        if inspection.digest and other_split != split:
+    for path, (split, _, _, digest) in found.items():
+        other, other_split = first.setdefault(digest, (path, split))
+        if other_split != split:
             print(f"in two splits: {other} = {path}")
             twice += 1
-    unreadable = len(found) - len(readable)
-    print(f"{len(found):,} images, {unreadable} unreadable, {twice} in more than one split")
-    if unreadable:
+    print(f"{len(found) + len(problems):,} images, {len(problems)} unreadable, {twice} in more than one split")
+    if problems:
         print("replace or delete what is damaged, or train with --skip-unreadable")
-    return 1 if unreadable or twice or not found else 0
+    return 1 if problems or twice or not found else 0
 
 
 def parse_args(argv=None):

@@ -46,8 +46,7 @@ class Batches:
     ``crop_fill`` turns augmentation on and says what a shifted image shows beyond its border: "mean" (zero after
     normalisation, as in the paper's Lua code) or "black" (zero before it, as bamos and gpleiss do). ``share``, (rank,
     ranks), gives a rank every ranks-th image of each batch, so that all together see the batches of a single process.
-    ``cutout``: pixels of the side of a square that is filled likewise; ``mixup``: α of Beta(α, α) (see
-    draw_cutout_and_mixup).
+    ``cutout``: pixels of the side of a square that is filled likewise; ``mixup``: α of Beta(α, α).
     """
 
     def __init__(self, tensors, batch_size, normalize, crop_fill=None, share=(0, 1), cutout=0, mixup=0.0):
@@ -93,30 +92,25 @@ class Batches:
         return draws | draw_cutout_and_mixup(count, self.tensors.pixels.shape[1:3], self.cutout, self.mixup, generator)
 
     def augmented(self, order, offsets, flips, centres=None, **_):
-        """The images at ``order`` (B,) as the other draws say, normalised: (B, C, H, W)."""
-        seen = None if centres is None else outside(centres, self.cutout, self.tensors.pixels.shape[1:3])
-        if self.crop_fill:
-            return self.crop_and_flip(order, offsets, flips, seen)
-        return self.filled(self.tensors.pixels[order], seen)
+        """The images at ``order`` (B,) as the other draws say, normalised: (B, C, H, W).
 
-    def crop_and_flip(self, index, offsets, flips, seen=None):
-        """The images at ``index``, shifted by ``offsets`` (B, 2), then mirrored where ``flips`` (B,) says.
-
-        Shuffling, cropping and flipping are one gather of pixels: image i shows at (row, column) its source pixel
-        (row + offset, ±column + offset), or the fill where that lies outside, or is not ``seen`` (B, H, W).
+        With ``crop_fill``, they are shifted by ``offsets`` (B, 2), then mirrored where ``flips`` (B,) says. Shuffling,
+        cropping and flipping are one gather of pixels: image i shows at (row, column) its source pixel (row + offset,
+        ±column + offset). The fill shows where that lies outside, or in a square around ``centres`` (B, 2).
         """
         pixels = self.tensors.pixels
         _, height, width, channels = pixels.shape
-        columns = torch.arange(width, device=pixels.device)
-        rows = torch.arange(height, device=pixels.device) + offsets[:, :1]  # (B, H)
-        columns = torch.where(flips[:, None], columns.flip(0), columns) + offsets[:, 1:]  # (B, W)
-        inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
-        source = (index[:, None] * height + rows.clamp(0, height - 1))[:, :, None] * width
-        source = source + columns.clamp(0, width - 1)[:, None, :]  # (B, H, W), into rows of pixels
-        return self.filled(pixels.view(-1, channels)[source], inside if seen is None else inside & seen)
-
-    def filled(self, pixels, seen):
-        """Pixels (B, H, W, C), normalised, with the fill where they are not ``seen`` (B, H, W); None: all are."""
+        seen = None if centres is None else outside(centres, self.cutout, (height, width))  # (B, H, W); None: all
+        if self.crop_fill:
+            columns = torch.arange(width, device=pixels.device)
+            rows = torch.arange(height, device=pixels.device) + offsets[:, :1]  # (B, H)
+            columns = torch.where(flips[:, None], columns.flip(0), columns) + offsets[:, 1:]  # (B, W)
+            inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
+            source = (order[:, None] * height + rows.clamp(0, height - 1))[:, :, None] * width
+            source = source + columns.clamp(0, width - 1)[:, None, :]  # (B, H, W), into rows of pixels
+            pixels, seen = pixels.view(-1, channels)[source], inside if seen is None else inside & seen
+        else:
+            pixels = pixels[order]
         if seen is None:
             return self.normalized(pixels)
         if self.crop_fill == "black":

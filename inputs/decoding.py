@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import PIL
@@ -27,17 +28,17 @@ def unreadable(problems):
 
 
 def read_cached(cache, paths, reader):
-    """``read_all`` or, of images that are streamed, None and ``find_unreadable``; from the file ``cache`` if it can.
+    """``read_all``, without pixels of images that are streamed; from the file ``cache`` if that has the answer.
 
-    It can if the same files have the same contents (of images that are streamed: size and times) as when it was
-    written, and were decoded in the same way.
+    It has if the same files had the same contents (of images that are streamed: size and times) when it was written,
+    and were decoded in the same way.
     """
     key = cache_key(paths, cache.parent, reader)
     cached = load_cache(cache, key)
     if cached:
         problems = {i: str(read_or_problem(paths[i], reader)) for i in cached["unreadable"]}
         return cached["pixels"], problems
-    pixels, problems = (None, find_unreadable(paths, reader)) if reader.streams else read_all(paths, reader)
+    pixels, problems = read_all(paths, reader, keep=not reader.streams)
     save_cache(cache, {"key": key, "pixels": pixels, "unreadable": list(problems)})
     return pixels, problems
 
@@ -87,34 +88,21 @@ def times(path):
     return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}".encode()
 
 
-def read_all(paths, reader):
-    """(N, S, S, C) uint8 of image files, black where one is unreadable; {position: why} of those. Raises Mistake."""
-    pixels, problems = torch.zeros(len(paths), *(reader.image_size,) * 2, reader.channels, dtype=torch.uint8), {}
-    for i, found in enumerate(in_workers(read_or_problem, paths, reader, "decoding images")):
-        if isinstance(found, Mistake):
-            problems[i] = reason_to_skip(found)
-        else:
+def read_all(paths, reader, keep=True):
+    """(N, S, S, C) uint8 of image files, black where one is unreadable; {position: why} of those. Raises Mistake.
+
+    Without ``keep``, files are only looked at: there are no pixels.
+    """
+    pixels = torch.zeros(len(paths) if keep else 0, *(reader.image_size,) * 2, reader.channels, dtype=torch.uint8)
+    problems, label = {}, "decoding images" if keep else "checking images"
+    for i, found in enumerate(in_workers(read_or_problem, paths, reader, label)):
+        if isinstance(found, Unreadable):
+            problems[i] = str(found)
+        elif isinstance(found, Mistake):
+            raise found
+        elif keep:
             pixels[i] = torch.from_numpy(found)
     return pixels, problems
-
-
-def find_unreadable(paths, reader):
-    """{position: why} of the image files that cannot be read. Raises Mistake."""
-    found = in_workers(problem_of, paths, reader, "checking images")
-    return {i: reason_to_skip(problem) for i, problem in enumerate(found) if problem}
-
-
-def reason_to_skip(problem):
-    """Why an image is unreadable. Raises any other Mistake, which a user can set right without replacing the file."""
-    if not isinstance(problem, Unreadable):
-        raise problem
-    return str(problem)
-
-
-def problem_of(path, reader):
-    """The Mistake that says why a file cannot be decoded, or None."""
-    found = read_or_problem(path, reader)
-    return found if isinstance(found, Mistake) else None
 
 
 def read_or_problem(path, reader):
@@ -125,33 +113,19 @@ def read_or_problem(path, reader):
         return error
 
 
-class Mapped(torch.utils.data.Dataset):
-    """function(path, reader) for each path, as a data set, so that a DataLoader's workers compute it."""
-
-    def __init__(self, function, paths, reader):
-        self.function, self.paths, self.reader = function, paths, reader
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, i):
-        return self.function(self.paths[i], self.reader)
-
-
 def in_workers(function, paths, reader, label):
-    """Yield function(path, reader) for each path, in order, from the reader's workers, with a progress bar."""
-    loader = make_loader(Mapped(function, paths, reader), reader.workers)
+    """Yield function(path, reader=reader) for each path, in order, from the reader's workers, with a progress bar."""
+    loader = make_loader(paths, reader.workers, collate_fn=partial(function, reader=reader))
     return tqdm(loader, desc=label, unit="img", disable=not reader.progress, leave=False)
 
 
 def make_loader(dataset, workers, **options):
-    """A DataLoader that hands on the items of a data set as they are, one by one."""
+    """A DataLoader that hands on the items of a data set one by one."""
     return torch.utils.data.DataLoader(
         dataset,
         batch_size=None,
         num_workers=workers,
         worker_init_fn=leave_signals_to_parent,
-        collate_fn=unchanged,
         generator=torch.Generator(),  # not torch's own: weights and dropout must not depend on who decoded what before
         **options,
     )
@@ -161,7 +135,3 @@ def leave_signals_to_parent(worker):
     """Ctrl-C reaches every process of a terminal; the parent then ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def unchanged(item):
-    return item

@@ -22,42 +22,50 @@ def load_folder(root, reader, test_size=0, manifest=None):
         folders, notes = {split: existing(root / name) for split, name in manifest["folders"].items()}, []
     else:
         folders, notes = find_splits(root, test_size)
-    passed, found = Counter(), {}
-    for split, folder in folders.items():
-        found[split] = list_images(folder, passed)
-        check_classes(folder, found[split], folders["train"], list(found["train"]))
-    notes += passed_over(passed)
+    passed, train = Counter(), folders["train"]
+    found = {split: list_images(folder, passed) for split, folder in folders.items()}
     classes = list(found["train"])
-    files = {split: interleave(by_class, classes) for split, by_class in found.items()}
+    if len(classes) < 2:
+        names = f"one class, {classes[0]}" if classes else "no class folder"
+        raise Mistake(f"{train}: found {names}; a classifier needs at least two class folders")
+    if empty := [name for name in classes if not found["train"][name]]:
+        raise Mistake(f"{train / empty[0]} holds no image that can be read: fill it or delete it")
+    notes += passed_over(passed)
+    files = {split: interleave(folders[split], by_class, classes) for split, by_class in found.items()}
     if not reader.streams:
         count = sum(len(paths) for paths, _ in files.values())
         check_memory(count, reader, reader.channels, f", or one of {STREAM_FROM} or more, which streams from disk")
-    test_files = manifest["test_files"] if manifest else draw_test(*files["train"], root, test_size)
-    if test_files:
-        files["train"], files["test"] = divide(*files["train"], root, test_files)
+    test_files = manifest["test_files"] if manifest else []
+    if test_files or test_size:
+        paths, labels = files["train"]
+        names = [Path(path).relative_to(root).as_posix() for path in paths]
+        if not test_files:  # always the same ones, whatever the seed
+            test_files = [names[i] for i in stratified(labels, test_size, seed=0, flag="--test-size")[1]]
+        apart = set(test_files)
+        kept = [i for i, name in enumerate(names) if name not in apart]
+        files["train"] = [paths[i] for i in kept], labels[kept]
+        files["test"] = set_apart(root, test_files, train, classes)
     images = read_splits(root, files, classes, reader, notes)
     notes += [line for split in images for line in absent_classes(split, images[split], classes)]
     notes += check_range(images["train"])
     mean, std = imagenet_normalize(reader.channels) if reader.streams else channel_statistics(images["train"].pixels)
     normalize = mean, tuple(value or 1.0 for value in std)  # 0: the channel never varies
-    names = {split: folder.relative_to(root).as_posix() for split, folder in folders.items()}
-    prints = {split: fingerprint(of_split, root) for split, of_split in images.items()}
-    manifest = {"folders": names, "test_files": list(test_files), "fingerprints": prints}
+    manifest = {
+        "folders": {split: folder.relative_to(root).as_posix() for split, folder in folders.items()},
+        "test_files": test_files,
+        "fingerprints": {split: fingerprint(of_split, root) for split, of_split in images.items()},
+    }
     return Dataset(**images, classes=classes, normalize=normalize, notes=notes, manifest=manifest)
 
 
 def load_test_folder(root, reader, classes, manifest):
     """The test images of a folder, in the order of training, and lines to print. Needs no training images."""
     passed = Counter()
-    if names := manifest["test_files"]:
-        check_found(root, names, {name for name in names if (root / name).exists()})
-        of_class = [Path(name).relative_to(manifest["folders"]["train"]).parts[0] for name in names]
-        files = [str(root / name) for name in names], torch.tensor([classes.index(name) for name in of_class])
+    if manifest["test_files"]:
+        files = set_apart(root, manifest["test_files"], root / manifest["folders"]["train"], classes)
     else:
         folder = existing(root / manifest["folders"]["test"])
-        found = list_images(folder, passed)
-        check_classes(folder, found, "the training", classes)
-        files = interleave(found, classes)
+        files = interleave(folder, list_images(folder, passed), classes)
     notes = passed_over(passed)
     images = read_splits(root, {"test": files}, classes, reader, notes)["test"]
     return images, notes + absent_classes("test", images, classes)
@@ -93,19 +101,6 @@ def existing(folder):
     )
 
 
-def check_classes(folder, found, train, classes):
-    """Raises Mistake where the class folders found in a split's folder are not those of training, or too few."""
-    unknown = [name for name in found if name not in classes]
-    if unknown:
-        raise Mistake(f"{folder} has class folders that {train} images have not: {', '.join(unknown[:5])}")
-    if len(classes) < 2:
-        names = f"one class, {classes[0]}" if classes else "no class folder"
-        raise Mistake(f"{folder}: found {names}; a classifier needs at least two class folders")
-    empty = [name for name in classes if folder == train and not found[name]]
-    if empty:
-        raise Mistake(f"{folder / empty[0]} holds no image that can be read: fill it or delete it")
-
-
 def list_images(folder, passed):
     """{class: sorted paths} of the images below ``folder/<class>``, at any depth. Raises Mistake.
 
@@ -113,9 +108,8 @@ def list_images(folder, passed):
     suffixes of all other files.
     """
     _, classes, files = next(os.walk(folder, onerror=refuse))
-    passed.update(kind_of(name) for name in files if not name.startswith("."))
-    shown = sorted(name for name in classes if not name.startswith("."))
-    return {name: images_below(os.path.join(folder, name), passed) for name in shown}
+    passed.update(map(suffix_of, visible(files)))
+    return {name: images_below(os.path.join(folder, name), passed) for name in visible(classes)}
 
 
 def find_images(paths, passed):
@@ -136,15 +130,14 @@ def images_below(top, passed):
     for folder, below, files in os.walk(top, onerror=refuse, followlinks=True):
         if os.path.islink(folder) and any(os.path.samefile(folder, above) for above in Path(folder).parents):
             raise Mistake(f"{folder} is a link to a folder that it is in: delete it")
-        below[:] = [name for name in below if not name.startswith(".")]
-        for name in files:
+        below[:] = visible(below)
+        for name in visible(files):
             path = os.path.join(folder, name)
-            if name.startswith("."):
-                continue
-            if kind_of(name) in suffixes and os.path.isfile(path):
+            kind = suffix_of(name) if os.path.isfile(path) else "broken link or pipe"
+            if kind in suffixes:
                 images.append(path)
             else:
-                passed[kind_of(name) if os.path.isfile(path) else "broken link or pipe"] += 1
+                passed[kind] += 1
     return sorted(images)
 
 
@@ -152,7 +145,11 @@ def refuse(error):
     raise Mistake(f"{error.filename} cannot be read: {error.strerror}") from error
 
 
-def kind_of(name):
+def visible(names):
+    return sorted(name for name in names if not name.startswith("."))
+
+
+def suffix_of(name):
     return os.path.splitext(name)[1].lower() or "no suffix"
 
 
@@ -162,35 +159,25 @@ def passed_over(passed):
     return [f"passed over {sum(passed.values())} files: {kinds}"] if passed else []
 
 
-def interleave(found, classes):
-    """Paths and labels from {class: paths}: the first path of each class, then the second of each, …
+def interleave(folder, found, classes):
+    """Paths and labels from {class: paths} of a folder: the first path of each class, then the second of each, …
 
-    The first N images are then a fair sample of the classes.
+    The first N images are then a fair sample of the classes. Raises Mistake if ``classes`` lack one of the folder's.
     """
+    if unknown := [name for name in found if name not in classes]:
+        raise Mistake(f"{folder} has class folders that the training images have not: {', '.join(unknown[:5])}")
     entries = sorted((i, label, p) for label, name in enumerate(classes) for i, p in enumerate(found.get(name, [])))
     return [path for _, _, path in entries], torch.tensor([label for _, label, _ in entries], dtype=torch.int64)
 
 
-def draw_test(paths, labels, root, count):
-    """Names of ``count`` files to test on, the same share of each class; always the same ones, whatever the seed."""
-    chosen = stratified(labels, count, seed=0, flag="--test-size")[1] if count else []
-    return [Path(paths[i]).relative_to(root).as_posix() for i in chosen]
-
-
-def divide(paths, labels, root, test_files):
-    """Paths and labels for training and for testing, from those of all files and the names of the ones to test on."""
-    position = {Path(path).relative_to(root).as_posix(): i for i, path in enumerate(paths)}
-    check_found(root, test_files, position)
-    test = [position[name] for name in test_files]
-    train = sorted(set(range(len(paths))) - set(test))
-    return [([paths[i] for i in part], labels[part]) for part in (train, test)]
-
-
-def check_found(root, names, found):
-    missing = [name for name in names if name not in found]
-    if missing:
+def set_apart(root, names, train, classes):
+    """Paths and labels of the files that are set apart for testing, by their names. Raises Mistake."""
+    if missing := [name for name in names if not (root / name).exists()]:
         count = f"{len(missing)} of the run's {len(names)}"
         raise Mistake(f"{root}: {count} test images are missing, such as {missing[0]}")
+    paths = [root / name for name in names]
+    labels = [classes.index(path.relative_to(train).parts[0]) for path in paths]
+    return [str(path) for path in paths], torch.tensor(labels)
 
 
 # From files to pixels.
@@ -208,8 +195,7 @@ def read_splits(root, files, classes, reader, notes):
         if not reader.streams or reader.skip_unreadable:
             kind = "unreadable" if reader.streams else f"{reader.image_size}{'-grey' if reader.channels == 1 else ''}"
             pixels, problems[split] = read_cached(root / f".{split}-{kind}.cache", paths, reader)
-            if pixels is not None:
-                images[split] = ImageTensors(pixels, labels, paths)
+            images[split] = images[split] if reader.streams else ImageTensors(pixels, labels, paths)
     every = [problem for of_split in problems.values() for problem in of_split.values()]
     if every and not reader.skip_unreadable:
         raise unreadable(every)

@@ -47,8 +47,7 @@ class Dataset:
         return {name: split for name, split in splits.items() if split is not None}
 
     def to(self, device):
-        valid = self.valid and self.valid.to(device)
-        return replace(self, train=self.train.to(device), test=self.test.to(device), valid=valid)
+        return replace(self, **{name: split.to(device) for name, split in self.splits.items()})
 
     def normalized_as(self, normalize):
         """Normalised by other values, those of the weights that training starts from, if they have as many channels."""
@@ -66,23 +65,19 @@ class Dataset:
 
     def limit(self, train=None, test=None):
         """The first ``train`` training and the first ``test`` test (and validation) images."""
-        valid = self.valid and self.valid.select(slice(test))
-        return replace(self, train=self.train.select(slice(train)), test=self.test.select(slice(test)), valid=valid)
+        counts = {"train": train, "valid": test, "test": test}
+        return replace(self, **{name: split.select(slice(counts[name])) for name, split in self.splits.items()})
 
 
 def stratified(labels, count, seed, flag):
     """Positions of all images but ``count``, and of those, the same share of each class. Raises Mistake."""
     from sklearn.model_selection import train_test_split
 
-    labels, classes = labels.cpu().numpy(), len(labels.unique())
-    if count >= len(labels):
-        raise Mistake(f"{flag} {count}: the training set has {len(labels)} images; hold out fewer")
-    if min(count, len(labels) - count) < classes:
-        raise Mistake(f"{flag} {count}: each part needs at least one image of {classes} classes")
+    labels = labels.cpu().numpy()
     try:
         parts = train_test_split(range(len(labels)), test_size=count, stratify=labels, random_state=seed)
     except ValueError as error:
-        raise Mistake(f"{flag} {count}: cannot hold out the same share of each class ({error})") from error
+        raise Mistake(f"{flag} {count}: cannot take the same share of each class ({error})") from error
     return [sorted(part) for part in parts]
 
 

@@ -8,7 +8,7 @@ import torch
 
 from common.console import Mistake
 from inputs.batches import IGNORE_INDEX, batch_positions, chosen, draw_cutout_and_mixup, mix, normalizer, outside
-from inputs.decoding import find_unreadable, make_loader, read_all, unreadable
+from inputs.decoding import make_loader, read_all, unreadable
 from inputs.image import Reader, Unreadable, random_box
 
 
@@ -86,7 +86,7 @@ class StreamedBatches:
         self.plan[:], files = plan, self.files
         for batch in self.loader:
             if isinstance(batch, Unreadable):  # name all of them, not only the first
-                raise unreadable(find_unreadable(files.names, files.reader).values() or [str(batch)])
+                raise unreadable(read_all(files.names, files.reader, keep=False)[1].values() or [str(batch)])
             if isinstance(batch, Mistake):
                 raise batch
             pixels, labels = (part.to(files.device, non_blocking=True) for part in batch)

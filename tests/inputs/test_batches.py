@@ -21,7 +21,7 @@ def test_crop_and_flip_equal_torchvision_for_every_shift(fill):
     for top in range(9):
         for left in range(9):
             for flip in (False, True):
-                ours = batches.crop_and_flip(torch.tensor([0]), torch.tensor([[top - 4, left - 4]]), torch.tensor([flip]))
+                ours = batches.augmented(torch.tensor([0]), torch.tensor([[top - 4, left - 4]]), torch.tensor([flip]))
                 expected = tv.to_dtype(image, torch.float32, scale=True)
                 if fill == "black":  # pad, then normalise
                     expected = tv.normalize(tv.crop(tv.pad(expected, 4), top, left, 32, 32), mean, std)

@@ -158,7 +158,7 @@ def test_folder_mistakes_are_named(tmp_path, capsys):
         datasets.load("folder", tmp_path / "nowhere")
     root = write_folder(tmp_path / "a")
     (root / "test" / "dog").rename(root / "test" / "wolf")
-    with pytest.raises(Mistake, match=r"a/test has class folders that .*a/train images have not: wolf"):
+    with pytest.raises(Mistake, match=r"a/test has class folders that the training images have not: wolf"):
         datasets.load("folder", root)
     root = write_folder(tmp_path / "b")
     (root / "train" / "eel").mkdir()
@@ -280,7 +280,7 @@ def test_class_folders_alone_are_divided_the_same_way_for_every_seed(tmp_path, i
     ):
         with pytest.raises(Mistake, match=r"1 of the run's 4 test images are missing, such as \w+/\d.png"):
             load()
-    with pytest.raises(Mistake, match="--test-size 1: each part needs at least one image of 2 classes"):
+    with pytest.raises(Mistake, match=r"--test-size 1: .* number of classes = 2"):
         datasets.load("folder", root, reader, test_size=1)
 
 
