@@ -5,12 +5,12 @@ The tensors have no data, and dense blocks run as the naive one: the others comp
 
 import itertools
 import re
-from dataclasses import dataclass
-from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
-from torch.fx import symbolic_trace
+import torch.nn.functional as F
+from torch.fx import GraphModule, Tracer
 from torch.fx.passes.shape_prop import ShapeProp
 
 from common.console import Mistake
@@ -29,56 +29,90 @@ FILLS = {"image": "#FFFFFF", "stem": "#FFF3CF", "transitions": "#FFF3CF", "class
 LAYER_COLORS = (("#D6E8F5", "#0072B2"), ("#FBE0CF", "#D55E00"), ("#D3EFE4", "#009E73"), ("#F6E1EC", "#B04A87"))
 
 
-@dataclass
-class Op:
+class Parts(Tracer):
+    """Sees the layers' parts, and those of transitions, as one operation each, whatever they are made of."""
+
+    def is_leaf_module(self, module, path):
+        part = re.match(r"(blocks\.\d+\.layers|transitions)\.\d+\.", path) and not isinstance(module, nn.Sequential)
+        return bool(part) or super().is_leaf_module(module, path)
+
+
+class Op(NamedTuple):
     """One operation of the network."""
 
-    name: str
     text: str  # what it does: "Conv 3×3"
-    path: str  # of the module that it belongs to: "blocks.0.layers.1.conv2"
-    reads: list  # names of the operations whose output it reads
-    shape: tuple  # of its output, without N: (C, H, W)
-
-    @cached_property
-    def part(self):
-        """What the network is made of: image, stem, blocks.I, transitions.I, classifier."""
-        found = re.match(r"image|stem|(blocks|transitions)\.\d+", self.path)
-        return found[0] if found else "classifier"
-
-    @cached_property
-    def layer(self):
-        """Index of the layer in its dense block, or None."""
-        found = re.match(r"blocks\.\d+\.layers\.(\d+)", self.path)
-        return int(found[1]) if found else None
+    part: str  # what it belongs to: image, stem, blocks.I, transitions.I, classifier
+    layer: int | None  # index of its layer in the dense block
+    reads: tuple  # shape of what it reads, without N: (C, H, W)
+    shape: tuple  # of its output
 
 
 def trace(model, image_size):
-    """The operations of ``model`` by name, in the order of the forward pass; without dropout of 0."""
-    traced = symbolic_trace(model)
+    """The boxes to draw, {name: operations in it}, and the arrows, {(box read, box that reads): None}.
+
+    Both are in the order of the forward pass. Boxes are layers of dense blocks, and whole other parts. A block
+    concatenates its concatenation so far with each layer's output: that is all outputs before (equation 2). So arrows
+    come from these outputs, and only a concatenation that others read has a box, as has the input of a block.
+    """
+    traced = GraphModule(model, Parts().trace(model))
     ShapeProp(traced).propagate(example(model, image_size))
-    ops, names = {}, {}
+    boxes, arrows = {}, {}
+    drawn = {}  # node → the node that is drawn for it: dropout of 0 is not, nor what is no tensor, such as a size
+    places, held = {}, {}  # node → its part and layer; node → the boxes whose outputs it holds
     for node in traced.graph.nodes:
-        reads = [names[source] for source in node.all_input_nodes]
-        if node.op == "output" or (node.name.startswith("dropout") and node.kwargs["p"] == 0):
-            names[node] = reads[0]
+        if node.op == "get_attr":  # a weight that is used by itself
             continue
-        names[node] = node.name
-        scopes = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
-        path = "image" if node.op == "placeholder" else "".join(scopes[-1:])
-        ops[node.name] = Op(node.name, describe(node, model), path, reads, tuple(node.meta["tensor_meta"].shape[1:]))
-    return add_inputs(ops)
+        sources = [drawn[source] for source in node.all_input_nodes if source in drawn]
+        off = node.target is F.dropout and node.kwargs.get("p") == 0
+        if node.op == "output" or off or not hasattr(node.meta.get("tensor_meta"), "shape"):
+            drawn[node] = sources[0]
+            continue
+        drawn[node] = node
+        part, layer = places[node] = place_of(node)
+        text, reads = describe(node, model), []
+        for source in sources:
+            other, shape = places[source][0], shape_of(source)
+            if part != other and part.startswith("blocks"):
+                name, op = f"{part}.{INPUT}", Op(INPUT, part, None, shape, shape)
+            elif part != other and other.startswith("blocks"):
+                name, op = source.name, Op(CONCATENATION, other, None, shape, shape)
+            else:
+                reads += held[source]
+                continue
+            boxes.setdefault(name, [op])
+            arrows |= dict.fromkeys((tail, name) for tail in held[source])
+            reads.append(name)
+        if text == CONCATENATION and part.startswith("blocks"):
+            held[node] = list(dict.fromkeys(reads))
+            continue
+        if layer is not None:
+            name = layer_box(part, layer, len(model.get_submodule(part).layers))
+        else:
+            name = node.name if part.startswith("blocks") else part
+        arrows |= dict.fromkeys((tail, name) for tail in reads if tail != name)
+        boxes.setdefault(name, []).append(Op(text, part, layer, shape_of((*sources, node)[0]), shape_of(node)))
+        held[node] = [name]
+    return boxes, arrows
 
 
-def add_inputs(ops):
-    """Give every dense block an operation that stands for its input, which all of its layers read."""
-    result = {}
-    for op in ops.values():
-        for i, name in enumerate(op.reads):
-            if op.part.startswith("blocks") and ops[name].part != op.part:
-                op.reads[i] = f"{op.part}.{INPUT}"
-                result.setdefault(op.reads[i], Op(op.reads[i], INPUT, op.part, [name], ops[name].shape))
-        result[op.name] = op
-    return result
+def place_of(node):
+    """The part of the network that a node belongs to, and the index of its layer in a dense block or None."""
+    scopes = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    path = "image" if node.op == "placeholder" else scopes[-1] if scopes else ""
+    found = re.match(r"(image|stem|(?:blocks|transitions)\.\d+)(?:\.layers\.(\d+))?", path)
+    part, layer = found.groups() if found else ("classifier", None)
+    return part, layer and int(layer)
+
+
+def layer_box(part, layer, count):
+    """The name of the box of a layer: of more layers than SHOWN, all between the first ones and the last share one."""
+    first, last = SHOWN - 2, count - 2
+    shared = count > SHOWN and first <= layer <= last
+    return f"{part}.layers.{first}-{last}" if shared else f"{part}.layers.{layer}"
+
+
+def shape_of(node):
+    return tuple(node.meta["tensor_meta"].shape[1:])
 
 
 def example(model, image_size):
@@ -106,66 +140,6 @@ def describe(node, model):
     }.get(function, "image" if node.op == "placeholder" else function)
 
 
-def features(op, ops):
-    """Names of the operations whose output ``op`` reads; concatenations in its dense block stand for their parts.
-
-    A block concatenates its concatenation so far with each layer's output: that is all outputs before (equation 2).
-    """
-    found, waiting = [], list(op.reads)
-    while waiting:
-        name = waiting.pop(0)
-        if ops[name].text == CONCATENATION and ops[name].part == op.part:
-            waiting = ops[name].reads + waiting
-        else:
-            found.append(name)
-    return found
-
-
-def group(ops):
-    """The boxes to draw: name → operations in it. Layers of dense blocks have boxes, and whole other parts.
-
-    A concatenation that only its own dense block reads gets no box. Of a block with more than SHOWN layers, all between
-    the first ones and the last share a box.
-    """
-    leaving = {name for op in ops.values() for name in op.reads if ops[name].part != op.part}
-    counts = {part: len(layers_of(ops.values(), part)) for part in {op.part for op in ops.values()}}
-    boxes = {}
-    for op in ops.values():
-        first, last = SHOWN - 2, counts[op.part] - 2  # of the layers that share a box
-        if not op.part.startswith("blocks"):
-            name = op.part
-        elif op.layer is None:
-            name = op.name
-        elif counts[op.part] > SHOWN and first <= op.layer <= last:
-            name = f"{op.part}.layers.{first}-{last}"
-        else:
-            name = f"{op.part}.layers.{op.layer}"
-        if op.layer is not None or op.text != CONCATENATION or op.name in leaving:
-            boxes.setdefault(name, []).append(op)
-    return boxes
-
-
-def layers_of(ops, part):
-    """Layer index → operations, of a dense block."""
-    layers = {}
-    for op in ops:
-        if op.part == part and op.layer is not None:
-            layers.setdefault(op.layer, []).append(op)
-    return layers
-
-
-def arrows(boxes, ops):
-    """Pairs (box read, box that reads), each once."""
-    box_of = {op.name: name for name, members in boxes.items() for op in members}
-    pairs = {}  # a dict keeps the order
-    for name, members in boxes.items():
-        for op in members:
-            for source in features(op, ops):
-                if box_of[source] != name:
-                    pairs[box_of[source], name] = None
-    return list(pairs)
-
-
 def size(shape):
     return "×".join(map(str, shape))
 
@@ -187,19 +161,18 @@ def part_title(part):
     return f"{kind} {int(index) + 1}" if index else kind
 
 
-def describe_box(name, members, ops):
+def describe_box(members):
     """Title and lines of a box: what is in it, and the sizes of what it reads and returns."""
     first, last = members[0], members[-1]
-    if name == first.name or not first.reads:  # a single operation
+    if first.layer is None and first.part.startswith(("image", "blocks")):  # a single operation
         return first.text, [size(first.shape)]
     if first.layer is None:
-        lines = [*compose(members), f"{size(ops[first.reads[0]].shape)} → {size(last.shape)}"]
-        return part_title(first.part), lines
-    inputs = [ops[layer[0].reads[0]].shape[0] for layer in layers_of(members, first.part).values()]  # channels
+        return part_title(first.part), [*compose(members), f"{size(first.reads)} → {size(last.shape)}"]
     if first.layer == last.layer:
-        return f"layer {first.layer + 1}", [f"{inputs[0]} → {last.shape[0]} channels"]
+        return f"layer {first.layer + 1}", [f"{first.reads[0]} → {last.shape[0]} channels"]
+    of_last = next(op for op in members if op.layer == last.layer)
     title = f"layers {first.layer + 1} … {last.layer + 1}"
-    return title, [f"{inputs[0]} … {inputs[-1]} → {last.shape[0]} channels each"]
+    return title, [f"{first.reads[0]} … {of_last.reads[0]} → {last.shape[0]} channels each"]
 
 
 def html(title, lines, align="center"):
@@ -222,32 +195,31 @@ def new_graph(name, direction):
 
 def model_graph(model, image_size, part, direction):
     """The graph of the network, or of one part of it and what that reads, as a graphviz.Digraph."""
-    ops = trace(model, image_size)
-    _, *parts = dict.fromkeys(op.part for op in ops.values())  # the first is the image
+    boxes, arrows = trace(model, image_size)
+    _, *parts = dict.fromkeys(members[0].part for members in boxes.values())  # the first is the image
     if part not in (None, *parts):
         raise Mistake(f"part {part!r}: choose one of {', '.join(parts)}")
-    boxes = group(ops)
-    pairs = [(tail, head) for tail, head in arrows(boxes, ops) if part in (None, boxes[head][0].part)]
-    shown = {name for pair in pairs for name in pair}
-    boxes = {name: members for name, members in boxes.items() if name in shown}
+    arrows = [(tail, head) for tail, head in arrows if part in (None, boxes[head][0].part)]
+    shown = {name for arrow in arrows for name in arrow}
+    drawn = {name: members for name, members in boxes.items() if name in shown}
     graph, colors = new_graph("model", direction), {}
-    for current in dict.fromkeys(members[0].part for members in boxes.values()):
-        inside = {name: members for name, members in boxes.items() if members[0].part == current}
+    for current in dict.fromkeys(members[0].part for members in drawn.values()):
+        inside = {name: members for name, members in drawn.items() if members[0].part == current}
         if not current.startswith("blocks"):
-            colors |= add_boxes(graph, inside, ops)
+            colors |= add_boxes(graph, inside)
             continue
         with graph.subgraph(name=f"cluster_{current}") as frame:
-            layers = layers_of(ops.values(), current)
-            title = f"{part_title(current)}: {len(layers)} layer{'s' if len(layers) > 1 else ''}"
-            label = html(title, compose(layers[0]), align="left")
+            count = len(model.get_submodule(current).layers)
+            title = f"{part_title(current)}: {count} layer{'s' if count > 1 else ''}"
+            label = html(title, compose(boxes[f"{current}.layers.0"]), align="left")
             frame.attr(label=label, labeljust="l", fontsize="13", margin="20")
             frame.attr(style="rounded,filled", fillcolor="#F7F7F7", color="#BBBBBB")
-            colors |= add_boxes(frame, inside, ops)
-    add_arrows(graph, boxes, pairs, colors, SIDES[direction])
+            colors |= add_boxes(frame, inside)
+    add_arrows(graph, drawn, arrows, colors, SIDES[direction])
     return graph
 
 
-def add_boxes(graph, boxes, ops):
+def add_boxes(graph, boxes):
     """Add the boxes of a part. Returns the colour of each, which the arrows that leave it have, too."""
     colors, turns = {}, itertools.cycle(LAYER_COLORS)
     for name in sorted(boxes, key=lambda name: boxes[name][0].layer is not None):
@@ -255,21 +227,21 @@ def add_boxes(graph, boxes, ops):
         fill, colors[name] = FILLS.get(first.part.partition(".")[0], GREY), LINE
         if first.layer is not None and first.layer == last.layer:  # layers that share a box are grey
             fill, colors[name] = next(turns)
-        label = html(*describe_box(name, boxes[name], ops))
+        label = html(*describe_box(boxes[name]))
         graph.node(name, label, fillcolor=fill, color=colors[name], group="row")  # dot keeps a group in a straight row
     return colors
 
 
-def add_arrows(graph, boxes, pairs, colors, sides):
+def add_arrows(graph, boxes, arrows, colors, sides):
     """Add the arrows: to the next box straight; others around the boxes between, on one side per box they leave.
 
     What follows an opened dense block stands beside its end: stairs are less long than one row.
     """
     order = {name: i for i, name in enumerate(boxes)}
-    for tail, head in pairs:
+    for tail, head in arrows:
         source, reader = boxes[tail][0], boxes[head][0]
         style = {"color": LINE if (source.part, source.layer) == (reader.part, reader.layer) else colors[tail]}
-        if reader.part.startswith("transitions") and tail != source.part != reader.part:
+        if reader.part.startswith("transitions"):
             style["minlen"] = "0"
         elif order[head] - order[tail] == 1:
             style["weight"] = "20"
