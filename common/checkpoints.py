@@ -42,7 +42,7 @@ def load_file(path, device="cpu"):
             return torch.load(file, map_location=device, weights_only=True)
     except (FileNotFoundError, IsADirectoryError) as error:
         raise Lost(f"{path} is not a checkpoint file, such as latest.pth in a run: {error.strerror}") from None
-    except Exception as error:  # a damaged file makes zipfile and torch raise nearly anything, EINVAL if it is cut short
+    except Exception as error:  # a damaged file makes zipfile and torch raise nearly anything, EINVAL where it is cut
         if isinstance(error, Mistake) or memory_problem(error):
             raise
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
