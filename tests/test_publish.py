@@ -135,7 +135,7 @@ def test_what_is_committed_of_published_runs():
     del committed[ROOT / "work"]
     committed = {run: names for run, names in committed.items() if "latest.pth" not in names}  # one that is under way
     names = {"config.json", "train.csv", "test.csv", "loss-error.png", "weights.pth"}
-    assert committed == {run: names for run in RUNS}
+    assert committed == dict.fromkeys(RUNS, names)
 
 
 @functools.cache
