@@ -48,7 +48,10 @@ def load_folder(root, reader, test_size=0, manifest=None):
     images = read_splits(root, files, classes, reader, notes)
     notes += [line for split in images for line in absent_classes(split, images[split], classes)]
     notes += check_range(images["train"])
-    mean, std = imagenet_normalize(reader.channels) if reader.streams else channel_statistics(images["train"].pixels)
+    if reader.streams:
+        mean, std = NORMALIZE["imagenet" if reader.channels == 3 else "imagenet in grey"]
+    else:
+        mean, std = channel_statistics(images["train"].pixels)
     normalize = mean, tuple(value or 1.0 for value in std)  # 0: the channel never varies
     manifest = {
         "folders": {split: folder.relative_to(root).as_posix() for split, folder in folders.items()},
@@ -220,21 +223,13 @@ def absent_classes(split, images, classes):
 
 def check_range(images):
     """A line to print where training images use less than an eighth of their range: their white may be elsewhere."""
-    pixels = images.pixels if isinstance(images, ImageTensors) else sample(images, 64)
+    if isinstance(images, ImageFiles):  # about 64 of them, small, without those that cannot be read
+        reader = replace(images.reader, image_size=32, progress=False)
+        pixels, problems = read_all(images.names[:: max(1, len(images) // 64)], reader)
+        pixels = pixels[[i for i in range(len(pixels)) if i not in problems]]
+    else:
+        pixels = images.pixels
     if not len(pixels) or int(pixels.max()) - int(pixels.min()) >= 32:
         return []
     used = f"{int(pixels.min())} … {int(pixels.max())} of 0 … 255"
     return [f"the training images use only {used}: if their files have over 8 bits, say with --white what is white"]
-
-
-def sample(files, count):
-    """Pixels of about so many files, small, evenly spaced, without those that cannot be read."""
-    reader = replace(files.reader, image_size=32, progress=False)
-    pixels, problems = read_all(files.names[:: max(1, len(files) // count)], reader)
-    return pixels[[i for i in range(len(pixels)) if i not in problems]]
-
-
-def imagenet_normalize(channels):
-    """ImageNet's mean and standard deviation; of grey images, the averages over red, green and blue."""
-    values = NORMALIZE["imagenet"]
-    return values if channels == 3 else tuple((round(sum(value) / 3, 3),) for value in values)

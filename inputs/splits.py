@@ -17,6 +17,7 @@ NORMALIZE = {
     "cifar100": ((129.3, 124.1, 112.4), (68.2, 65.4, 70.4)),
     "svhn": ((0.0, 0.0, 0.0), (255.0, 255.0, 255.0)),  # the paper divides SVHN by 255 and does no more
     "imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+    "imagenet in grey": ((114.495,), (57.63,)),  # the averages over red, green and blue
 }
 KINDS = {"train": "training", "valid": "validation", "test": "test"}  # what the images of a split are called
 
