@@ -4,7 +4,6 @@ The runs are those of train.py, of bamos/densenet.pytorch (train.csv, test.csv w
 gpleiss/efficient_densenet_pytorch (results.csv).
 """
 
-import functools
 import io
 import itertools
 import os
@@ -92,13 +91,13 @@ def read_log(directory):
     if not tables:
         raise Mistake(f"{directory} has no log with a row: train.csv, test.csv or results.csv")
     tables = {split: check(table, f"{directory}, {split}") for split, table in tables.items()}
-    fine = None
-    if "train" in tables:
-        whole = tables["train"].epoch == tables["train"].epoch.round()
-        if "lr" not in tables["train"] and not whole.all():
-            fine, tables["train"] = tables["train"], average_epochs(tables["train"])
-        elif not whole.all() and whole.any():
-            fine, tables["train"] = tables["train"][~whole], tables["train"][whole]
+    train, fine = tables.get("train"), None
+    if train is not None and not (whole := train.epoch % 1 == 0).all():
+        if "lr" not in train:  # of bamos: a row per iteration; epoch 2.0 begins the third epoch
+            means = train.groupby(train.epoch.floordiv(1) + 1)[["loss", "error"]].mean()
+            fine, tables["train"] = train, means.reset_index(names="epoch")
+        elif whole.any():
+            fine, tables["train"] = train[~whole], train[whole]
     return Log(directory, tables, fine, read_config(directory))
 
 
@@ -161,12 +160,6 @@ def check(table, name):
     return table.drop_duplicates("epoch", keep="last").sort_values("epoch", ignore_index=True)
 
 
-def average_epochs(table):
-    """One row per epoch of a table with a row per iteration, as bamos writes it: epoch 2.0 begins the third epoch."""
-    epoch = table.epoch.floordiv(1) + 1
-    return table.groupby(epoch)[["loss", "error"]].mean().reset_index(names="epoch")
-
-
 def mean_log(logs, unlike=False):
     """The mean of several runs as a Log, over the epochs that all of them have.
 
@@ -179,14 +172,16 @@ def mean_log(logs, unlike=False):
     if different and not unlike:
         raise Mistake(f"--mean {names}: they differ in {', '.join(different)}: leave some out, or add --unlike")
     tables, deviations = {}, {}
-    for split in (split for split in LOGS if all(split in log.tables for log in logs)):
+    for split in LOGS:
+        if not all(split in log.tables for log in logs):
+            continue
         parts = [log.tables[split].set_index("epoch") for log in logs]
-        epochs = functools.reduce(pd.Index.intersection, [part.index for part in parts])
+        epochs = [epoch for epoch in parts[0].index if all(epoch in part.index for part in parts)]
         columns = [name for name in ("loss", "error", "lr") if all(name in part for part in parts)]
-        values = np.stack([part.loc[epochs, columns] for part in parts])  # (runs, epochs, columns)
-        tables[split] = pd.DataFrame(values.mean(0), epochs, columns).reset_index()
-        deviations[split] = pd.DataFrame(values.std(0, ddof=1), epochs, columns).reset_index()
-    tables = {split: table for split, table in tables.items() if len(table)}
+        if epochs:
+            values = np.stack([part.loc[epochs, columns] for part in parts])  # (runs, epochs, columns)
+            tables[split] = pd.DataFrame(values.mean(0), epochs, columns).reset_index(names="epoch")
+            deviations[split] = pd.DataFrame(values.std(0, ddof=1), epochs, columns).reset_index(names="epoch")
     if not tables:
         raise Mistake(f"--mean {names}: they have no epochs in common")
     config = logs[0].config if len({log.title for log in logs}) == 1 else {}

@@ -72,19 +72,18 @@ def csv_table(path, column, classes, labelled=False):
     fixed = [column, "class", "probability", *(["true", "right"] if labelled else [])]
     header = [*fixed, *(f"p({name})" for name in classes)] if {*fixed} & {*classes} else [*fixed, *classes]
     with written_whole(path) as file:
-
-        def write_row(*cells):
-            line = io.StringIO()
-            csv.writer(line, lineterminator="\n").writerow(cells)
-            file.write(line.getvalue().encode("utf-8", sys.getfilesystemencodeerrors()))  # paths as they are on disk
+        # Paths as they are on disk, also where they are no UTF-8.
+        text = io.TextIOWrapper(file, "utf-8", sys.getfilesystemencodeerrors(), newline="", write_through=True)
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(header)
 
         def write(name, predicted, probabilities, label=None):
             truth = [] if label is None else [classes[label], int(predicted == label)]
             values = [f"{value:.6g}" for value in probabilities.tolist()]
-            write_row(name, classes[predicted], values[predicted], *truth, *values)
+            writer.writerow([name, classes[predicted], values[predicted], *truth, *values])
 
-        write_row(*header)
         yield write
+        text.detach()
 
 
 def draw_mistakes(path, images, captions, title):

@@ -126,11 +126,6 @@ def test_the_autograd_graph_is_the_one_of_the_cpu(text):
     assert len(arrows(source)) == sum(parent is not None for function in seen for parent, _ in function.next_functions)
 
 
-def test_writes_the_same_text_each_time(text):
-    assert text("--depth", "10") == text("--depth", "10")
-    assert text("--depth", "10", "--autograd") == text("--depth", "10", "--autograd")
-
-
 @needs_dot
 def test_dot_draws_every_kind_of_graph_without_a_warning(text):
     for flags in ("", "--part stem", "--part blocks.1 --direction right", "--autograd"):
