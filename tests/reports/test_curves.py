@@ -118,6 +118,7 @@ def test_shows_what_is_asked_for(tmp_path):
     figure = figure_of({"run": write_ours(tmp_path / "run")}, only="test", xlim=(2, 5), ylim={"error": (0.5, 20)})
     loss, error = figure.axes
     [line] = [line for line in loss.lines if len(line.get_xdata()) > 2]
+    assert [list(drop.get_xdata()) for drop in loss.lines if drop is not line] == [[3, 3]]
     assert list(line.get_xdata()) == [2, 3, 4, 5] and texts(figure.legends[0]) == ["test", "learning rate drops"]
     assert loss.get_xlim() == error.get_xlim() == (2, 5)
     assert error.get_ylim() == (0.5, 20) and loss.get_ylim()[1] < 1.2

@@ -86,6 +86,13 @@ def test_logs_that_others_have_touched(tmp_path, text):
     assert table[["epoch", "loss", "error"]].to_numpy().tolist() == [[1, 2, 30], [2, 1, 20]]
 
 
+def test_an_infinite_loss_is_a_gap_and_numbers_are_exact(tmp_path):
+    (tmp_path / "test.csv").write_text(f"epoch,loss,error\n1,inf,30\n2,-1e308,20\n3,{0.1 + 0.2},{100 / 3}\n")
+    table = logs.read_log(tmp_path).tables["test"]
+    assert table.loss.isna().tolist() == [True, True, False] and table.loss[2] == 0.1 + 0.2
+    assert table.error.tolist() == [30, 20, 100 / 3]
+
+
 def test_a_table_of_ones_own_beside_the_logs(tmp_path):
     (write_ours(tmp_path) / "results.csv").write_text("name;score\nbest;3\n")
     assert set(logs.read_log(tmp_path).tables) == {"train", "test"}

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 import torch
 
-from reports.scores import csv_table
+from reports.scores import csv_table, print_scores
 
 
 @pytest.mark.parametrize(
@@ -24,3 +24,9 @@ def test_no_two_columns_have_one_name(tmp_path, column, labelled, classes, named
     assert text.splitlines()[0].split(",") == [column, "class", "probability", *["true", "right"] * labelled, *named]
     [row] = pd.read_csv(tmp_path / "a.csv", dtype={"class": str}).to_dict("records")
     assert row["class"] == classes[1] and row["probability"] == row[named[1]] == 0.75 and row[named[0]] == 0.25
+
+
+def test_a_class_has_the_three_others_that_it_is_taken_for_most_often(capsys):
+    print_scores(torch.tensor([[9, 2, 4, 1, 3], *[[0] * 5] * 4]), list("abcde"))
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("a ") and "," in line]
+    assert line.endswith("  c 4, e 3, b 2")
