@@ -7,81 +7,60 @@ Example: python check_data.py DIR --workers 2                 (reads every image
 import hashlib
 import sys
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 from common.console import Mistake, Parser, between, command, natural, nonempty, positive_number, workers
 from inputs.datasets import DATASETS, load
 from inputs.decoding import in_workers
-from inputs.folders import existing, list_images
+from inputs.folders import existing, list_images, passed_over
 from inputs.image import STREAM_FROM, Reader, in_8_bits, opened, orientation
-from inputs.splits import measure
+from inputs.splits import channel_statistics
 
 
-@dataclass(frozen=True)
-class Inspection:
-    """What a file holds: (width, height), mode, digest of the pixels that are seen; or why it cannot be read."""
-
-    size: tuple | None = None
-    mode: str | None = None
-    digest: bytes | None = None
-    problem: Mistake | None = None
-
-
-def inspect(paths, reader):
-    """An Inspection of each file, which is decoded whole."""
-    return in_workers(inspect_file, paths, reader, "checking images")
-
-
-def inspect_file(path, reader):
+def inspect(path, reader):
+    """("W×H", mode, digest of the pixels that are seen) of a file; or the Mistake that says why it cannot be read."""
     try:
         with opened(path) as image:
             image.load()
             seen = in_8_bits(image, reader.channels, reader.white, path)
             content = hashlib.blake2b(f"{seen.size} {orientation(image)}".encode() + seen.tobytes())
-            return Inspection(image.size, image.mode, content.digest())
+            return f"{image.width}×{image.height}", image.mode, content.digest()
     except Mistake as error:
-        return Inspection(problem=error)
+        return error
 
 
 def check_folder(root, reader):
     """Read every image below ``root`` and print what was found. Returns 1 if some are unreadable or in two splits."""
     splits = [root / name for name in ("train", "val", "test") if (root / name).is_dir()] or [existing(root)]
-    passed, found = Counter(), {}
-    for folder in splits:
-        classes = list_images(folder, passed)
+    passed, found, problems = Counter(), {}, []  # found: path → (split, size, mode, digest)
+    for split in splits:
+        classes = list_images(split, passed)
         paths = [path for paths in classes.values() for path in paths]
-        found[folder] = dict(zip(paths, inspect(paths, reader), strict=True))
+        for path, answer in zip(paths, in_workers(inspect, paths, reader, "checking images"), strict=True):
+            if isinstance(answer, Mistake):
+                problems.append(answer)
+            else:
+                found[path] = split, *answer
         counts = ", ".join(f"{name} {len(paths)}" for name, paths in classes.items())
-        print(f"{folder}: {len(paths):,} images in {len(classes)} classes: {counts}")
-    for suffix, count in passed.most_common():
-        print(f"passed over: {count} files, {suffix}")
-    everything = {path: inspection for part in found.values() for path, inspection in part.items()}
-    problems = [str(inspection.problem) for inspection in everything.values() if inspection.problem]
-    for name in ("mode", "size"):
-        kinds = Counter(getattr(x, name) for x in everything.values() if not x.problem).most_common()
-        shown = ", ".join(f"{'×'.join(map(str, k)) if name == 'size' else k} {count:,}" for k, count in kinds[:10])
-        print(f"{name}s: {shown}" + f", {len(kinds) - 10} others" * (len(kinds) > 10))
+        print(f"{split}: {len(paths):,} images in {len(classes)} classes: {counts}")
+    print(*passed_over(passed), sep="\n", end="\n" if passed else "")
+    _, sizes, modes, _ = zip(*found.values(), strict=True) if found else [()] * 4
+    for name, values in (("modes", modes), ("sizes", sizes)):
+        kinds = Counter(values).most_common()
+        others = f", {len(kinds) - 10} others" if len(kinds) > 10 else ""
+        print(f"{name}: " + ", ".join(f"{kind} {count:,}" for kind, count in kinds[:10]) + others)
     for problem in problems:
         print(f"unreadable: {problem}")
-    twice = duplicates(found)
-    for path, others in twice:
-        print(f"in two splits: {path} = {others[0]}")
-    print(f"{len(everything):,} images, {len(problems)} unreadable, {len(twice)} in more than one split")
+    first, twice = {}, 0  # first: digest → the first file with these pixels, and its split
+    for path, (split, _, _, digest) in found.items():
+        other, other_split = first.setdefault(digest, (path, split))
+        if other_split != split:
+            print(f"in two splits: {other} = {path}")
+            twice += 1
+    print(f"{len(found) + len(problems):,} images, {len(problems)} unreadable, {twice} in more than one split")
     if problems:
         print("replace or delete what is damaged, or train with --skip-unreadable")
-    return 1 if problems or twice or not everything else 0
-
-
-def duplicates(found):
-    """(path, paths of other splits whose images have the same pixels) of {split: {path: Inspection}}."""
-    splits = {}  # digest → {split: paths}
-    for split, inspections in found.items():
-        for path, inspection in inspections.items():
-            if inspection.digest:
-                splits.setdefault(inspection.digest, {}).setdefault(split, []).append(path)
-    parts = [list(by_split.values()) for by_split in splits.values() if len(by_split) > 1]
-    return [(path, rest[0]) for first, *rest in parts for path in first]
+    return 1 if problems or twice or not found else 0
 
 
 def parse_args(argv=None):
@@ -112,7 +91,7 @@ def print_statistics(args, reader):
     dataset = load(args.dataset, args.data, reader, args.test_size)
     counts = f"{len(dataset.train):,} training and {len(dataset.test):,} test images"
     print("\n".join([*dataset.notes, f"{args.dataset}: {counts} in {len(dataset.classes)} classes"]))
-    for name, values in zip(("mean", "std"), measure(dataset.train.pixels), strict=True):
+    for name, values in zip(("mean", "std"), channel_statistics(dataset.train.pixels), strict=True):
         print(f"{name:4}", *(f"{v:8.4f}" for v in values), " of 255   ", *(f"{v / 255:.8f}" for v in values))
 
 

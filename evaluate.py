@@ -1,4 +1,4 @@
-"""Test error of a trained network and what it mistakes, or its class probabilities for image files.
+"""Test error of a trained network and what it misclassifies, or its class probabilities for image files.
 
 Example: python evaluate.py work/digits.bc16/weights.pth --mistakes mistakes.png
          python evaluate.py work/cifar10-jpeg.bc40/weights.pth cat.jpg photos --csv photos.csv
@@ -19,10 +19,10 @@ from inference.export import read_network
 from inference.network import averaged, classifier, classify_each, load_split, predictions, reader_of
 from inputs.folders import find_images, passed_over
 from inputs.splits import KINDS
-from reports.scores import confusion_matrix, csv_table, headline, likeliest, most_confident, print_scores
+from reports import scores
 
 PICTURES = (".png", ".pdf", ".svg")
-DRAWN = 32  # mistakes, at most
+DRAWN = 32  # misclassified images, at most
 
 
 def parse_args(argv=None):
@@ -37,7 +37,7 @@ def parse_args(argv=None):
     add("--data", type=nonempty, metavar="DIR", help="where the data set lives (default: as in training)")
     add("--csv", type=Path, metavar="FILE", help="write a row per image: its class, and the probability of each class")
     add("--top", type=natural, metavar="N", help="classes to print of each file (default: 5; with --csv none)")
-    add("--mistakes", type=Path, metavar="FILE.png", help=f"draw the {DRAWN} most confident mistakes")
+    add("--mistakes", type=Path, metavar="FILE.png", help=f"draw the {DRAWN} most confidently misclassified")
     add("--confusion", type=Path, metavar="FILE.png", help="draw the confusion matrix")
     add("--white", type=positive_number, metavar="X",
         help="the value that is white in files of more than 8 bits (default: as in training)")
@@ -59,90 +59,78 @@ def check_args(args):
         if getattr(args, name) is not None:
             meant = "images of the run's data set: leave out the paths" if args.paths else "image files: name some"
             raise Mistake(f"--{name} is for {meant}")
-    for path in (args.mistakes, args.confusion):
-        if path and path.suffix.lower() not in PICTURES:
+    for path in filter(None, (args.csv, args.mistakes, args.confusion)):
+        if path is not args.csv and path.suffix.lower() not in PICTURES:
             raise Mistake(f"{path}: a picture is written as {', '.join(PICTURES)}")
-    for path in (args.csv, args.mistakes, args.confusion):
-        if path and path.is_dir():
+        if path.is_dir():
             raise Mistake(f"{path} is a directory: name a file in it")
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def classify_files(args, checkpoint, device, amp):
     """Print the likeliest classes of each file, or write a row of each. Returns 1 where some cannot be read."""
-    passed, taken, classes = Counter(), Counter(), checkpoint["classes"]
+    passed, counts, classes = Counter(), Counter(), checkpoint["classes"]
     paths = find_images(args.paths, passed)
-    print(*passed_over(passed), sep="\n", end="\n" * bool(passed), file=sys.stderr)
+    for line in passed_over(passed):
+        print(line, file=sys.stderr)
     white = {"white": args.white} if args.white else {}
     reader = reader_of(checkpoint, workers=args.workers, progress=args.progress, **white)
     batch_size = args.batch_size or checkpoint["config"]["arguments"]["batch_size"]
     answers = classify_each(classifier(checkpoint, device, amp), paths, reader, batch_size)
     top = args.top if args.top is not None else 0 if args.csv else 5
-    with csv_table(args.csv, "path", classes) as write:
+    with scores.csv_table(args.csv, "path", classes) as write:
         for path, answer in zip(paths, answers, strict=True):
             if isinstance(answer, Mistake):
-                say(f"skipped: {answer}", sys.stderr)
+                tqdm.write(f"skipped: {answer}", sys.stderr)
                 continue
-            best = int(answer.argmax())
-            taken[classes[best]] += 1
+            predicted = int(answer.argmax())
+            counts[classes[predicted]] += 1
             if write:
-                write(path, best, answer)
+                write(path, predicted, answer)
             if top:
-                say(f"{path}: {likeliest(answer, classes, top)}")
-    skipped = len(paths) - taken.total()
+                tqdm.write(f"{path}: {scores.likeliest(answer, classes, top)}")
     if args.csv:
-        most = ", ".join(f"{name} {count:,}" for name, count in taken.most_common(10))
-        print(f"{args.csv}: {taken.total():,} images, taken for {most}" if taken else f"{args.csv}: no image")
-    if skipped:
+        most = ", ".join(f"{name} {count:,}" for name, count in counts.most_common(10))
+        print(f"{args.csv}: {counts.total():,} images, predicted: {most}" if counts else f"{args.csv}: no image")
+    if skipped := len(paths) - counts.total():
         print(f"skipped {skipped:,} of {len(paths):,} files", file=sys.stderr)
     return 1 if skipped else 0
 
 
-def say(line, stream=None):
-    """Print a line above the progress bar."""
-    with tqdm.external_write_mode():
-        print(line, file=stream)
-
-
 def evaluate_split(args, checkpoint, device, amp):
     """Print error and scores on images of the run's data set, and draw what is asked for."""
-    classes, kind = checkpoint["classes"], KINDS[args.split or "test"]
+    classes, split = checkpoint["classes"], args.split or "test"
     reader = reader_of(checkpoint, workers=args.workers, progress=args.progress)
-    images, notes = load_split(checkpoint, args.split or "test", args.data, reader)
-    print(*notes, sep="\n", end="\n" * bool(notes))
-    labels, taken, confidence = classify_split(args, checkpoint, images, device, amp)
-    matrix = confusion_matrix(labels, taken, len(classes))
-    worst = most_confident(labels != taken, confidence, DRAWN)
-    title = f"{Path(*Path(args.checkpoint).parts[-3:])}\n{headline(matrix, kind)}"
+    images, notes = load_split(checkpoint, split, args.data, reader)
+    for note in notes:
+        print(note)
+    labels, predicted, confidence = predict_split(args, checkpoint, images, device, amp)
+    matrix = scores.confusion_matrix(labels, predicted, len(classes))
+    title = f"{Path(*Path(args.checkpoint).parts[-3:])}\n{scores.headline(matrix, KINDS[split])}"
     if args.confusion:
-        from reports.scores import draw_confusion
-
-        draw_confusion(args.confusion, matrix, classes, title)
+        scores.draw_confusion(args.confusion, matrix, classes, title)
+    worst = scores.most_confident(labels != predicted, confidence, DRAWN)
     if args.mistakes and len(worst):
-        from reports.scores import draw_mistakes
-
-        captions = [(classes[labels[i]], classes[taken[i]], float(confidence[i])) for i in worst]
-        draw_mistakes(args.mistakes, images.select(worst), captions, title)
-    print_scores(matrix, classes, kind)
+        captions = [(classes[labels[i]], classes[predicted[i]], float(confidence[i])) for i in worst]
+        scores.draw_mistakes(args.mistakes, images.select(worst), captions, title)
+    scores.print_scores(matrix, classes, KINDS[split])
     if args.mistakes and not len(worst):
         print(f"no image is wrong: {args.mistakes} is not written")
 
 
-def classify_split(args, checkpoint, images, device, amp):
-    """Labels, classes taken for and their probabilities, (images,) each; writes a row of each image to --csv."""
-    classes, names, answers = checkpoint["classes"], iter(images.names), []
+def predict_split(args, checkpoint, images, device, amp):
+    """Labels, predicted classes and their probabilities, (images,) each; writes a row of each image to --csv."""
+    names, answers = iter(images.names), []
     column = "path" if isinstance(images.names[0], str) else "index"
-    found = predictions(checkpoint, images, device, amp, args.batch_size)
     bar = tqdm(total=len(images), desc="classifying images", unit="img", leave=False, disable=not args.progress)
-    with bar, csv_table(args.csv, column, classes, labelled=True) as write:
-        for logits, labels in found:
-            probabilities, taken, labels = logits.softmax(1).cpu(), logits.argmax(1).cpu(), labels.cpu()
-            answers.append((labels, taken, probabilities.amax(1)))
-            if write:
-                batch = islice(names, len(labels)), taken.tolist(), probabilities, labels.tolist()
-                for row in zip(*batch, strict=True):
-                    write(*row)
+    with bar, scores.csv_table(args.csv, column, checkpoint["classes"], labelled=True) as write:
+        for logits, labels in predictions(checkpoint, images, device, amp, args.batch_size):
+            probabilities, labels = logits.softmax(1).cpu(), labels.cpu()
+            confidence, predicted = probabilities.max(1)
+            answers.append((labels, predicted, confidence))
+            rows = zip(islice(names, len(labels)), predicted.tolist(), probabilities, labels.tolist(), strict=True)
+            for row in rows if write else ():
+                write(*row)
             bar.update(len(labels))
     return [torch.cat(part) for part in zip(*answers, strict=True)]
 
@@ -151,7 +139,8 @@ def classify_split(args, checkpoint, images, device, amp):
 def main(argv=None):
     args = parse_args(argv)
     checkpoint = read_network(args.checkpoint)
-    checkpoint = averaged(checkpoint) if args.ema else checkpoint
+    if args.ema:
+        checkpoint = averaged(checkpoint)
     device = choose_device(args.device)
     set_up_device(device)
     amp, _ = choose_precision(args.precision, device)

@@ -30,10 +30,6 @@ def make_parser():
     add = parser.add_argument_group("graph").add_argument
     add("--out", type=Path, default=Path("images/model.svg"), metavar="FILE",
         help=f"its suffix is the format: {', '.join(FORMATS)} (default: %(default)s)")
-    add("--depth-limit", type=int, choices=(1, 2, 3), default=2, metavar="N",
-        help="1: dense blocks and transitions, 2: layers of dense blocks, too, 3: operations (default: %(default)s)")
-    add("--max-layers", type=int, default=4, metavar="N",
-        help="of a dense block with more layers, draw some of them as one box (default: %(default)s)")
     add("--part", metavar="NAME", help="draw only stem, blocks.I, transitions.I or classifier (default: all)")
     add("--direction", choices=("down", "right"), default="down", help="of the arrows (default: %(default)s)")
     add("--autograd", action="store_true", help="draw the backward functions and parameters instead")
@@ -45,11 +41,8 @@ def check_args(args, given):
         raise Mistake(f"--out {args.out}: needs one of the suffixes {', '.join('.' + name for name in FORMATS)}")
     if args.out.is_dir():
         raise Mistake(f"--out {args.out}: is a directory, needs the name of a file")
-    if args.max_layers < 3:
-        raise Mistake(f"--max-layers {args.max_layers}: needs at least 3, for the first, the last and those between")
-    for name in ("depth_limit", "max_layers", "part"):
-        if args.autograd and name in given:
-            raise Mistake(f"--autograd draws every function: leave out --{name.replace('_', '-')}")
+    if args.autograd and "part" in given:
+        raise Mistake("--autograd draws every function: leave out --part")
 
 
 def build(given):
@@ -76,7 +69,7 @@ def main(argv=None):
     if args.autograd:
         graph = autograd_graph(model, image_size, args.direction)
     else:
-        graph = model_graph(model, image_size, args.depth_limit, args.max_layers, args.part, args.direction)
+        graph = model_graph(model, image_size, args.part, args.direction)
     written = save(graph, args.out)
     print(written)
     if written != args.out:

@@ -10,19 +10,14 @@ Reads the logs of train.py, of bamos/densenet.pytorch (train.csv, test.csv witho
 gpleiss/efficient_densenet_pytorch (results.csv).
 """
 
-import os
 import sys
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from common.console import Mistake, Parser, between, command, nonempty
-from reports.curves import FIGURES, FORMATS, View, labels, make_figure, save
+from reports.curves import FIGURES, FORMATS, Figure, View, labels, make_figure, save
 from reports.logs import SPLITS, mean_log, read_log
 from reports.tables import FORMATS as TABLES
 from reports.tables import comparison, formatted
-
-os.environ["MPLBACKEND"] = "agg"  # no window is opened; a notebook's backend may not be installed here
 
 
 def make_parser():

@@ -29,30 +29,27 @@ COLUMNS = (
     "run", "command", "hardware", "wall time", "images/s",
     "final test error (%), 95 % interval", "best on test (%), not a result", "commit",
 )  # fmt: skip
-KEPT = ("model", "config", "normalize", "classes", "epoch", "seconds")
-SAMPLE = 500  # test images whose mistakes weights.pth counts apart, so that a quick check can count them again
+KEPT = ("model", "config", "normalize", "classes", "epoch", "seconds", "manifest", "measured", "averaged")
+SAMPLE = 500  # test images whose misclassified ones weights.pth counts apart, so that a quick check can count again
 
 
 def finished(directory, ema=False):
-    """The checkpoint of a finished run, latest.pth (with ``ema``: averaged), or else weights.pth.
-
-    Raises Mistake where the run is not finished.
-    """
+    """The checkpoint of a finished run, latest.pth (with ``ema``: averaged), or else weights.pth. Raises Mistake."""
     if not directory.is_dir():
         raise Mistake(f"{directory} is not a run directory")
-    name = "latest.pth" if (directory / "latest.pth").exists() else "weights.pth"
-    checkpoint = read_checkpoint(directory / name)
-    missing = {*KEPT, "metrics" if name == "latest.pth" else "test"} - checkpoint.keys()
-    if missing:
-        raise Mistake(f"{directory / name} has no {min(missing)}: another program or version wrote it")
+    latest = (directory / "latest.pth").exists()
+    path = directory / ("latest.pth" if latest else "weights.pth")
+    checkpoint = read_checkpoint(path)
+    if missing := {*KEPT, "metrics" if latest else "test"} - checkpoint.keys():
+        raise Mistake(f"{path} has no {min(missing)}: another program or version wrote it")
     if checkpoint["epoch"] < checkpoint["config"]["arguments"]["epochs"]:
         raise Mistake(f"{directory} has finished {checkpoint['epoch']} epochs, not all: go on with --resume first")
-    return averaged(checkpoint) if ema and name == "latest.pth" else checkpoint
+    return averaged(checkpoint) if ema and latest else checkpoint
 
 
 def test_log(checkpoint):
     """The log that has the test errors of a checkpoint's weights: the last ones, or their average."""
-    return "test-ema" if checkpoint.get("averaged") else "test"
+    return "test-ema" if checkpoint["averaged"] else "test"
 
 
 def publish(directory, checkpoint, device, folder=None):
@@ -61,28 +58,27 @@ def publish(directory, checkpoint, device, folder=None):
     ``folder`` says where the data set lives, if not where it was in training.
     """
     images, _ = load_split(checkpoint, directory=folder)
-    wrong = mistakes(checkpoint, images, device)
+    wrong = misclassified(checkpoint, images, device)
     count, error = len(wrong), checkpoint["metrics"][test_log(checkpoint)][-1]["error"]
     if abs(int(wrong.sum()) - error * count / 100) > 1 + count / 5000:  # close cases depend on the hardware
         raise Mistake(
-            f"{directory}: latest.pth mistakes {int(wrong.sum())} of {count} test images, but its log says {error} %: "
-            "name the data set of its training with --data"
+            f"{directory}: latest.pth misclassifies {int(wrong.sum())} of {count} test images, but its log says "
+            f"{error} %: name the data set of its training with --data"
         )
     sample = wrong[:SAMPLE]
     test = {"images": count, "error": error, "sample": len(sample), "wrong_in_sample": int(sample.sum())}
-    kept = {name: checkpoint[name] for name in (*KEPT, "manifest", "measured", "averaged") if name in checkpoint}
-    write_checkpoint(directory / "weights.pth", kept | {"test": test})
+    write_checkpoint(directory / "weights.pth", {name: checkpoint[name] for name in KEPT} | {"test": test})
 
 
-def mistakes(checkpoint, images, device):
-    """Which of the images the network takes for another class: (images,) bool, in the precision it was trained in."""
+def misclassified(checkpoint, images, device):
+    """The images that the network takes for another class: (images,) bool, in the precision it was trained in."""
     amp, _ = choose_precision(stages(checkpoint["config"])[-1]["precision"], device)
     found = predictions(checkpoint, images, device, amp)
     return torch.cat([(logits.argmax(1) != labels).cpu() for logits, labels in found])
 
 
 def export_weights(directory, suffix, folder=None):
-    """Export the network in weights.pth, and say how close it is. ``folder`` as in ``publish``."""
+    """Export the network in weights.pth, and say how close its logits are. ``folder`` as in ``publish``."""
     path, checkpoint = directory / f"weights{suffix}", read_checkpoint(directory / "weights.pth")
     images, _ = load_split(checkpoint, directory=folder)
     [(batch, _)] = images.select(slice(max(SIZES))).batches(max(SIZES), checkpoint["normalize"]).in_order()
@@ -97,7 +93,7 @@ def error_cell(error, count):
 
 
 def table_row(directory):
-    """The cells of COLUMNS of a published run, from its config.json, logs and weights.pth, as Markdown."""
+    """The cells of COLUMNS of a published run, from its logs and weights.pth, as Markdown."""
     weights = read_checkpoint(directory / "weights.pth")
     config = weights["config"]
     train = read_table(directory / "train.csv", ("epoch", "images_per_second"))
@@ -117,27 +113,22 @@ def table_row(directory):
         ", then ".join(each("device")) + f", {stages(config)[-1]['precision']}",
         str(datetime.timedelta(seconds=round(weights["seconds"]))),
         f"{train.images_per_second.median():.0f}",
-        error_cell(weights["test"]["error"], weights["test"]["images"]) + ", averaged" * bool(weights.get("averaged")),
+        error_cell(weights["test"]["error"], weights["test"]["images"]) + (", averaged" if weights["averaged"] else ""),
         f"{best.error:.2f} (epoch {best.epoch:.0f})",
         ", then ".join(f"`{commit[:7]}{commit[40:]}`" for commit in each("commit")),  # 40: where -dirty begins
     )
 
 
-def markdown(rows):
-    """A table with COLUMNS as its header."""
-    return formatted(COLUMNS, rows, "markdown")
-
-
 @command
 def main(argv=None):
     parser = Parser(prog="publish.py", description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="directories of finished runs")
-    parser.add_argument("--data", type=nonempty, metavar="DIR",
-        help="where the data set lives (default: as in training)")  # fmt: skip
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
-    parser.add_argument("--ema", action="store_true", help="averaged weights of runs with --ema (default: the last)")
-    parser.add_argument("--export", choices=[suffix[1:] for suffix in FORMATS], action="append", default=[],
-        help="also write the network to weights.onnx, … in its directory (may be repeated)")  # fmt: skip
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="DIR", help="directories of finished runs")
+    add("--data", type=nonempty, metavar="DIR", help="where the data set lives (default: as in training)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
+    add("--ema", action="store_true", help="averaged weights of runs with --ema (default: the last)")
+    add("--export", choices=[suffix[1:] for suffix in FORMATS], action="append", default=[],
+        help="also write the network to weights.onnx, … in its directory (may be repeated)")
     args = parser.parse_args(argv)
     device = choose_device(args.device)
     set_up_device(device)
@@ -146,7 +137,7 @@ def main(argv=None):
             publish(directory, checkpoint, device, args.data)
         for name in args.export:
             export_weights(directory, f".{name}", args.data)
-    print(markdown([table_row(directory) for directory in args.runs]))
+    print(formatted(COLUMNS, [table_row(directory) for directory in args.runs], "markdown"))
 
 
 if __name__ == "__main__":

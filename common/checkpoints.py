@@ -4,6 +4,7 @@ A file that was cut short or altered by a disk is found here, once for all comma
 brought up to date here, too, so that nothing else has to know about older releases.
 """
 
+import errno
 import io
 import pickle
 import zipfile
@@ -41,13 +42,11 @@ def load_file(path, device="cpu"):
             return torch.load(file, map_location=device, weights_only=True)
     except (FileNotFoundError, IsADirectoryError) as error:
         raise Lost(f"{path} is not a checkpoint file, such as latest.pth in a run: {error.strerror}") from None
-    except OSError as error:
-        raise Mistake(f"{path} cannot be read: {error.strerror or error}") from error
-    except Mistake:
-        raise
-    except Exception as error:  # a damaged file makes zipfile and torch raise nearly anything
-        if memory_problem(error):
+    except Exception as error:  # a damaged file makes zipfile and torch raise nearly anything, EINVAL where it is cut
+        if isinstance(error, Mistake) or memory_problem(error):
             raise
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise Mistake(f"{path} cannot be read: {error.strerror or error}") from error
         kind = Mistake if isinstance(error, pickle.UnpicklingError) and whole else Lost
         raise kind(f"{path} is damaged, or holds other things than weights ({type(error).__name__})") from error
 

@@ -1,7 +1,7 @@
 """A trained network as a file for other programs, in ONNX, safetensors or torch.export's format; and read back.
 
-    from export import read_network
-    checkpoint = read_network("work/digits.bc16/weights.onnx")  # for inference.classify, like workdir.read_checkpoint
+    from inference import classify, read_network
+    checkpoint = read_network("work/digits.bc16/weights.onnx")  # for classify, like that of weights.pth
 
 Each file has what a checkpoint holds beside its weights in its metadata, as JSON by name: "classes", "normalize" (mean
 and standard deviation of each channel, of 255) and "config", with the architecture and how images are read.
@@ -14,16 +14,14 @@ from pathlib import Path
 
 import torch
 
-from common.checkpoints import read_checkpoint, upgrade
+from common.checkpoints import load_file, upgrade
 from common.console import Mistake, memory_problem
 from common.files import readable, written_whole
 from inference.network import load_model
-from inputs.image import Reader
 
 SIZES = (1, 3, 64)  # of the batches that an exported network is checked with
 TOLERANCE = 1e-5  # of the largest logit, or of 1
 NEEDED = {"config", "normalize", "classes"}  # beside the weights
-EXTRA = "metadata.json"  # the file within a .pt2 file
 
 
 class Exported(torch.nn.Module):
@@ -37,6 +35,7 @@ class Exported(torch.nn.Module):
         return self.run(images.cpu().contiguous()).to(images.device)
 
 
+@torch.no_grad()
 def export(checkpoint, path, images):
     """Write the network of a checkpoint to ``path``, whose suffix says how; kept if it then computes the same.
 
@@ -44,7 +43,9 @@ def export(checkpoint, path, images):
     """
     write, read = FORMATS[path.suffix]
     content = write(checkpoint)
-    difference, allowed = compare(load_model(checkpoint), load_model(read(content)), images)
+    networks = load_model(checkpoint), load_model(read(content))
+    expected, found = (torch.cat([network(images[:size]) for size in SIZES]) for network in networks)
+    difference, allowed = (found - expected).abs().max().item(), TOLERANCE * max(1.0, expected.abs().max().item())
     if not difference <= allowed:
         raise Mistake(f"{path} would compute something else: logits differ by {difference:.1e}, over {allowed:.1e}")
     with written_whole(path) as file:
@@ -52,40 +53,25 @@ def export(checkpoint, path, images):
     return difference
 
 
-@torch.no_grad()
-def compare(model, other, images):
-    """The largest difference between the logits of two networks, in batches of SIZES, and the one that is allowed."""
-    batches = [images[:size] for size in SIZES]
-    expected, found = (torch.cat([network(batch) for batch in batches]) for network in (model, other))
-    return (found - expected).abs().max().item(), TOLERANCE * max(1.0, expected.abs().max().item())
-
-
 def read_network(path):
-    """What ``read_checkpoint`` returns, also from an exported file, whose "model" may then be the network itself.
+    """The checkpoint in a .pth file or an exported one, for ``load_model``. Raises Mistake or, without one, OSError."""
+    return upgrade(read_weights(path), path)
 
-    Raises Mistake where the file is missing, damaged or of another program.
+
+def read_weights(path):
+    """What a file of weights holds, of whatever program: of an exported one, what FORMATS' second functions return.
+
+    Raises Mistake where it is damaged, OSError where an exported one cannot be read.
     """
-    if Path(path).suffix not in FORMATS:
-        return read_checkpoint(path)
-    checkpoint = read_exported(path)
-    if not checkpoint.keys() >= NEEDED:
-        raise Mistake(f"{path} was not exported by publish.py: its metadata lack {', '.join(sorted(NEEDED))}")
-    return upgrade(checkpoint, path)
-
-
-def read_exported(path):
-    """The same of an exported file, which another program may have written: then it is {"model": …}."""
     suffix = Path(path).suffix
+    if suffix not in FORMATS:
+        return load_file(path)
     if suffix == ".pt2":
         raise Mistake(f"{path} could run any code when it is loaded: name a .pth, .onnx or .safetensors file")
     try:
         return FORMATS[suffix][1](readable(path).read_bytes())
-    except Mistake:
-        raise
-    except OSError as error:
-        raise Mistake(f"{path} cannot be read: {error.strerror}") from error
     except Exception as error:  # each format has errors of its own
-        if memory_problem(error):
+        if isinstance(error, (Mistake, OSError)) or memory_problem(error):
             raise
         raise Mistake(f"{path} is damaged or no {suffix} file ({type(error).__name__})") from error
 
@@ -107,12 +93,13 @@ def described(metadata):
 
 def traced(checkpoint):
     """The network, a batch of the shape that it takes, and which of that shape's sizes may change: the first."""
-    reader = Reader.of_run(checkpoint["config"]["arguments"])
-    images = torch.zeros(2, reader.channels, reader.image_size, reader.image_size)  # 2: of 1, torch makes a constant
+    arguments = checkpoint["config"]["arguments"]
+    images = torch.zeros(2, arguments["channels"], *[arguments["image_size"]] * 2)  # 2: of 1, torch makes a constant
     return load_model(checkpoint), (images,), ({0: torch.export.Dim("batch")},)
 
 
-# For each format: a checkpoint's dict → bytes, and back.
+# For each format: a checkpoint's dict → bytes, and back. Where these hold no state dict, but a program, that is the
+# checkpoint's "network", beside an empty "model".
 
 
 def to_onnx(checkpoint):
@@ -135,7 +122,7 @@ def from_onnx(content):
     def run(images):
         return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
-    return described(session.get_modelmeta().custom_metadata_map) | {"model": Exported(run)}
+    return described(session.get_modelmeta().custom_metadata_map) | {"model": {}, "network": Exported(run)}
 
 
 def to_safetensors(checkpoint):
@@ -157,15 +144,13 @@ def to_pt2(checkpoint):
     model, inputs, sizes = traced(checkpoint)
     file = io.BytesIO()
     program = torch.export.export(model, inputs, dynamic_shapes=sizes)
-    torch.export.save(program, file, extra_files={EXTRA: json.dumps(describe(checkpoint))})
+    torch.export.save(program, file, extra_files={"metadata.json": json.dumps(describe(checkpoint))})
     return file.getvalue()
 
 
 def from_pt2(content):
-    extra = {EXTRA: ""}
-    program = torch.export.load(io.BytesIO(content), extra_files=extra)
-    run = program.module().__call__  # as a module it would be a part of Exported, and it has no evaluation mode
-    return described(json.loads(extra[EXTRA] or "{}")) | {"model": Exported(run)}
+    program = torch.export.load(io.BytesIO(content)).module()
+    return {"model": {}, "network": Exported(program.__call__)}  # not the module itself: it has no evaluation mode
 
 
 FORMATS = {

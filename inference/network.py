@@ -27,12 +27,9 @@ def predict(model, batches, amp):
 
 
 def load_model(checkpoint):
-    """The trained network of a checkpoint's dict, in evaluation mode.
-
-    Its "model" is a state_dict or, where the module export has read the checkpoint, the network itself.
-    """
-    if isinstance(checkpoint["model"], torch.nn.Module):
-        return checkpoint["model"]
+    """The trained network of a checkpoint, (N, C, S, S) → logits (N, classes), in evaluation mode. Raises Mistake."""
+    if "network" in checkpoint:  # of an exported file
+        return checkpoint["network"]
     try:
         model = DenseNet(**checkpoint["config"]["model"])
     except (TypeError, ValueError) as error:
@@ -49,7 +46,7 @@ def averaged(checkpoint):
 
 
 def reader_of(checkpoint, **options):
-    """The Reader of a checkpoint's run; it decodes in this process and shows no bar, if ``options`` don't say so."""
+    """The Reader of a checkpoint's run; it decodes in this process, without a bar, unless ``options`` say otherwise."""
     return Reader.of_run(checkpoint["config"]["arguments"], **{"workers": 0, "progress": False} | options)
 
 
@@ -89,7 +86,7 @@ def check_training_data(checkpoint, dataset, root, split):
 
 
 def predictions(checkpoint, images, device="cpu", amp=contextlib.nullcontext, batch_size=None):
-    """What ``predict`` yields for images of the data module and the trained network of a checkpoint."""
+    """What ``predict`` yields for ImageTensors or ImageFiles and the trained network of a checkpoint."""
     model = load_model(checkpoint).to(device, memory_format=memory_format(device))
     batch_size = batch_size or checkpoint["config"]["arguments"]["batch_size"]
     return predict(model, images.to(device).batches(batch_size, checkpoint["normalize"]), amp)
@@ -110,7 +107,7 @@ def classify(checkpoint, paths, device="cpu", amp=contextlib.nullcontext):
 
 
 def classifier(checkpoint, device="cpu", amp=contextlib.nullcontext):
-    """A function from pixels (N, S, S, C) uint8, as of a Reader, to class probabilities (N, classes) float32."""
+    """A function: pixels (N, S, S, C) uint8, as a Reader returns them → class probabilities (N, classes) float32."""
     model = load_model(checkpoint).to(device, memory_format=memory_format(device))
     normalized = normalizer(checkpoint["normalize"], device)
 

@@ -36,8 +36,8 @@ class ImageTensors:
     def to(self, device):
         return replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device))
 
-    def batches(self, batch_size, normalize, crop_fill=None, share=(0, 1), **newer):
-        return Batches(self, batch_size, normalize, crop_fill, share, **newer)
+    def batches(self, *args, **options):
+        return Batches(self, *args, **options)
 
 
 class Batches:
@@ -46,7 +46,7 @@ class Batches:
     ``crop_fill`` turns augmentation on and says what a shifted image shows beyond its border: "mean" (zero after
     normalisation, as in the paper's Lua code) or "black" (zero before it, as bamos and gpleiss do). ``share``, (rank,
     ranks), gives a rank every ranks-th image of each batch, so that all together see the batches of a single process.
-    ``cutout``: pixels of the side of a square that is filled likewise; ``mixup``: α of Beta(α, α) (see draw_newer).
+    ``cutout``: pixels of the side of a square that is filled likewise; ``mixup``: α of Beta(α, α).
     """
 
     def __init__(self, tensors, batch_size, normalize, crop_fill=None, share=(0, 1), cutout=0, mixup=0.0):
@@ -79,7 +79,7 @@ class Batches:
                 shown = {name: torch.cat((values, draws[name][shown["partners"]])) for name, values in shown.items()}
             images, labels = self.augmented(**shown), self.tensors.labels[shown["order"]]
             labels = labels if part else torch.full_like(labels, IGNORE_INDEX)
-            yield mix(images, labels, batch_length, shown.get("shares"))
+            yield mix(images, labels, batch_length, shown.get("lam"))
 
     def draw(self, seed):
         """All draws of an epoch, made at once and on the CPU: they do not depend on device or batch size."""
@@ -89,33 +89,28 @@ class Batches:
             "offsets": torch.randint(-PAD, PAD + 1, (count, 2), generator=generator),  # rows, columns
             "flips": torch.randint(0, 2, (count,), generator=generator).bool(),
         }
-        return draws | draw_newer(count, self.tensors.pixels.shape[1:3], self.cutout, self.mixup, generator)
+        return draws | draw_cutout_and_mixup(count, self.tensors.pixels.shape[1:3], self.cutout, self.mixup, generator)
 
     def augmented(self, order, offsets, flips, centres=None, **_):
-        """The images at ``order`` (B,) as the other draws say, normalised: (B, C, H, W)."""
-        seen = None if centres is None else outside(centres, self.cutout, self.tensors.pixels.shape[1:3])
-        if self.crop_fill:
-            return self.crop_and_flip(order, offsets, flips, seen)
-        return self.filled(self.tensors.pixels[order], seen)
+        """The images at ``order`` (B,) as the other draws say, normalised: (B, C, H, W).
 
-    def crop_and_flip(self, index, offsets, flips, seen=None):
-        """The images at ``index``, shifted by ``offsets`` (B, 2), then mirrored where ``flips`` (B,) says.
-
-        Shuffling, cropping and flipping are one gather of pixels: image i shows at (row, column) its source pixel
-        (row + offset, ±column + offset), or the fill where that lies outside, or is not ``seen`` (B, H, W).
+        With ``crop_fill``, they are shifted by ``offsets`` (B, 2), then mirrored where ``flips`` (B,) says. Shuffling,
+        cropping and flipping are one gather of pixels: image i shows at (row, column) its source pixel (row + offset,
+        ±column + offset). The fill shows where that lies outside, or in a square around ``centres`` (B, 2).
         """
         pixels = self.tensors.pixels
         _, height, width, channels = pixels.shape
-        columns = torch.arange(width, device=pixels.device)
-        rows = torch.arange(height, device=pixels.device) + offsets[:, :1]  # (B, H)
-        columns = torch.where(flips[:, None], columns.flip(0), columns) + offsets[:, 1:]  # (B, W)
-        inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
-        source = (index[:, None] * height + rows.clamp(0, height - 1))[:, :, None] * width
-        source = source + columns.clamp(0, width - 1)[:, None, :]  # (B, H, W), into rows of pixels
-        return self.filled(pixels.view(-1, channels)[source], inside if seen is None else inside & seen)
-
-    def filled(self, pixels, seen):
-        """Pixels (B, H, W, C), normalised, with the fill where they are not ``seen`` (B, H, W); None: all are."""
+        seen = None if centres is None else outside(centres, self.cutout, (height, width))  # (B, H, W); None: all
+        if self.crop_fill:
+            columns = torch.arange(width, device=pixels.device)
+            rows = torch.arange(height, device=pixels.device) + offsets[:, :1]  # (B, H)
+            columns = torch.where(flips[:, None], columns.flip(0), columns) + offsets[:, 1:]  # (B, W)
+            inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
+            source = (order[:, None] * height + rows.clamp(0, height - 1))[:, :, None] * width
+            source = source + columns.clamp(0, width - 1)[:, None, :]  # (B, H, W), into rows of pixels
+            pixels, seen = pixels.view(-1, channels)[source], inside if seen is None else inside & seen
+        else:
+            pixels = pixels[order]
         if seen is None:
             return self.normalized(pixels)
         if self.crop_fill == "black":
@@ -123,12 +118,12 @@ class Batches:
         return self.normalized(pixels) * seen[:, None]
 
 
-def draw_newer(count, size, cutout, mixup, generator):
+def draw_cutout_and_mixup(count, size, cutout, mixup, generator):
     """The draws of an epoch for cutout and mixup, as far as they are on: {name: (count, …)}.
 
     "centres" of squares are rows and columns, each pixel of ``size``, (H, W), as likely as another. "partners" is a
-    permutation: every image is once another's partner. "shares", of an image in its mixture, come from Beta(α, α), or
-    from one minus that if that is more: i with a little of j is j with much of i.
+    permutation: every image is once another's partner. "lam", λ, is the weight of an image in its mixture, from
+    Beta(α, α), or one minus that if that is more: i with a little of j is j with much of i.
     """
     draws = {}
     if cutout:
@@ -136,8 +131,8 @@ def draw_newer(count, size, cutout, mixup, generator):
     if mixup:
         draws["partners"] = torch.randperm(count, generator=generator)
         seed = int(torch.randint(2**62, (), generator=generator))
-        share = torch.from_numpy(np.random.default_rng(seed).beta(mixup, mixup, count))
-        draws["shares"] = torch.maximum(share, 1 - share).float()
+        lam = torch.from_numpy(np.random.default_rng(seed).beta(mixup, mixup, count))
+        draws["lam"] = torch.maximum(lam, 1 - lam).float()
     return draws
 
 
@@ -152,17 +147,17 @@ def outside(centres, side, size):
     return ~(within[0][:, :, None] & within[1][:, None, :])
 
 
-def mix(images, labels, count, shares=None):
+def mix(images, labels, count, lam=None):
     """A batch for the step: images (B, C, H, W), labels (B,), ``count``, the images of all ranks; what mixup adds.
 
-    With ``shares`` (2B,), the second halves of images (2B, C, H, W) and labels (2B,) are the first ones' partners: each
-    image becomes its share of itself, and the rest its partner (arXiv 1710.09412). The partners' labels (B,) and the
-    shares (B,) come on top.
+    With ``lam`` (2B,), the second halves of images (2B, C, H, W) and labels (2B,) are the first ones' partners: each
+    image becomes λ of itself, and the rest its partner (arXiv 1710.09412). The partners' labels (B,) and λ (B,) come on
+    top.
     """
-    if shares is None:
+    if lam is None:
         return images, labels, count
-    (images, partners), (labels, other_labels), (shares, _) = (x.chunk(2) for x in (images, labels, shares))
-    return torch.lerp(partners, images, shares[:, None, None, None]), labels, count, other_labels, shares
+    (images, partners), (labels, other_labels), (lam, _) = (x.chunk(2) for x in (images, labels, lam))
+    return torch.lerp(partners, images, lam[:, None, None, None]), labels, count, other_labels, lam
 
 
 def memory_format(device):

@@ -1,7 +1,7 @@
 """Data sets by name: CIFAR-10 and -100, SVHN, digits, folders of images."""
 
 import contextlib
-import os
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -12,10 +12,9 @@ from common.console import Mistake
 from inputs.batches import ImageTensors
 from inputs.folders import load_folder, load_test_folder
 from inputs.image import Reader
-from inputs.splits import NORMALIZE, Dataset, check_memory, measure
+from inputs.splits import NORMALIZE, Dataset, channel_statistics, check_memory
 
 DATASETS = ("cifar10", "cifar100", "svhn", "digits", "folder")
-SVHN_CLASSES = [str(digit) for digit in range(10)]
 DEFAULT_READER = Reader()
 
 
@@ -27,21 +26,19 @@ def load(name, root, reader=DEFAULT_READER, test_size=0, manifest=None):
     splits are to be found again. Raises Mistake.
     """
     if name == "digits":
-        dataset = load_digits(reader)
-    elif name == "folder":
-        dataset = load_folder(Path(root), reader, test_size, manifest)
-    else:
-        dataset = load_torchvision(name, root)
-    count = len(dataset.classes)
-    for split in (dataset.train, dataset.test):
-        if not 0 <= int(split.labels.min()) <= int(split.labels.max()) < count:
-            raise Mistake(f"{name} in {root}: labels must lie in 0 … {count - 1}; the files are damaged, delete them")
-    return dataset
+        return load_digits(reader)
+    if name == "folder":
+        return load_folder(Path(root), reader, test_size, manifest)
+    if name == "svhn":
+        train, extra, test = load_svhn(root, "train", "extra", "test")
+        train = ImageTensors(torch.cat((train.pixels, extra.pixels)), torch.cat((train.labels, extra.labels)))
+        return Dataset(train, test, [str(digit) for digit in range(10)], NORMALIZE[name])
+    return load_cifar(name, root)
 
 
 def load_run(arguments, root, reader, manifest=None):
     """``load`` as the arguments of a run say, images held out and limits included."""
-    dataset = load(arguments["dataset"], root, reader, arguments.get("test_size", 0), manifest)
+    dataset = load(arguments["dataset"], root, reader, arguments["test_size"], manifest)
     if arguments["valid_size"]:
         dataset = dataset.hold_out(arguments["valid_size"], arguments["seed"])
     return dataset.limit(arguments["limit_train"], arguments["limit_test"])
@@ -55,8 +52,7 @@ def load_test(name, root, reader, classes, manifest):
     if name == "folder":
         return load_test_folder(Path(root), reader, classes, manifest)
     if name == "svhn":
-        [test] = load_svhn(root, "test")
-        return test, []
+        return load_svhn(root, "test")[0], []
     return load(name, root, reader).test, []
 
 
@@ -71,23 +67,20 @@ def load_digits(reader):
     size = (reader.image_size, reader.image_size)
     pixels = torch.nn.functional.interpolate(grey, size, mode="bilinear", antialias=True).round().byte()
     images = ImageTensors(pixels.permute(0, 2, 3, 1).repeat(1, 1, 1, reader.channels), torch.tensor(digits.target))
-    train, test = train_test_split(range(len(images)), test_size=360, random_state=0)
-    train, test = images.select(torch.tensor(train)), images.select(torch.tensor(test))
-    return Dataset(train, test, [str(digit) for digit in digits.target_names], measure(train.pixels))
+    parts = train_test_split(range(len(images)), test_size=360, random_state=0)
+    train, test = (images.select(torch.tensor(part)) for part in parts)
+    return Dataset(train, test, [str(digit) for digit in digits.target_names], channel_statistics(train.pixels))
 
 
-def load_torchvision(name, root):
-    """CIFAR-10, CIFAR-100 and SVHN (train + extra), downloaded and checked by torchvision."""
+def load_cifar(name, root):
+    """CIFAR-10 or CIFAR-100."""
     from torchvision import datasets
 
-    if name == "svhn":
-        train, extra, test = load_svhn(root, "train", "extra", "test")
-        train = ImageTensors(torch.cat((train.pixels, extra.pixels)), torch.cat((train.labels, extra.labels)))
-        return Dataset(train, test, SVHN_CLASSES, NORMALIZE[name])
-
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    files = [*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])]
+    unpacked = [(f"{kind.base_folder}/{file}", md5) for file, md5 in files]
     make = [partial(kind, root, train=part) for part in (True, False)]
-    train, test = download(name, root, [(kind.url, kind.filename, kind.tgz_md5)], make)
+    train, test = download(name, root, [(kind.filename, kind.tgz_md5)], unpacked, make)
     splits = (  # torchvision's pixels are a transposed view
         ImageTensors(torch.from_numpy(split.data).contiguous(), torch.tensor(split.targets)) for split in (train, test)
     )
@@ -98,46 +91,40 @@ def load_svhn(root, *splits):
     """The named splits of SVHN, as ImageTensors."""
     from torchvision.datasets import SVHN
 
-    archives = [SVHN.split_list[split] for split in splits]
-    make = [partial(SVHN, root, split) for split in splits]
+    archives = [SVHN.split_list[split][1:] for split in splits]
     return [
         ImageTensors(torch.from_numpy(part.data).permute(0, 2, 3, 1).contiguous(), torch.from_numpy(part.labels).long())
-        for part in download("svhn", root, archives, make)
+        for part in download("svhn", root, archives, [], [partial(SVHN, root, split) for split in splits])
     ]
 
 
-def download(name, root, archives, make):
-    """Call every function of ``make``, having fetched what is missing. ``archives``: (URL, file name, md5) each."""
-    from torchvision.datasets.utils import check_integrity
+def download(name, root, archives, unpacked, make):
+    """Call every function of ``make``, torchvision's data sets, which compare MD5s and download what is missing.
 
-    for _, filename, md5 in archives:
-        path = Path(root, filename)
-        if path.exists() and not check_integrity(path, md5):  # torchvision would download over it
-            raise Mistake(f"{path} is incomplete or damaged (md5 is not {md5}): delete it, then run again")
+    ``archives`` and ``unpacked``: (name below ``root``, MD5) of each file. Raises Mistake.
+    """
+    with contextlib.suppress(RuntimeError):  # the data set is not there, not unpacked, or damaged
+        return [make_split() for make_split in make]
+    names = ", ".join(archive for archive, _ in archives)
     try:
-        with contextlib.suppress(RuntimeError):  # which says that the data set is not there, or not unpacked
-            return [make_split() for make_split in make]
-        fetch(root, archives)
-        return [make_split(download=True) for make_split in make]
-    except (OSError, RuntimeError, EOFError) as error:
-        names = ", ".join(filename for _, filename, _ in archives)
-        reason = str(error).strip().splitlines()[-1]
+        Path(root).mkdir(parents=True, exist_ok=True)
+        with FileLock(Path(root, ".download.lock")):  # others may need the same archives
+            if not all(Path(root, archive).exists() for archive, _ in archives):
+                for path in damaged(root, unpacked):
+                    raise Mistake(f"{path} is damaged: restore a copy, or delete it to download {names}")
+            for path in damaged(root, archives):
+                print(f"{path} is damaged, or was cut short: downloading it again", file=sys.stderr)
+            return [make_split(download=True) for make_split in make]
+    except (OSError, RuntimeError) as error:
         raise Mistake(
-            f"cannot download {name} ({reason}): put {names} into {root}/ by hand, "
+            f"cannot download {name} ({str(error).strip().splitlines()[-1]}): put {names} into {root}/ by hand, "
             "or try --dataset digits, which needs no download"
         ) from error
 
 
-def fetch(root, archives):
-    """Download what is missing; where that is stopped, an archive has not got its name yet."""
-    from torchvision.datasets.utils import download_url
+def damaged(root, files):
+    """The paths of the files that are there, but have another MD5."""
+    from torchvision.datasets.utils import check_integrity
 
-    unfinished = Path(root, ".download")
-    unfinished.mkdir(parents=True, exist_ok=True)
-    with FileLock(unfinished / "lock"):  # others may need the same archives
-        for url, filename, md5 in archives:
-            if not Path(root, filename).exists():
-                download_url(url, unfinished, filename, md5)
-                with open(unfinished / filename, "rb+") as file:  # a power cut is to leave the old state or the new
-                    os.fsync(file.fileno())
-                os.replace(unfinished / filename, Path(root, filename))
+    paths = [(Path(root, name), md5) for name, md5 in files]
+    return [path for path, md5 in paths if path.exists() and not check_integrity(path, md5)]

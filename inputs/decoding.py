@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import PIL
@@ -18,18 +19,6 @@ from common.files import written_whole
 from inputs.image import Unreadable
 
 
-def leave_signals_to_parent(worker):
-    """Ctrl-C reaches every process of a terminal; the parent then ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def without(images, problems):
-    """Images without those at the positions of ``problems``."""
-    kept = [i for i in range(len(images)) if i not in problems]
-    return images.select(torch.tensor(kept, dtype=torch.int64)) if problems else images
-
-
 def unreadable(problems):
     """The Mistake about files that cannot be read: how many, the first ten, what to do."""
     problems = list(problems)
@@ -39,46 +28,27 @@ def unreadable(problems):
 
 
 def read_cached(cache, paths, reader):
-    """``read_all``, from the file ``cache`` if it holds the same contents, read in the same way; else written there."""
-    key = cache_key(paths, cache.parent, reader, contents)
-    cached = load_cache(cache, key, paths, reader)
+    """``read_all``, without pixels of images that are streamed; from the file ``cache`` if that has the answer.
+
+    It has if the same files had the same contents (of images that are streamed: size and times) when it was written,
+    and were decoded in the same way.
+    """
+    key = cache_key(paths, cache.parent, reader)
+    cached = load_cache(cache, key)
     if cached:
-        return cached["pixels"], cached["problems"]
-    pixels, problems = read_all(paths, reader)
+        problems = {i: str(read_or_problem(paths[i], reader)) for i in cached["unreadable"]}
+        return cached["pixels"], problems
+    pixels, problems = read_all(paths, reader, keep=not reader.streams)
     save_cache(cache, {"key": key, "pixels": pixels, "unreadable": list(problems)})
     return pixels, problems
 
 
-def find_unreadable(cache, paths, reader):
-    """{position: why} of the files that cannot be read; from the file ``cache`` if none has been written to since."""
-    key = cache_key(paths, cache.parent, reader, times)
-    cached = load_cache(cache, key, paths, reader)
-    if cached:
-        return cached["problems"]
-    problems = {}
-    for i, found in enumerate(in_workers(problem_of, paths, reader, "checking images")):
-        if isinstance(found, Unreadable):
-            problems[i] = str(found)
-        elif found:
-            raise found
-    save_cache(cache, {"key": key, "unreadable": list(problems)})
-    return problems
-
-
-def load_cache(cache, key, paths, reader):
-    """What ``save_cache`` wrote under this key, or None; with "problems", {position: why}, of the unreadable files.
-
-    Those are read again: their folder may have moved, or the disk may have failed when they were read.
-    """
+def load_cache(cache, key):
+    """What ``save_cache`` wrote under this key, or None."""
     try:
         cached = load_file(cache)
-        if cached["key"] != key:
-            return None
-        found = {i: read_or_problem(paths[i], reader) for i in cached["unreadable"]}
-        if not all(isinstance(problem, Unreadable) for problem in found.values()):
-            return None
-        return cached | {"problems": {i: str(problem) for i, problem in found.items()}}
-    except (Mistake, KeyError, TypeError, IndexError) as error:  # the images are still there
+        return cached if cached["key"] == key else None
+    except (Mistake, KeyError, TypeError) as error:  # the images are still there
         if cache.exists():
             print(f"{cache} cannot be read ({type(error).__name__}): decoding the images again", file=sys.stderr)
         return None
@@ -93,13 +63,14 @@ def save_cache(cache, content):
         print(f"{cache} cannot be written ({reason}): the next run will decode the images again", file=sys.stderr)
 
 
-def cache_key(paths, root, reader, state):
+def cache_key(paths, root, reader):
     """A hash of the files' names and states, and of what decodes them: our modules and Pillow."""
     key = hashlib.sha256(Path(__file__).read_bytes() + Path(__file__).with_name("image.py").read_bytes())
     key.update(f"{PIL.__version__} {reader.image_size} {reader.channels} {reader.white}".encode())
     with ThreadPoolExecutor(8) as threads:
-        for path, of_file in zip(paths, threads.map(state, paths), strict=True):
-            key.update(os.fsencode(os.path.relpath(path, root)) + b"\0" + of_file)
+        states = threads.map(times if reader.streams else contents, paths)
+        for path, state in zip(paths, states, strict=True):
+            key.update(os.fsencode(os.path.relpath(path, root)) + b"\0" + state)
     return key.hexdigest()
 
 
@@ -117,23 +88,21 @@ def times(path):
     return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}".encode()
 
 
-def read_all(paths, reader):
-    """(N, S, S, C) uint8 of image files, black where one is unreadable; {position: why} of those. Raises Mistake."""
-    pixels, problems = torch.zeros(len(paths), *(reader.image_size,) * 2, reader.channels, dtype=torch.uint8), {}
-    for i, found in enumerate(in_workers(read_or_problem, paths, reader, "decoding images")):
+def read_all(paths, reader, keep=True):
+    """(N, S, S, C) uint8 of image files, black where one is unreadable; {position: why} of those. Raises Mistake.
+
+    Without ``keep``, files are only looked at: there are no pixels.
+    """
+    pixels = torch.zeros(len(paths) if keep else 0, *(reader.image_size,) * 2, reader.channels, dtype=torch.uint8)
+    problems, label = {}, "decoding images" if keep else "checking images"
+    for i, found in enumerate(in_workers(read_or_problem, paths, reader, label)):
         if isinstance(found, Unreadable):
             problems[i] = str(found)
         elif isinstance(found, Mistake):
             raise found
-        else:
+        elif keep:
             pixels[i] = torch.from_numpy(found)
     return pixels, problems
-
-
-def problem_of(path, reader):
-    """The Mistake that says why a file cannot be decoded, or None."""
-    found = read_or_problem(path, reader)
-    return found if isinstance(found, Mistake) else None
 
 
 def read_or_problem(path, reader):
@@ -144,32 +113,25 @@ def read_or_problem(path, reader):
         return error
 
 
-class Mapped(torch.utils.data.Dataset):
-    """function(path, reader) for each path, as a data set, so that a DataLoader's workers compute it."""
-
-    def __init__(self, function, paths, reader):
-        self.function, self.paths, self.reader = function, paths, reader
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, i):
-        return self.function(self.paths[i], self.reader)
-
-
 def in_workers(function, paths, reader, label):
-    """Yield function(path, reader) for each path, in order, from the reader's workers, with a progress bar."""
-    mapped = Mapped(function, paths, reader)
-    loader = torch.utils.data.DataLoader(
-        mapped,
-        batch_size=None,
-        num_workers=reader.workers,
-        worker_init_fn=leave_signals_to_parent,
-        collate_fn=unchanged,
-        generator=torch.Generator(),  # not torch's own: weights must not depend on whether images are cached
-    )
+    """Yield function(path, reader=reader) for each path, in order, from the reader's workers, with a progress bar."""
+    loader = make_loader(paths, reader.workers, collate_fn=partial(function, reader=reader))
     return tqdm(loader, desc=label, unit="img", disable=not reader.progress, leave=False)
 
 
-def unchanged(item):
-    return item
+def make_loader(dataset, workers, **options):
+    """A DataLoader that hands on the items of a data set one by one."""
+    return torch.utils.data.DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=leave_signals_to_parent,
+        generator=torch.Generator(),  # not torch's own: weights and dropout must not depend on who decoded what before
+        **options,
+    )
+
+
+def leave_signals_to_parent(worker):
+    """Ctrl-C reaches every process of a terminal; the parent then ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

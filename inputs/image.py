@@ -1,6 +1,7 @@
 """One image file → pixels as viewers show it: upright, on white where it is transparent, at its full range."""
 
 import contextlib
+import errno
 import functools
 import os
 import warnings
@@ -16,6 +17,7 @@ from common.files import readable
 # Formats that Pillow recognises but cannot decode, and EPS, whose files are programs.
 NO_IMAGES = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}
 STREAM_FROM = 128  # pixels: folders of images this large or larger are decoded anew in every epoch
+SYSTEM_ERRORS = {errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ETIMEDOUT}  # which say nothing of the file
 BILINEAR = Image.Resampling.BILINEAR
 UPRIGHT = {  # EXIF orientation → what turns the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -50,13 +52,13 @@ class Reader:
 
     @classmethod
     def of_run(cls, arguments, **options):
-        """The reader of a run, from its arguments; one that the run did not know yet takes its default."""
+        """The reader of a run, from its arguments."""
         known = {field.name for field in fields(cls)}
         return cls(**{name: value for name, value in arguments.items() if name in known} | options)
 
     @property
     def streams(self):
-        """Whether images stay on disk until a batch asks for them."""
+        """True if images stay on disk until a batch asks for them."""
         return self.image_size >= STREAM_FROM
 
     def read(self, path, choose_box=None):
@@ -66,7 +68,6 @@ class Reader:
         is the one for evaluation: the centre of an image that is streamed, the whole of another. Raises Unreadable, and
         Mistake where ``white`` is missing.
         """
-        choose_box = choose_box or (centre(self.image_size) if self.streams else whole)
         with opened(path) as image:
             return self.pixels(image, path, choose_box)
 
@@ -85,7 +86,10 @@ class Reader:
 
 @contextlib.contextmanager
 def opened(path):
-    """An image file, opened by Pillow and not yet decoded. Raises Unreadable where it turns out to be damaged."""
+    """An image file, opened by Pillow and not yet decoded.
+
+    Raises Unreadable if it is missing or damaged, Mistake if the system fails to read it.
+    """
     if isinstance(path, (str, os.PathLike)):  # and not an opened file
         readable(path)
     try:
@@ -97,6 +101,8 @@ def opened(path):
     except (FileNotFoundError, IsADirectoryError) as error:
         raise Unreadable(f"{path} is not an image file: {error.strerror}") from error
     except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
+        if getattr(error, "errno", None) in SYSTEM_ERRORS:
+            raise Mistake(f"{path} cannot be read: {error.strerror}") from error
         raise Unreadable(f"{path} is not a readable image ({type(error).__name__})") from error
 
 

@@ -1,4 +1,4 @@
-"""A data set's splits: images held out, limited, compared with those of an earlier run; their mean and deviation."""
+"""A data set's splits: images held out, limited, compared with those of an earlier run; dataset statistics."""
 
 import hashlib
 import os
@@ -11,23 +11,13 @@ from common.console import Mistake
 from inputs.batches import ImageTensors
 from inputs.streaming import ImageFiles
 
-
-def fingerprint(images, root):
-    """A digest of labels and pixels; of images that are streamed, of names: reading them would take minutes."""
-    key = hashlib.sha256(images.labels.numpy())
-    if isinstance(images, ImageFiles):
-        key.update(os.fsencode("\0".join(os.path.relpath(path, root) for path in images.paths)))
-    else:
-        key.update(images.pixels.numpy())
-    return key.hexdigest()
-
-
 # Mean and standard deviation of each channel, of 255. CIFAR-10: fb.resnet.torch, which the paper's code builds on.
 NORMALIZE = {
     "cifar10": ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),
     "cifar100": ((129.3, 124.1, 112.4), (68.2, 65.4, 70.4)),
     "svhn": ((0.0, 0.0, 0.0), (255.0, 255.0, 255.0)),  # the paper divides SVHN by 255 and does no more
     "imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+    "imagenet in grey": ((114.495,), (57.63,)),  # the averages over red, green and blue
 }
 KINDS = {"train": "training", "valid": "validation", "test": "test"}  # what the images of a split are called
 
@@ -58,8 +48,7 @@ class Dataset:
         return {name: split for name, split in splits.items() if split is not None}
 
     def to(self, device):
-        valid = self.valid and self.valid.to(device)
-        return replace(self, train=self.train.to(device), test=self.test.to(device), valid=valid)
+        return replace(self, **{name: split.to(device) for name, split in self.splits.items()})
 
     def normalized_as(self, normalize):
         """Normalised by other values, those of the weights that training starts from, if they have as many channels."""
@@ -77,29 +66,35 @@ class Dataset:
 
     def limit(self, train=None, test=None):
         """The first ``train`` training and the first ``test`` test (and validation) images."""
-        valid = self.valid and self.valid.select(slice(test))
-        return replace(self, train=self.train.select(slice(train)), test=self.test.select(slice(test)), valid=valid)
+        counts = {"train": train, "valid": test, "test": test}
+        return replace(self, **{name: split.select(slice(counts[name])) for name, split in self.splits.items()})
 
 
 def stratified(labels, count, seed, flag):
     """Positions of all images but ``count``, and of those, the same share of each class. Raises Mistake."""
     from sklearn.model_selection import train_test_split
 
-    labels, classes = labels.cpu().numpy(), len(labels.unique())
-    if count >= len(labels):
-        raise Mistake(f"{flag} {count}: the training set has {len(labels)} images; hold out fewer")
-    if min(count, len(labels) - count) < classes:
-        raise Mistake(f"{flag} {count}: each part needs at least one image of {classes} classes")
+    labels = labels.cpu().numpy()
     try:
         parts = train_test_split(range(len(labels)), test_size=count, stratify=labels, random_state=seed)
     except ValueError as error:
-        raise Mistake(f"{flag} {count}: cannot hold out the same share of each class ({error})") from error
+        raise Mistake(f"{flag} {count}: cannot take the same share of each class ({error})") from error
     return [sorted(part) for part in parts]
 
 
+def fingerprint(images, root):
+    """A digest of labels and pixels; of images that are streamed, of names: reading them would take minutes."""
+    key = hashlib.sha256(images.labels.numpy())
+    if isinstance(images, ImageFiles):
+        key.update(os.fsencode("\0".join(os.path.relpath(path, root) for path in images.names)))
+    else:
+        key.update(images.pixels.numpy())
+    return key.hexdigest()
+
+
 def changed(manifest, dataset):
-    """The splits whose images are not those that the manifest of a run was made of."""
-    before = (manifest or {}).get("fingerprints", {})
+    """The splits whose images are not those that the manifest of a run, or None, was made of."""
+    before = (manifest or {}).get("fingerprints", {})  # of early runs, nothing is known
     return [split for split, digest in before.items() if digest != dataset.manifest["fingerprints"].get(split)]
 
 
@@ -114,14 +109,13 @@ def check_memory(count, reader, bytes_per_pixel, instead=""):
         )
 
 
-def measure(pixels):
+def channel_statistics(pixels):
     """Per-channel (mean, std), of 255, of (N, H, W, C) uint8: exact, from 256-bin histograms in float64."""
     values = torch.arange(256, dtype=torch.float64)
     means, stds = [], []
     for channel in range(pixels.shape[-1]):
-        counts = torch.zeros(256, dtype=torch.float64)
-        for part in pixels[..., channel].split(4096):  # bincount makes an int64 copy: keep it small
-            counts += torch.bincount(part.flatten(), minlength=256)
+        parts = pixels[..., channel].split(4096)  # bincount makes an int64 copy: keep it small
+        counts = sum(torch.bincount(part.flatten(), minlength=256) for part in parts).double()
         weights = counts / counts.sum()
         mean = (weights * values).sum()
         means.append(mean.item())

@@ -7,6 +7,8 @@ import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
+os.environ["MPLBACKEND"] = "agg"  # no window is opened; a notebook's backend may not be installed here
+
 import matplotlib
 import numpy as np
 import pandas as pd
@@ -18,13 +20,12 @@ from common.files import written_whole
 from reports.logs import SPLITS, leading
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; of one run, the training curve is the lighter one.
-SPLIT_COLORS = {"train": "#56B4E9", "valid": "#009E73", "test": "#D55E00"}
-RUN_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9")
 SPLIT_STYLES = {
-    "train": {"linestyle": "--", "linewidth": 1.1},
-    "valid": {"linestyle": ":", "linewidth": 1.8},
-    "test": {"linestyle": "-", "linewidth": 1.8},
+    "train": {"color": "#56B4E9", "linestyle": "--", "linewidth": 1.1},
+    "valid": {"color": "#009E73", "linestyle": ":", "linewidth": 1.8},
+    "test": {"color": "#D55E00", "linestyle": "-", "linewidth": 1.8},
 }
+RUN_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#56B4E9")
 DROP_STYLE = {"color": "0.6", "linestyle": (0, (1, 2)), "linewidth": 1}
 FORMATS = ("png", "pdf", "svg")
 FIGURES = {"loss": ("loss",), "error": ("error",), "loss-error": ("loss", "error")}
@@ -93,16 +94,17 @@ def summary(log):
     return text
 
 
-def line_styles(i, count):
-    """Split → style of its line, of the i-th of ``count`` runs. More runs than there are colours differ in markers."""
+def line_style(split, i, count):
+    """Of the i-th of ``count`` runs. More runs than there are colours differ in markers."""
+    if count == 1:
+        return SPLIT_STYLES[split]
     turn, color = divmod(i, len(RUN_COLORS))
-    run = {"color": RUN_COLORS[color], "marker": (turn + 2, 0) if turn else None}  # triangles, then squares, …
-    looks = {split: run if count > 1 else {"color": color} for split, color in SPLIT_COLORS.items()}
-    return {split: style | looks[split] for split, style in SPLIT_STYLES.items()}
+    marker = (turn + 2, 0) if turn else None  # triangles, then squares, …
+    return SPLIT_STYLES[split] | {"color": RUN_COLORS[color], "marker": marker}
 
 
 def draw_log(axes, log, quantity, view, styles):
-    """Draw one quantity, "loss" or "error", of a log."""
+    """Draw one quantity, "loss" or "error", of a log; ``styles``: split → style of its line."""
     for split in view.splits(log):
         table, style = log.tables[split], styles[split]
         faint = {"color": style["color"], "linewidth": 0.5}
@@ -124,7 +126,7 @@ def draw_log(axes, log, quantity, view, styles):
 def draw(axes, logs, quantity, view):
     """Draw one quantity of all logs."""
     for i, log in enumerate(logs):
-        draw_log(axes, log, quantity, view, line_styles(i, len(logs)))
+        draw_log(axes, log, quantity, view, {split: line_style(split, i, len(logs)) for split in SPLITS})
     for epoch in sorted({epoch for log in logs for epoch in drops(log)}):
         axes.axvline(epoch, zorder=0, **DROP_STYLE)
     scale, limits = view.scale[quantity], view.ylim.get(quantity)
@@ -138,27 +140,23 @@ def draw(axes, logs, quantity, view):
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def plain(text, inches, size):
-    """Text that can be drawn, in lines that are not wider than so many inches in letters of ``size`` points."""
-    text = "".join(letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text)
+def drawable(text):
+    """Text as Matplotlib draws it: a $ begins no formula, and what is no letter, such as a stray byte, is its code."""
+    codes = (letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text)
+    return "".join(codes).replace("$", r"\$")
+
+
+def wrapped(text, inches, size):
+    """Drawable text in lines that are not wider than so many inches in letters of ``size`` points."""
     width = max(10, int(inches * 72 / (0.6 * size)))  # letters are 0.6 of their size wide, on average
-    return "\n".join(line for paragraph in text.split("\n") for line in textwrap.wrap(paragraph, width) or [""])
-
-
-def add_legend(owner, entries, columns=1, **options):
-    """A legend of (text, style of its line), in reading order. Nothing in a text is markup: neither $ nor a first _."""
-    entries = [entry for column in range(columns) for entry in entries[column::columns]]  # as Matplotlib fills columns
-    lines = [Line2D([], [], **style) for _, style in entries]
-    legend = owner.legend(lines, [" "] * len(lines), ncols=columns, frameon=False, fontsize=9, **options)
-    for text, (label, _) in zip(legend.get_texts(), entries, strict=True):
-        text.set(text=label, parse_math=False)
+    lines = (line for paragraph in text.split("\n") for line in textwrap.wrap(paragraph, width) or [""])
+    return drawable("\n".join(lines))
 
 
 def split_entries(logs, view):
-    """What a legend says of line styles."""
-    shown = {split for log in logs for split in view.splits(log)}
-    color = {} if len(logs) == 1 else {"color": "0.3"}
-    entries = [(split, style | color) for split, style in line_styles(0, 1).items() if split in shown]
+    """What a legend says of the styles of lines: [(text, style)]."""
+    shown, grey = {split for log in logs for split in view.splits(log)}, {"color": "0.3"} if len(logs) > 1 else {}
+    entries = [(split, SPLIT_STYLES[split] | grey) for split in SPLITS if split in shown]
     return entries + [("learning rate drops", DROP_STYLE)] * any(map(drops, logs))
 
 
@@ -167,7 +165,18 @@ def run_entries(logs):
     titled = len({log.title for log in logs.values()}) > 1
     names = [f"{label}, {log.title}" if titled and log.title else label for label, log in logs.items()]
     texts = [f"{name}: {summary(log)}" for name, log in zip(names, logs.values(), strict=True)]
-    return [(text, line_styles(i, len(logs))["test"]) for i, text in enumerate(texts)]
+    return [(text, line_style("test", i, len(logs))) for i, text in enumerate(texts)]
+
+
+def add_legend(figure, entries, width, **options):
+    """A legend of (text, style of its line) in as many columns as fit into ``width`` inches. Returns its rows."""
+    texts = [wrapped(text, width - 0.6, 9) for text, _ in entries]
+    widths = [0.6 + 0.07 * max(map(len, text.split("\n"))) for text in texts]
+    columns = len(texts) if sum(widths) < width else max(1, int(width / max(widths)))
+    lines = [Line2D([], [], label=text, **style) for text, (_, style) in zip(texts, entries, strict=True)]
+    legend = figure.legend(handles=lines, ncols=columns, frameon=False, fontsize=9, title_fontsize=10, **options)
+    legend.get_title().set_multialignment("center")
+    return sum(text.count("\n") + 1 for text in texts) / columns
 
 
 def heading(logs, title):
@@ -183,29 +192,23 @@ def heading(logs, title):
 def make_figure(logs, quantities, view, title=None, size=None):
     """A figure with a panel per quantity. ``logs``: label → Log; ``size``: (width, height) in inches."""
     runs, width = list(logs.values()), size[0] if size else 5.6 * len(quantities)
-    below, columns = split_entries(runs, view), 4
-    if len(runs) > 1:
-        below = [(plain(text, width - 0.6, 9), style) for text, style in run_entries(logs)]
-        columns = max(1, int(width / (0.6 + 0.07 * max(len(text) for text, _ in below))))
-    lines = sum(text.count("\n") + 1 for text, _ in below) / columns
-    figure = Figure(figsize=size or (width, min(4 + 0.2 * lines, 50)), layout="constrained")
-    panels = figure.subplots(1, len(quantities), squeeze=False)[0]
-    for axes, quantity in zip(panels, quantities, strict=True):
+    figure = Figure(figsize=(width, 4), layout="constrained")
+    for axes, quantity in zip(figure.subplots(1, len(quantities), squeeze=False)[0], quantities, strict=True):
         draw(axes, runs, quantity, view)
-    figure.suptitle(plain(heading(logs, title), width, 10), fontsize=10, parse_math=False)
-    add_legend(figure, below, columns, loc="outside lower center")
-    if len(runs) > 1:
-        add_legend(panels[-1], split_entries(runs, view), loc="upper right")
+    title = wrapped(heading(logs, title), width, 10)
+    add_legend(figure, split_entries(runs, view), width, title=title, loc="outside upper center")
+    below = add_legend(figure, run_entries(logs), width, loc="outside lower center") if len(runs) > 1 else 0
+    figure.set_figheight(size[1] if size else min(4 + 0.2 * below, 50))
     return figure
 
 
 def save(figure, path):
     """Write a figure in one step, the same bytes for the same logs. Raises Mistake where its texts leave no room."""
     kind = path.suffix[1:].lower()
-    metadata = {"png": {"Software": None}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}[kind]
+    metadata = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind)
     buffer = io.BytesIO()  # drawn in memory first: a drawing that fails or is killed then leaves nothing
-    with matplotlib.rc_context({"svg.hashsalt": "densenet"}), warnings.catch_warnings():
-        warnings.filterwarnings("error", "constrained_layout not applied")
+    with matplotlib.rc_context({"svg.hashsalt": "densenet"}), warnings.catch_warnings(action="ignore"):
+        warnings.filterwarnings("error", "constrained_layout not applied")  # others: of what no font here has
         try:
             figure.savefig(buffer, format=kind, dpi=150, metadata=metadata)
         except UserWarning as error:

@@ -1,11 +1,11 @@
 """The network as boxes and arrows: its operations, as torch.fx traces them, grouped; what make_graph.py draws.
 
-The tensors have no data, and dense blocks run as the naive one.
+The tensors have no data, and dense blocks run as the naive one: the others compute the same function.
 """
 
+import itertools
 import re
-from dataclasses import dataclass
-from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -17,29 +17,16 @@ from common.console import Mistake
 from common.files import written_whole
 
 INPUT, CONCATENATION = "input", "concatenation"
-
-
-@dataclass
-class Op:
-    """One operation of the network."""
-
-    name: str
-    text: str  # what it does: "Conv 3×3"
-    path: str  # of the module that it belongs to: "blocks.0.layers.1.conv2"
-    reads: list  # names of the operations whose output it reads
-    shape: tuple  # of its output, without N: (C, H, W)
-
-    @cached_property
-    def part(self):
-        """What the network is made of: image, stem, blocks.I, transitions.I, classifier."""
-        found = re.match(r"image|stem|(blocks|transitions)\.\d+", self.path)
-        return found[0] if found else "classifier"
-
-    @cached_property
-    def layer(self):
-        """Index of the layer in its dense block, or None."""
-        found = re.match(r"blocks\.\d+\.layers\.(\d+)", self.path)
-        return int(found[1]) if found else None
+SHOWN = 4  # layers of a dense block that get boxes of their own
+FORMATS = ("svg", "png", "pdf", "dot")
+FONT = "Helvetica,Arial,sans-serif"
+RANKDIR = {"down": "TB", "right": "LR"}
+SIDES = {"down": "we", "right": "sn"}  # compass points to the left and right of the way
+GREY, LINE = "#EDEDED", "#555555"
+FILLS = {"image": "#FFFFFF", "stem": "#FFF3CF", "transitions": "#FFF3CF", "classifier": "#FFF3CF"}
+# Tints and full tones after Okabe and Ito's colours, which colour-blind readers can tell apart. A layer's box and the
+# arrows that leave it have one colour.
+LAYER_COLORS = (("#D6E8F5", "#0072B2"), ("#FBE0CF", "#D55E00"), ("#D3EFE4", "#009E73"), ("#F6E1EC", "#B04A87"))
 
 
 class Parts(Tracer):
@@ -50,39 +37,82 @@ class Parts(Tracer):
         return bool(part) or super().is_leaf_module(module, path)
 
 
-def trace(model, image_size):
-    """The operations of ``model`` by name, in the order of the forward pass; without dropout of 0.
+class Op(NamedTuple):
+    """One operation of the network."""
 
-    What is no tensor, such as a size, or no activation, such as a weight that is used by itself, is left out.
+    text: str  # what it does: "Conv 3×3"
+    part: str  # what it belongs to: image, stem, blocks.I, transitions.I, classifier
+    layer: int | None  # index of its layer in the dense block
+    reads: tuple  # shape of what it reads, without N: (C, H, W)
+    shape: tuple  # of its output
+
+
+def trace(model, image_size):
+    """The boxes to draw, {name: operations in it}, and the arrows, {(box read, box that reads): None}.
+
+    Both are in the order of the forward pass. Boxes are layers of dense blocks, and whole other parts. A block
+    concatenates its concatenation so far with each layer's output: that is all outputs before (equation 2). So arrows
+    come from these outputs, and only a concatenation that others read has a box, as has the input of a block.
     """
     traced = GraphModule(model, Parts().trace(model))
     ShapeProp(traced).propagate(example(model, image_size))
-    ops, names = {}, {}
+    boxes, arrows = {}, {}
+    drawn = {}  # node → the node that is drawn for it: dropout of 0 is not, nor what is no tensor, such as a size
+    places, held = {}, {}  # node → its part and layer; node → the boxes whose outputs it holds
     for node in traced.graph.nodes:
-        reads = [names[source] for source in node.all_input_nodes if source in names]
-        if node.op == "get_attr":
+        if node.op == "get_attr":  # a weight that is used by itself
             continue
+        sources = [drawn[source] for source in node.all_input_nodes if source in drawn]
         off = node.target is F.dropout and node.kwargs.get("p") == 0
         if node.op == "output" or off or not hasattr(node.meta.get("tensor_meta"), "shape"):
-            names[node] = reads[0]
+            drawn[node] = sources[0]
             continue
-        names[node] = node.name
-        scopes = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
-        path = "image" if node.op == "placeholder" else "".join(scopes[-1:])
-        ops[node.name] = Op(node.name, describe(node, model), path, reads, tuple(node.meta["tensor_meta"].shape[1:]))
-    return add_inputs(ops)
+        drawn[node] = node
+        part, layer = places[node] = place_of(node)
+        text, reads = describe(node, model), []
+        for source in sources:
+            other, shape = places[source][0], shape_of(source)
+            if part != other and part.startswith("blocks"):
+                name, op = f"{part}.{INPUT}", Op(INPUT, part, None, shape, shape)
+            elif part != other and other.startswith("blocks"):
+                name, op = source.name, Op(CONCATENATION, other, None, shape, shape)
+            else:
+                reads += held[source]
+                continue
+            boxes.setdefault(name, [op])
+            arrows |= dict.fromkeys((tail, name) for tail in held[source])
+            reads.append(name)
+        if text == CONCATENATION and part.startswith("blocks"):
+            held[node] = list(dict.fromkeys(reads))
+            continue
+        if layer is not None:
+            name = layer_box(part, layer, len(model.get_submodule(part).layers))
+        else:
+            name = node.name if part.startswith("blocks") else part
+        arrows |= dict.fromkeys((tail, name) for tail in reads if tail != name)
+        boxes.setdefault(name, []).append(Op(text, part, layer, shape_of((*sources, node)[0]), shape_of(node)))
+        held[node] = [name]
+    return boxes, arrows
 
 
-def add_inputs(ops):
-    """Give every dense block an operation that stands for its input, which all of its layers read."""
-    result = {}
-    for op in ops.values():
-        for i, name in enumerate(op.reads):
-            if op.part.startswith("blocks") and ops[name].part != op.part:
-                op.reads[i] = f"{op.part}.{INPUT}"
-                result.setdefault(op.reads[i], Op(op.reads[i], INPUT, op.part, [name], ops[name].shape))
-        result[op.name] = op
-    return result
+def place_of(node):
+    """The part of the network that a node belongs to, and the index of its layer in a dense block or None."""
+    scopes = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    path = "image" if node.op == "placeholder" else scopes[-1] if scopes else ""
+    found = re.match(r"(image|stem|(?:blocks|transitions)\.\d+)(?:\.layers\.(\d+))?", path)
+    part, layer = found.groups() if found else ("classifier", None)
+    return part, layer and int(layer)
+
+
+def layer_box(part, layer, count):
+    """The name of the box of a layer: of more layers than SHOWN, all between the first ones and the last share one."""
+    first, last = SHOWN - 2, count - 2
+    shared = count > SHOWN and first <= layer <= last
+    return f"{part}.layers.{first}-{last}" if shared else f"{part}.layers.{layer}"
+
+
+def shape_of(node):
+    return tuple(node.meta["tensor_meta"].shape[1:])
 
 
 def example(model, image_size):
@@ -99,8 +129,7 @@ def describe(node, model):
             return f"Conv {module.kernel_size[0]}×{module.kernel_size[1]}{stride}"
         if isinstance(module, nn.MaxPool2d):
             return f"max pool {module.kernel_size}×{module.kernel_size} stride {module.stride}"
-        name = type(module).__name__
-        return {"BatchNorm2d": "BN", "Linear": "linear"}.get(name, name)
+        return {"BatchNorm2d": "BN", "ReLU": "ReLU", "Linear": "linear"}[type(module).__name__]
     function = node.target if isinstance(node.target, str) else node.target.__name__
     return {
         "relu": "ReLU",
@@ -109,78 +138,6 @@ def describe(node, model):
         "avg_pool2d": "average pool 2×2",
         "adaptive_avg_pool2d": "global average pool",
     }.get(function, "image" if node.op == "placeholder" else function)
-
-
-def features(op, ops):
-    """Names of the operations whose output ``op`` reads; concatenations in its dense block stand for their parts.
-
-    A block concatenates its concatenation so far with each layer's output: that is all outputs before (equation 2).
-    """
-    found, waiting = [], list(op.reads)
-    while waiting:
-        name = waiting.pop(0)
-        if ops[name].text == CONCATENATION and ops[name].part == op.part:
-            waiting = ops[name].reads + waiting
-        else:
-            found.append(name)
-    return found
-
-
-def group(ops, depth_limit, max_layers):
-    """The boxes to draw: name → operations in it.
-
-    A concatenation that only its own dense block reads gets no box. Of a block with more than ``max_layers`` layers,
-    all between the first ones and the last share a box.
-    """
-    leaving = {name for op in ops.values() for name in op.reads if ops[name].part != op.part}
-    counts = {part: len(layers_of(ops.values(), part)) for part in {op.part for op in ops.values()}}
-    boxes = {}
-    for op in ops.values():
-        first, last = max_layers - 2, counts[op.part] - 2  # of the layers that share a box
-        if depth_limit == 1 or (depth_limit == 2 and not op.part.startswith("blocks")):
-            name = op.part
-        elif op.layer is not None and counts[op.part] > max_layers and first <= op.layer <= last:
-            name = f"{op.part}.layers.{first}-{last}"
-        elif op.layer is not None and depth_limit == 2:
-            name = f"{op.part}.layers.{op.layer}"
-        elif op.text == CONCATENATION and op.name not in leaving:
-            continue
-        else:
-            name = op.name
-        boxes.setdefault(name, []).append(op)
-    return boxes
-
-
-def layers_of(ops, part):
-    """Layer index → operations, of a dense block."""
-    layers = {}
-    for op in ops:
-        if op.part == part and op.layer is not None:
-            layers.setdefault(op.layer, []).append(op)
-    return layers
-
-
-def arrows(boxes, ops):
-    """Pairs (box read, box that reads), each once."""
-    box_of = {op.name: name for name, members in boxes.items() for op in members}
-    pairs = {}  # a dict keeps the order
-    for name, members in boxes.items():
-        for op in members:
-            for source in features(op, ops):
-                if box_of[source] != name:
-                    pairs[box_of[source], name] = None
-    return list(pairs)
-
-
-def part_title(part):
-    kind, _, index = part.partition(".")
-    kind = {"blocks": "dense block", "transitions": "transition"}.get(kind, kind)
-    return f"{kind} {int(index) + 1}" if index else kind
-
-
-def layer_title(layers):
-    first, last = min(layers) + 1, max(layers) + 1
-    return f"layer {first}" if first == last else f"layers {first} … {last}"
 
 
 def size(shape):
@@ -198,56 +155,30 @@ def compose(members):
     return text.rstrip("-\n").split("\n")
 
 
-def heading(part, layers):
-    """Title and lines that say what a part is: of a dense block, how many layers of which operations."""
-    if not layers:
-        return part_title(part), []
-    return f"{part_title(part)}: {len(layers)} layer{'s' * (len(layers) > 1)}", compose(layers[0])
+def part_title(part):
+    kind, _, index = part.partition(".")
+    kind = {"blocks": "dense block", "transitions": "transition"}.get(kind, kind)
+    return f"{kind} {int(index) + 1}" if index else kind
 
 
-def describe_box(name, members, ops):
+def describe_box(members):
     """Title and lines of a box: what is in it, and the sizes of what it reads and returns."""
     first, last = members[0], members[-1]
-    if name == first.name or not first.reads:  # a single operation
+    if first.layer is None and first.part.startswith(("image", "blocks")):  # a single operation
         return first.text, [size(first.shape)]
-    layers = layers_of(members, first.part)
-    if first.layer is not None:
-        reads = [ops[layer[0].reads[0]].shape[0] for layer in layers.values()]  # channels
-        if len(reads) == 1:
-            return layer_title(layers), [f"{reads[0]} → {last.shape[0]} channels"]
-        return layer_title(layers), [f"{reads[0]} … {reads[-1]} → {last.shape[0]} channels each"]
-    title, lines = heading(first.part, layers)
-    return title, [*(lines or compose(members)), f"{size(ops[first.reads[0]].shape)} → {size(last.shape)}"]
-
-
-FORMATS = ("svg", "png", "pdf", "dot")
-FONT = "Helvetica,Arial,sans-serif"
-RANKDIR = {"down": "TB", "right": "LR"}
-SIDES = {"down": "we", "right": "sn"}  # compass points to the left and right of the way
-GREY, LINE = "#EDEDED", "#555555"
-FILLS = {"image": "#FFFFFF", "stem": "#FFF3CF", "transitions": "#FFF3CF", "classifier": "#FFF3CF"}
-# Tints and full tones after Okabe and Ito's colours, which colour-blind readers can tell apart. A layer's box and the
-# arrows that leave it have one colour.
-LAYER_COLORS = (("#D6E8F5", "#0072B2"), ("#FBE0CF", "#D55E00"), ("#D3EFE4", "#009E73"), ("#F6E1EC", "#B04A87"))
+    if first.layer is None:
+        return part_title(first.part), [*compose(members), f"{size(first.reads)} → {size(last.shape)}"]
+    if first.layer == last.layer:
+        return f"layer {first.layer + 1}", [f"{first.reads[0]} → {last.shape[0]} channels"]
+    of_last = next(op for op in members if op.layer == last.layer)
+    title = f"layers {first.layer + 1} … {last.layer + 1}"
+    return title, [f"{first.reads[0]} … {of_last.reads[0]} → {last.shape[0]} channels each"]
 
 
 def html(title, lines, align="center"):
     """A label of Graphviz: the title bold, the lines below smaller."""
     end = f'<br align="{align}"/>'
     return f"<<b>{title}</b>{end}" + "".join(f'<font point-size="11">{line}</font>{end}' for line in lines) + ">"
-
-
-def paint(boxes):
-    """Box → (fill, line). Each layer of a block has the next colour; layers that share a box are grey."""
-    colors, turns = {}, {}
-    for name, members in boxes.items():
-        part, layer = members[0].part, members[0].layer
-        if layer is None or len(layers_of(members, part)) > 1:
-            colors[name] = FILLS.get(part.partition(".")[0], GREY), LINE
-        else:
-            turn = turns.setdefault((part, layer), sum(other == part for other, _ in turns))
-            colors[name] = LAYER_COLORS[turn % len(LAYER_COLORS)]
-    return colors
 
 
 def new_graph(name, direction):
@@ -262,66 +193,59 @@ def new_graph(name, direction):
     return graph
 
 
-def model_graph(model, image_size, depth_limit, max_layers, part, direction):
+def model_graph(model, image_size, part, direction):
     """The graph of the network, or of one part of it and what that reads, as a graphviz.Digraph."""
-    ops = trace(model, image_size)
-    _, *parts = dict.fromkeys(op.part for op in ops.values())  # the first is the image
+    boxes, arrows = trace(model, image_size)
+    _, *parts = dict.fromkeys(members[0].part for members in boxes.values())  # the first is the image
     if part not in (None, *parts):
         raise Mistake(f"part {part!r}: choose one of {', '.join(parts)}")
-    boxes = group(ops, depth_limit, max_layers)
-    pairs = [(tail, head) for tail, head in arrows(boxes, ops) if part in (None, boxes[head][0].part)]
-    shown = {name for pair in pairs for name in pair}
-    boxes = {name: members for name, members in boxes.items() if name in shown}
-    graph, colors = new_graph("model", direction), paint(boxes)
-    for current in dict.fromkeys(members[0].part for members in boxes.values()):
-        add_part(graph, current, boxes, ops, colors)
-    # With more boxes, arrows that must keep to a side cross each other more often than those that need not.
-    sides = SIDES[direction] if depth_limit == 2 and max_layers <= 4 else None
-    add_arrows(graph, boxes, pairs, colors, sides)
+    arrows = [(tail, head) for tail, head in arrows if part in (None, boxes[head][0].part)]
+    shown = {name for arrow in arrows for name in arrow}
+    drawn = {name: members for name, members in boxes.items() if name in shown}
+    graph, colors = new_graph("model", direction), {}
+    for current in dict.fromkeys(members[0].part for members in drawn.values()):
+        inside = {name: members for name, members in drawn.items() if members[0].part == current}
+        if not current.startswith("blocks"):
+            colors |= add_boxes(graph, inside)
+            continue
+        with graph.subgraph(name=f"cluster_{current}") as frame:
+            count = len(model.get_submodule(current).layers)
+            title = f"{part_title(current)}: {count} layer{'s' if count > 1 else ''}"
+            label = html(title, compose(boxes[f"{current}.layers.0"]), align="left")
+            frame.attr(label=label, labeljust="l", fontsize="13", margin="20")
+            frame.attr(style="rounded,filled", fillcolor="#F7F7F7", color="#BBBBBB")
+            colors |= add_boxes(frame, inside)
+    add_arrows(graph, drawn, arrows, colors, SIDES[direction])
     return graph
 
 
-def add_part(graph, part, boxes, ops, colors):
-    """Add a part's boxes, in a frame if it is opened; an opened layer has a frame of its own."""
-    boxes = {name: members for name, members in boxes.items() if members[0].part == part}
-    if list(boxes) == [part] or part == "image":
-        add_boxes(graph, boxes, ops, colors)
-        return
-    with graph.subgraph(name=f"cluster_{part}") as frame:
-        title, lines = heading(part, layers_of(ops.values(), part))
-        frame.attr(label=html(title, lines, align="left"), labeljust="l", fontsize="13", margin="20")
-        frame.attr(style="rounded,filled", fillcolor="#F7F7F7", color="#BBBBBB")
-        for layer in dict.fromkeys(members[0].layer for members in boxes.values()):
-            inside = {name: members for name, members in boxes.items() if members[0].layer == layer}
-            if layer is None or len(inside) == 1:
-                add_boxes(frame, inside, ops, colors)
-                continue
-            with frame.subgraph(name=f"cluster_{part}.layers.{layer}") as inner:
-                inner.attr(label=html(layer_title([layer]), []), fillcolor="white", margin="10")
-                add_boxes(inner, inside, ops, colors)
+def add_boxes(graph, boxes):
+    """Add the boxes of a part. Returns the colour of each, which the arrows that leave it have, too."""
+    colors, turns = {}, itertools.cycle(LAYER_COLORS)
+    for name in sorted(boxes, key=lambda name: boxes[name][0].layer is not None):
+        first, last = boxes[name][0], boxes[name][-1]
+        fill, colors[name] = FILLS.get(first.part.partition(".")[0], GREY), LINE
+        if first.layer is not None and first.layer == last.layer:  # layers that share a box are grey
+            fill, colors[name] = next(turns)
+        label = html(*describe_box(boxes[name]))
+        graph.node(name, label, fillcolor=fill, color=colors[name], group="row")  # dot keeps a group in a straight row
+    return colors
 
 
-def add_boxes(graph, boxes, ops, colors):
-    for name, members in boxes.items():
-        fill, line = colors[name]
-        # dot keeps a group in one straight row.
-        graph.node(name, html(*describe_box(name, members, ops)), fillcolor=fill, color=line, group="row")
-
-
-def add_arrows(graph, boxes, pairs, colors, sides):
+def add_arrows(graph, boxes, arrows, colors, sides):
     """Add the arrows: to the next box straight; others around the boxes between, on one side per box they leave.
 
     What follows an opened dense block stands beside its end: stairs are less long than one row.
     """
     order = {name: i for i, name in enumerate(boxes)}
-    for tail, head in pairs:
+    for tail, head in arrows:
         source, reader = boxes[tail][0], boxes[head][0]
-        style = {"color": LINE if (source.part, source.layer) == (reader.part, reader.layer) else colors[tail][1]}
-        if reader.part.startswith("transitions") and tail != source.part != reader.part:
+        style = {"color": LINE if (source.part, source.layer) == (reader.part, reader.layer) else colors[tail]}
+        if reader.part.startswith("transitions"):
             style["minlen"] = "0"
         elif order[head] - order[tail] == 1:
             style["weight"] = "20"
-        elif sides:
+        else:
             side = sides[(order[tail] - order[f"{source.part}.{INPUT}"]) % 2]
             style |= {"tailport": side, "headport": side}
         graph.edge(tail, head, **style)

@@ -4,8 +4,7 @@ The runs are those of train.py, of bamos/densenet.pytorch (train.csv, test.csv w
 gpleiss/efficient_densenet_pytorch (results.csv).
 """
 
-import csv
-import functools
+import io
 import itertools
 import os
 import re
@@ -23,7 +22,6 @@ SPLITS = ("train", "valid", "test")
 LOGS = (*SPLITS, "test-ema")  # of the averaged weights, which are not drawn
 COLUMNS = ("epoch", "loss", "error")
 OPTIONAL = ("lr", "test_error", "images_per_second")
-LIMITS = {"epoch": (0, 1e6), "loss": (-1e100, 1e100), "error": (0, 100)}  # what is beyond them is damage
 DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "svhn": "SVHN"}
 # Arguments in which runs of one mean may differ: the seed, and what changes at most the rounding. Data is compared by
 # its name, not by where it lives.
@@ -103,13 +101,13 @@ def read_log(directory):
     if not tables:
         raise Mistake(f"{directory} has no log with a row: train.csv, test.csv or results.csv")
     tables = {split: check(table, f"{directory}, {split}") for split, table in tables.items()}
-    fine = None
-    if "train" in tables:
-        whole = tables["train"].epoch == tables["train"].epoch.round()
-        if "lr" not in tables["train"] and not whole.all():
-            fine, tables["train"] = tables["train"], average_epochs(tables["train"])
-        elif not whole.all() and whole.any():
-            fine, tables["train"] = tables["train"][~whole], tables["train"][whole]
+    train, fine = tables.get("train"), None
+    if train is not None and not (whole := train.epoch % 1 == 0).all():
+        if "lr" not in train:  # of bamos: a row per iteration; epoch 2.0 begins the third epoch
+            means = train.groupby(train.epoch.floordiv(1) + 1)[["loss", "error"]].mean()
+            fine, tables["train"] = train, means.reset_index(names="epoch")
+        elif whole.any():
+            fine, tables["train"] = train[~whole], train[whole]
     return Log(directory, tables, fine, read_config(directory))
 
 
@@ -120,12 +118,13 @@ def read_results(path):
     """
     needed = [f"{split}_{quantity}" for split in ("train", "valid") for quantity in ("loss", "error")]
     results = read_table(path, needed=("epoch", *needed))
+    if results is None:
+        return {}
     tables = {}
-    for split in ("train", "valid") if results is not None else ():
-        table = results[["epoch", f"{split}_loss", f"{split}_error"]].dropna()
-        table.columns = COLUMNS
+    for split in ("train", "valid"):
+        table = results[["epoch", f"{split}_loss", f"{split}_error"]].set_axis(COLUMNS, axis=1).dropna()
         tables[split] = table.assign(error=100 * table.error)
-    if tables and "test_error" in results:
+    if "test_error" in results:
         error = results.test_error.dropna().tail(1)
         tables["test"] = pd.DataFrame({"epoch": results.epoch.max(), "loss": np.nan, "error": 100 * error})
     return {split: table for split, table in tables.items() if len(table)}
@@ -137,36 +136,26 @@ def read_table(path, needed=COLUMNS, names=None):
     ``names`` are the columns of a file that has no header. A last line without its newline counts if it is whole. None
     where the file is missing or has no row. Raises Mistake where it is no such file.
     """
-    *lines, rest = (read_text(path) or "").split("\n")
-    try:
-        rows = list(csv.reader([*lines, rest]))
-    except csv.Error as error:
-        raise Mistake(f"{path} is not a log: {error}") from error
-    if rows and rows[0] and rows[0][0].strip() == "epoch":
-        names, rows[0] = [name.strip() for name in rows[0]], []
-    if any(map(any, rows)) and not names:
-        raise Mistake(f"{path} is not a log: it has no header that begins with epoch")
-    if rest and names and (len(rows[-1]) < len(names) or not rest[-1].isdigit()):  # a row that is being written
-        rows.pop()
-    if not any(map(any, rows)):
+    if not path.exists():
         return None
-    missing = [name for name in needed if name not in names]
-    if missing:
-        raise Mistake(f"{path} is not a log: it has no column {missing[0]}")
-    wanted = {name: names.index(name) for name in (*needed, *OPTIONAL) if name in names}
-    table = [parse(path, i, row, wanted, len(names)) for i, row in enumerate(rows, start=1) if any(row)]
-    return pd.DataFrame(table, columns=list(wanted), dtype=float)
-
-
-def parse(path, line, row, wanted, count):
-    """The numbers of a row of ``count`` cells, those that ``wanted`` names. Raises Mistake where there are others."""
-    if any(row[count:]):
-        raise Mistake(f"{path} is not a log: line {line} has more than {count} cells")
-    cells = [row[i].strip() if i < len(row) else "" for i in wanted.values()]
     try:
-        return [float(cell or "nan") for cell in cells]
-    except ValueError as error:
-        raise Mistake(f"{path} is not a log: line {line}: {str(error)[:80]}") from error
+        lines = readable(path).read_text(encoding="utf-8-sig").split("\n")  # spreadsheets write a byte-order mark
+        if lines[-1] and (lines[-1].count(",") < lines[0].count(",") or not lines[-1][-1].isdigit()):
+            lines.pop()  # a row that is being written
+        if not any(lines):
+            return None
+        header = {"header": None, "names": names} if names and "epoch" not in lines[0] else {}
+        table = pd.read_csv(io.StringIO("\n".join(lines)), dtype=object, skipinitialspace=True, **header)
+        if not isinstance(table.index, pd.RangeIndex):  # what pandas makes of more cells than names
+            raise ValueError("the first row has more cells than there are columns")
+        if missing := [name for name in needed if name not in table]:
+            raise ValueError(f"it has no column {missing[0]}")
+        wanted = dict.fromkeys(name for name in (*needed, *OPTIONAL) if name in table)
+        # By Python's float: the rounding of read_csv's own differs between releases.
+        table = table.dropna(how="all")[[*wanted]].astype(float)
+    except ValueError as error:  # of decoding, too
+        raise Mistake(f"{path} is not a log: {str(error).strip()}") from error
+    return table if len(table) else None
 
 
 def check(table, name):
@@ -174,28 +163,11 @@ def check(table, name):
 
     Raises Mistake where a number cannot be one of a log.
     """
-    table = table.replace({"loss": {np.inf: np.nan, -np.inf: np.nan}})
-    for column, (low, high) in LIMITS.items():
-        known = table[column] if column == "epoch" else table[column].dropna()
-        for value in known[~known.between(low, high)]:
-            raise Mistake(f"{name}: a damaged log: {column} {value:g} is not in {low:g} … {high:g}")
+    for values, high in ((table.epoch, 1e6), (table.error.dropna(), 100)):
+        for value in values[~values.between(0, high)]:
+            raise Mistake(f"{name}: a damaged log: {values.name} {value:g} is not in 0 … {high:g}")
+    table = table.assign(loss=table.loss.where(table.loss.abs() < 1e100))
     return table.drop_duplicates("epoch", keep="last").sort_values("epoch", ignore_index=True)
-
-
-def average_epochs(table):
-    """One row per epoch of a table with a row per iteration, as bamos writes it: epoch 2.0 begins the third epoch."""
-    epoch = table.epoch.floordiv(1) + 1
-    return table.groupby(epoch)[["loss", "error"]].mean().reset_index(names="epoch")
-
-
-def read_text(path):
-    """What a text file holds, None where there is none. Raises Mistake where it cannot be read."""
-    if not path.exists():
-        return None
-    try:
-        return readable(path).read_text(encoding="utf-8-sig")  # spreadsheets write a byte-order mark
-    except (OSError, UnicodeDecodeError) as error:
-        raise Mistake(f"{path} cannot be read ({error})") from error
 
 
 def mean_log(logs, unlike=False):
@@ -210,14 +182,16 @@ def mean_log(logs, unlike=False):
     if different and not unlike:
         raise Mistake(f"--mean {names}: they differ in {', '.join(different)}: leave some out, or add --unlike")
     tables, deviations = {}, {}
-    for split in (split for split in LOGS if all(split in log.tables for log in logs)):
+    for split in LOGS:
+        if not all(split in log.tables for log in logs):
+            continue
         parts = [log.tables[split].set_index("epoch") for log in logs]
-        epochs = functools.reduce(pd.Index.intersection, [part.index for part in parts])
+        epochs = [epoch for epoch in parts[0].index if all(epoch in part.index for part in parts)]
         columns = [name for name in ("loss", "error", "lr") if all(name in part for part in parts)]
-        values = np.stack([part.loc[epochs, columns] for part in parts])  # (runs, epochs, columns)
-        tables[split] = pd.DataFrame(values.mean(0), epochs, columns).reset_index()
-        deviations[split] = pd.DataFrame(values.std(0, ddof=1), epochs, columns).reset_index()
-    tables = {split: table for split, table in tables.items() if len(table)}
+        if epochs:
+            values = np.stack([part.loc[epochs, columns] for part in parts])  # (runs, epochs, columns)
+            tables[split] = pd.DataFrame(values.mean(0), epochs, columns).reset_index(names="epoch")
+            deviations[split] = pd.DataFrame(values.std(0, ddof=1), epochs, columns).reset_index(names="epoch")
     if not tables:
         raise Mistake(f"--mean {names}: they have no epochs in common")
     config = logs[0].config if len({log.title for log in logs}) == 1 else {}

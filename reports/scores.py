@@ -6,15 +6,16 @@ import io
 import math
 import os
 import sys
-import warnings
 
 import numpy as np
 import torch
-from matplotlib.colors import PowerNorm
-from matplotlib.figure import Figure
 
 from common.files import written_whole
 from reports.tables import wilson
+
+PER_ROW = 8  # images
+NUMBERED = 25  # classes: of more, the cells of the matrix have no room for numbers
+NAMED = 150  # classes: of more, the matrix has no room for their names
 
 
 def headline(matrix, kind="test"):
@@ -33,9 +34,8 @@ def print_scores(matrix, classes, kind="test"):
     width, scores = max(map(len, (*classes, "macro average"))), class_scores(matrix)
     print(f"\n{'class':{width}}  images  error %  precision %  recall %    F1 %  taken for")
     for i, name in enumerate(classes):
-        row = matrix[i].clone()
-        row[i] = 0
-        confused = [f"{classes[j]} {int(row[j])}" for j in row.argsort(descending=True)[:3].tolist() if row[j]]
+        order = matrix[i].argsort(descending=True)[:4].tolist()
+        confused = [f"{classes[j]} {int(matrix[i, j])}" for j in order if j != i and matrix[i, j]][:3]
         print(f"{name:{width}}  {int(matrix[i].sum()):6}  {cells(scores[:, i])}  {', '.join(confused)}".rstrip())
     print(f"{'macro average':{width}}  {int(matrix.sum()):6}  {cells(scores.nanmean(1))}")
     if len(classes) <= 20:
@@ -59,94 +59,84 @@ def likeliest(probabilities, classes, count):
 
 @contextlib.contextmanager
 def csv_table(path, column, classes, labelled=False):
-    """A function that writes what an image is taken for as a row of a CSV file; None where ``path`` is None.
+    """A function that writes an image's row of a CSV file; None where ``path`` is None.
 
     The file is there, whole, when the block has ended. Its first column holds the images' names and is named
-    ``column``; then come the class taken for and its probability, with labels the true class and whether both are the
-    same (1 or 0), and the probability of each class.
+    ``column``; then come the predicted class and its probability, with labels the true class and whether both are the
+    same (1 or 0), and the probability of each class. The latter columns have the names of the classes, or p(NAME) of
+    all classes if one has the name of a column before.
     """
     if path is None:
         yield None
         return
+    fixed = [column, "class", "probability", *(["true", "right"] if labelled else [])]
+    header = [*fixed, *(f"p({name})" for name in classes)] if {*fixed} & {*classes} else [*fixed, *classes]
     with written_whole(path) as file:
+        # Paths as they are on disk, also where they are no UTF-8.
+        text = io.TextIOWrapper(file, "utf-8", sys.getfilesystemencodeerrors(), newline="", write_through=True)
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(header)
 
-        def write_row(*cells):
-            line = io.StringIO()
-            csv.writer(line, lineterminator="\n").writerow(cells)
-            file.write(line.getvalue().encode("utf-8", sys.getfilesystemencodeerrors()))  # paths as they are on disk
-
-        def write(name, taken, probabilities, label=None):
-            truth = [] if label is None else [classes[label], int(taken == label)]
+        def write(name, predicted, probabilities, label=None):
+            truth = [] if label is None else [classes[label], int(predicted == label)]
             values = [f"{value:.6g}" for value in probabilities.tolist()]
-            write_row(name, classes[taken], values[taken], *truth, *values)
+            writer.writerow([name, classes[predicted], values[predicted], *truth, *values])
 
-        write_row(column, "class", "probability", *["true", "right"] * labelled, *classes)
         yield write
-
-
-PER_ROW = 8  # images
-NUMBERED = 25  # classes: of more, the cells of the matrix have no room for numbers
-NAMED = 150  # classes: of more, the matrix has no room for their names
+        text.detach()
 
 
 def draw_mistakes(path, images, captions, title):
-    """Draw images of the data module, each with its caption: (true class, class taken for, probability)."""
+    """Draw ImageTensors or streamed images, each with its caption: (true class, class taken for, probability)."""
+    from reports.curves import Figure, drawable, save
+
     columns = min(PER_ROW, len(images))
     rows = -(-len(images) // columns)
     figure = Figure(figsize=(max(1.4 * columns, 6), 2 * rows + 0.6), layout="constrained")
-    title = f"{title}\ntrue class → class taken for, and its probability"
-    figure.suptitle(drawable(title), fontsize=10, parse_math=False)
+    figure.suptitle(drawable(f"{title}\ntrue class → class taken for, and its probability"), fontsize=10)
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.axis("off")
     drawn = zip(figure.axes, images.names, images.pixels.numpy(), captions, strict=False)  # of more axes than images
-    for axes, name, pixels, (true, taken, probability) in drawn:
+    for axes, name, pixels, (true, predicted, probability) in drawn:
         axes.imshow(pixels if pixels.shape[2] == 3 else pixels[..., 0], cmap="gray", vmin=0, vmax=255)
-        caption = f"{shown(true)}\n→ {shown(taken)}\n{100 * probability:.1f} %"
-        axes.set_title(caption, fontsize=7, parse_math=False)
-        name = os.path.basename(name) if isinstance(name, str) else f"index {name}"
-        where = {"x": 0.5, "y": -0.03, "ha": "center", "va": "top", "transform": axes.transAxes}
-        axes.text(s=shown(name), fontsize=6, color="0.5", parse_math=False, **where)
+        caption = f"{shortened(true)}\n→ {shortened(predicted)}\n{100 * probability:.1f} %"
+        axes.set_title(drawable(caption), fontsize=7)
+        name = drawable(shortened(os.path.basename(name) if isinstance(name, str) else f"index {name}"))
+        axes.text(0.5, -0.03, name, ha="center", va="top", transform=axes.transAxes, fontsize=6, color="0.5")
     save(figure, path)
 
 
 def draw_confusion(path, matrix, classes, title):
     """Draw a confusion matrix (classes, classes) as shares of its rows: what is right in blue, what is wrong in red."""
+    from matplotlib.colors import PowerNorm
+
+    from reports.curves import Figure, drawable, save
+
     counts, size = matrix.numpy(), len(classes)
     share = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
     right = np.eye(size, dtype=bool)
+    most = max(share[~right].max(), 5)
     side = min(max(size * (0.5 if size <= NUMBERED else 0.13), 4), 20)  # inches
     figure = Figure(figsize=(side + 3, side + 1.5), layout="compressed")
-    figure.suptitle(drawable(title), fontsize=10, parse_math=False)
+    figure.suptitle(drawable(title), fontsize=10)
     axes = figure.subplots()
     blue = axes.imshow(np.ma.array(share, mask=~right), cmap="Blues", vmin=0, vmax=100)
-    most = max(share[~right].max(), 5)
     red = axes.imshow(np.ma.array(share, mask=right | (counts == 0)), cmap="Reds", norm=PowerNorm(0.5, 0, most))
     for shade, label in ((blue, "right"), (red, "wrong")):
         figure.colorbar(shade, label=f"{label} (% of the class)", shrink=0.4, fraction=0.04, pad=0.02)
     axes.set(xlabel="taken for", ylabel="class")
     if size <= NAMED:
-        names = [shown(name) for name in classes]
-        style = {"fontsize": 9 if size <= NUMBERED else 6, "parse_math": False}
-        axes.set_xticks(range(size), names, rotation=90, **style)
-        axes.set_yticks(range(size), names, **style)
+        names, fontsize = [drawable(shortened(name)) for name in classes], 9 if size <= NUMBERED else 6
+        axes.set_xticks(range(size), names, rotation=90, fontsize=fontsize)
+        axes.set_yticks(range(size), names, fontsize=fontsize)
     for row, column in zip(*counts.nonzero(), strict=True) if size <= NUMBERED else ():
         color = "white" if share[row, column] > (50 if row == column else most / 3) else "black"
         axes.text(column, row, counts[row, column], ha="center", va="center", fontsize=8, color=color)
     save(figure, path)
 
 
-def drawable(text):
-    """Text with a question mark for what is no character, such as a stray byte in a file's name."""
-    return text.encode(errors="replace").decode()
-
-
-def shown(name, length=20):
-    return drawable(name if len(name) <= length else f"{name[: length - 1]}…")
-
-
-def save(figure, path):
-    with warnings.catch_warnings(action="ignore"), written_whole(path) as file:  # of characters that no font here has
-        figure.savefig(file, format=path.suffix[1:].lower(), dpi=150)
+def shortened(name, length=20):
+    return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
 def most_confident(wrong, confidence, count):
@@ -155,12 +145,12 @@ def most_confident(wrong, confidence, count):
     return positions[confidence[positions].argsort(descending=True, stable=True)[:count]]
 
 
-def confusion_matrix(labels, taken, count):
+def confusion_matrix(labels, predicted, count):
     """(count, count) int64: images of class row that were taken for class column."""
-    return torch.bincount(labels * count + taken, minlength=count * count).view(count, count)
+    return torch.bincount(labels * count + predicted, minlength=count * count).view(count, count)
 
 
 def class_scores(matrix):
     """(3, classes) float64: precision, recall and F1 of each class in percent, NaN where one is zero by zero."""
-    right, images, taken = matrix.diagonal().double(), matrix.sum(1), matrix.sum(0)
-    return 100 * torch.stack((right / taken, right / images, 2 * right / (taken + images)))
+    right, images, predicted = matrix.diagonal().double(), matrix.sum(1), matrix.sum(0)
+    return 100 * torch.stack((right / predicted, right / images, 2 * right / (predicted + images)))

@@ -1,12 +1,13 @@
 """What runs have come to, side by side, with intervals: as text, Markdown or CSV. Imports no torch."""
 
-import csv
 import datetime
-import io
+
+import pandas as pd
 
 from reports.logs import differing, recipe
 
 FORMATS = ("text", "markdown", "csv")
+ALWAYS = ("epoch", "test error (%)", "95 % low", "95 % high")  # other columns only where a run has them
 # Training and test images of the data sets: earlier releases did not write how many a run had.
 IMAGES = {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000), "svhn": (604_388, 26_032), "digits": (1_437, 360)}
 
@@ -16,39 +17,37 @@ def comparison(logs):
 
     The interval covers the choice of the test images; of a mean over seeds, there is the standard deviation instead.
     """
-    recipes = [recipe(log.config) | seed_of(log) for log in logs.values()]
-    columns = {"run": list(logs)} | differing(recipes)
-    for name, values in results(list(logs.values())).items():
-        columns[name] = ["–" if value is None else value for value in values]
+    recipes = [recipe(log.config) for log in logs.values()]
+    for log, each in zip(logs.values(), recipes, strict=True):
+        if log.config and log.runs == 1:
+            each["seed"] = log.config["arguments"].get("seed")
+    columns, outcomes = {"run": list(logs)} | differing(recipes), [outcome(log) for log in logs.values()]
+    for name in outcomes[0]:
+        values = [each[name] for each in outcomes]
+        if any(values) or name in ALWAYS:
+            columns[name] = [value or "–" for value in values]
     return list(columns), [list(row) for row in zip(*columns.values(), strict=True)]
 
 
-def seed_of(log):
-    arguments = log.config.get("arguments", {}) if log.runs == 1 else {}
-    return {name: value for name, value in arguments.items() if name == "seed"}
-
-
-def results(logs):
-    """{column: values}: errors in percent, training times. Of columns that no run has, only those of the test stay."""
-    tests = [log.tables.get("test") for log in logs]
-    errors = [final(log, "test") for log in logs]
-    spans = [interval(log, error) for log, error in zip(logs, errors, strict=True)]
-    optional = {
-        "sd": [number(log.deviations["test"].error.iloc[-1]) if "test" in log.deviations else None for log in logs],
-        "averaged weights (%)": [number(final(log, "test-ema")) for log in logs],
-        "best valid (%)": [number(log.tables["valid"].error.min()) if "valid" in log.tables else None for log in logs],
-        "training time": [training_time(log) for log in logs],
-    }
+def outcome(log):
+    """{column: text, or None} of a run: errors in percent, the time of training."""
+    errors = {split: table.error for split, table in log.tables.items()}
+    error, (train, test) = final(errors.get("test")), images_of(log)
+    low, high = wilson(error, test) if test and error is not None else (None, None)
     return {
-        "epoch": [None if test is None else f"{test.epoch.iloc[-1]:.0f}" for test in tests],
-        "test error (%)": list(map(number, errors)),
-        "95 % low": [low for low, _ in spans],
-        "95 % high": [high for _, high in spans],
-    } | {name: values for name, values in optional.items() if any(values)}
+        "epoch": f"{log.tables['test'].epoch.iloc[-1]:.0f}" if "test" in errors else None,
+        "test error (%)": number(error),
+        "95 % low": number(low),
+        "95 % high": number(high),
+        "sd": number(final(log.deviations["test"].error)) if "test" in log.deviations else None,
+        "averaged weights (%)": number(final(errors.get("test-ema"))),
+        "best valid (%)": number(errors["valid"].min()) if "valid" in errors else None,
+        "training time": training_time(log, train),
+    }
 
 
-def final(log, name):
-    return log.tables[name].error.iloc[-1] if name in log.tables else None
+def final(values):
+    return None if values is None else values.iloc[-1]
 
 
 def number(value):
@@ -75,27 +74,18 @@ def count_of(values, name):
     return value if isinstance(value, int) and 0 < value < 10**9 else 0
 
 
-def interval(log, error):
-    """(low, high) as texts."""
-    _, test = images_of(log)
-    return tuple(map(number, wilson(error, test))) if test and error is not None else (None, None)
-
-
-def training_time(log):
-    """Of all epochs, evaluations left out."""
-    train, _ = images_of(log)
+def training_time(log, images):
+    """Of all epochs, evaluations left out. None where it is not known."""
     speeds = log.tables.get("train", {}).get("images_per_second")
-    if not train or speeds is None or not speeds.between(1e-3, 1e9).all():  # none in a mean, or damaged
+    if not images or speeds is None or not speeds.between(1e-3, 1e9).all():  # none in a mean, or damaged
         return None
-    return str(datetime.timedelta(seconds=round((train / speeds).sum())))
+    return str(datetime.timedelta(seconds=round((images / speeds).sum())))
 
 
 def formatted(header, rows, kind):
     """A table as one text, in one of FORMATS."""
     if kind == "csv":
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([header, *rows])
-        return text.getvalue().rstrip("\n")
+        return pd.DataFrame(rows, columns=header).to_csv(index=False, lineterminator="\n").rstrip("\n")
     if kind == "markdown":
         return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]

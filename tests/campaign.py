@@ -24,8 +24,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process with several threads 
 from conftest import TINY, assert_same_run  # noqa: E402
 
 import train  # noqa: E402
-from common.console import Parser, positive
-from inputs import datasets
+from common.console import Parser, positive  # noqa: E402
+from inputs import datasets  # noqa: E402
 
 FLAGS = [*TINY, "--block", "naive", "--valid-size", "100", "--no-plot", "--no-progress", "--save"]
 kills = Counter()  # by whether a process was killed

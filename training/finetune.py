@@ -1,6 +1,6 @@
 """Fine-tuning: trained weights to start from, what of them fits a network, and parts of it that stay as they are.
 
-    from finetune import freeze, read_source, take
+    from training.finetune import freeze, read_source, take
     source = read_source("work/digits.bc16/weights.pth")    # or torchvision's weights, from a file or by "imagenet"
     print(take(model, source, "digits"))
     print(freeze(model, "stem,blocks.0"))
@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from common.checkpoints import load_file, upgrade
+from common.checkpoints import upgrade
 from common.console import Mistake
 from densenet import ARCHITECTURES, FROM_TORCHVISION, rename
-from inference.export import FORMATS, NEEDED, read_exported
+from inference.export import NEEDED, read_weights
 from inputs.splits import NORMALIZE
 
 PUBLISHED = [name for name, options in ARCHITECTURES.items() if options.get("stem") == "imagenet"]  # by torchvision
@@ -30,25 +30,18 @@ def read_source(what, arch=None):
     ``what`` is a checkpoint of a run, an exported .safetensors file, a file with a state dict in torchvision's names
     (or with a dict that has one in it), or "imagenet": what torchvision publishes for ``arch``. Raises Mistake.
     """
-    content = published(arch) if what == "imagenet" else read_file(what)
+    content = published(arch) if what == "imagenet" else read_weights(what)
     found = content.get("model", content.get("state_dict", content)) if isinstance(content, dict) else None
-    if not is_state_dict(found):
+    pairs = found.items() if isinstance(found, dict) else ()
+    if not pairs or not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in pairs):
         raise Mistake(f"--init-from {what}: the file holds no weights; name a .pth or .safetensors file that does")
-    source = {"model": {rename(name, FROM_TORCHVISION): value for name, value in found.items()}}
+    source = {"model": {rename(name, FROM_TORCHVISION): value for name, value in pairs}}
     if content.keys() >= NEEDED:
-        source |= {name: upgrade(content, what)[name] for name in NEEDED}
+        checkpoint = upgrade(content, what)
+        source |= {name: checkpoint[name] for name in NEEDED}
     elif any("features." in name for name in found):  # torchvision's names
         source["normalize"] = NORMALIZE["imagenet"]
     return source
-
-
-def is_state_dict(value):
-    return isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in value.items())
-
-
-def read_file(path):
-    """What torch.save or safetensors wrote, by whatever program. Raises Mistake."""
-    return read_exported(path) if Path(path).suffix in FORMATS else load_file(path)
 
 
 def published(arch):
@@ -61,9 +54,9 @@ def published(arch):
     path = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)  # NAME-CHECKSUM.pth
     if path.exists() and not hashlib.sha256(path.read_bytes()).hexdigest().startswith(path.stem.rpartition("-")[2]):
         raise Mistake(f"{path} is incomplete or damaged: delete it, then run again")
-    options = {"check_hash": True, "progress": sys.stderr.isatty(), "map_location": "cpu", "weights_only": True}
     try:
-        return weights.get_state_dict(**options)
+        options = {"check_hash": True, "map_location": "cpu", "weights_only": True}
+        return weights.get_state_dict(progress=sys.stderr.isatty(), **options)
     except (OSError, RuntimeError, HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise Mistake(f"cannot download {weights.url} ({reason}): put that file into {path.parent} by hand") from error
@@ -76,14 +69,13 @@ def unfit(model, source, what, classes=None):
     weights don't: the source, which the user has called ``what``, is another network.
     """
     found, reasons = source["model"], {}
-    own = {name: value for name, value in model.state_dict().items() if not name.endswith(UNUSED)}
-    others = source.get("classes", classes) != classes
-    for name, value in own.items():
+    own = {name: value.shape for name, value in model.state_dict().items() if not name.endswith(UNUSED)}
+    for name, shape in own.items():
         if name not in found:
             reasons[name] = "not there"
-        elif found[name].shape != value.shape:
+        elif found[name].shape != shape:
             reasons[name] = f"there {tuple(found[name].shape)}"
-        elif others and name.startswith("classifier."):
+        elif name.startswith("classifier.") and source.get("classes", classes) != classes:
             reasons[name] = "there of other classes"
     if 2 * len(reasons) > len(own):
         raise Mistake(
@@ -102,28 +94,22 @@ def take(model, source, what, classes=None):
     left = [name for name in source["model"] if name not in own and not name.endswith(UNUSED)]
     line = f"weights taken from {what}"
     for title, names in (("fresh", fresh), ("not taken", left)):
-        more = f"; … {len(names) - 4} more" if len(names) > 4 else ""
-        line += f"; {title}: {'; '.join(names[:4])}{more}" if names else ""
+        more = [f"… {len(names) - 4} more"] if len(names) > 4 else []
+        line += f"; {title}: {'; '.join(names[:4] + more)}" if names else ""
     return line
-
-
-def parts(model):
-    """What can be frozen: {name: modules}."""
-    children = {name: child for name, child in model.named_children() if name != "relu"}
-    found = {"features": [child for name, child in children.items() if name != "classifier"]}
-    for name, child in children.items():
-        several = isinstance(child, nn.ModuleList)
-        found |= {f"{name}.{i}": [part] for i, part in enumerate(child)} if several else {name: [child]}
-    return found
 
 
 def freeze(model, names):
     """Let parts of a network, "stem,blocks.0" say, not be trained any more. Returns a line about it. Raises Mistake."""
-    valid = parts(model)
+    children = {name: child for name, child in model.named_children() if name != "relu"}
+    parts = {"features": [child for name, child in children.items() if name != "classifier"]}
+    for name, child in children.items():
+        several = isinstance(child, nn.ModuleList)
+        parts |= {f"{name}.{i}": [part] for i, part in enumerate(child)} if several else {name: [child]}
     for name in names.split(","):
-        if name not in valid:
-            raise Mistake(f"--freeze {name}: the network has the parts {', '.join(valid)}")
-        for part in valid[name]:
+        if name not in parts:
+            raise Mistake(f"--freeze {name}: the network has the parts {', '.join(parts)}")
+        for part in parts[name]:
             part.requires_grad_(False)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     if not trained:
@@ -141,8 +127,9 @@ def training_mode(model):
 
 def parameter_groups(model, head_factor=None):
     """What the optimiser trains; the classifier in a group whose learning rate is ``head_factor`` times the others'."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if head_factor is None:
-        return [parameter for parameter in model.parameters() if parameter.requires_grad]
-    head = list(model.classifier.parameters())
-    others = [p for p in model.parameters() if p.requires_grad and not any(p is q for q in head)]
-    return [*([{"params": others}] if others else []), {"params": head, "lr_factor": head_factor}]
+        return list(trained.values())
+    others = [parameter for name, parameter in trained.items() if not name.startswith("classifier.")]
+    head = {"params": list(model.classifier.parameters()), "lr_factor": head_factor}
+    return [{"params": others}, head] if others else [head]

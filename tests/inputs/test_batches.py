@@ -21,7 +21,7 @@ def test_crop_and_flip_equal_torchvision_for_every_shift(fill):
     for top in range(9):
         for left in range(9):
             for flip in (False, True):
-                ours = batches.crop_and_flip(torch.tensor([0]), torch.tensor([[top - 4, left - 4]]), torch.tensor([flip]))
+                ours = batches.augmented(torch.tensor([0]), torch.tensor([[top - 4, left - 4]]), torch.tensor([flip]))
                 expected = tv.to_dtype(image, torch.float32, scale=True)
                 if fill == "black":  # pad, then normalise
                     expected = tv.normalize(tv.crop(tv.pad(expected, 4), top, left, 32, 32), mean, std)
@@ -98,6 +98,8 @@ def test_cutout_hides_a_square_around_each_pixel_equally_often():
     centres = (middle[0] * 7 + middle[1]).long()
     assert scipy.stats.chisquare(centres.bincount(minlength=49)).pvalue > 1e-3
     black = next(iter(images.batches(20_000, NORMALIZE, "black", cutout=3).shuffled(3)))[0]
+    shifted, both = (next(iter(images.batches(20_000, NORMALIZE, "mean", cutout=n).shuffled(3)))[0] for n in (0, 3))
+    assert (both[both != shifted] == 0).all() and torch.equal((both == 0).all(1), (shifted == 0).all(1) | hidden)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in NORMALIZE)
     assert torch.allclose(black.amin((0, 2, 3)), (-mean / std).flatten())
 

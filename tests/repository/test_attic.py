@@ -164,8 +164,8 @@ def test_loss_at_init_notices_a_layer_without_gradient(run, monkeypatch):
 
 
 def test_loss_at_init_notices_images_that_are_not_normalised(run, monkeypatch):
-    right = splits.measure
-    monkeypatch.setattr(splits, "measure", lambda pixels: tuple(tuple(v / 255 for v in part) for part in right(pixels)))
+    right = splits.channel_statistics
+    monkeypatch.setattr("inputs.datasets.channel_statistics", lambda pixels: tuple(tuple(v / 255 for v in part) for part in right(pixels)))
     status, output = run("loss_at_init")
     assert status == 1
     assert "not normalised" in output

@@ -73,7 +73,8 @@ def test_a_run_writes_what_it_should(tiny, capsys):
 
     checkpoint = torch.load("run/latest.pth", weights_only=True)
     assert set(checkpoint) == {
-        "model", "optimizer", "epoch", "seconds", "rng", "config", "normalize", "classes", "metrics", "scaler"
+        "model", "optimizer", "epoch", "seconds", "rng", "config", "normalize", "classes", "metrics", "scaler",
+        "manifest", "measured",
     }  # fmt: skip
     assert checkpoint["classes"] == list("0123456789")
     assert checkpoint["metrics"]["test"][-1]["error"] == test.error.iloc[-1]
@@ -173,7 +174,7 @@ def test_validation_chooses_best_pth(tiny, capsys):
         capsys.readouterr().out
     )
     assert tiny("--save", "other", "--valid-size", "1437") == 2
-    assert "--valid-size 1437: the training set has 1437 images" in capsys.readouterr().err
+    assert "train.py: error: --valid-size 1437: cannot take the same share of each class" in capsys.readouterr().err
     assert not Path("other").exists()
 
 

@@ -1,4 +1,4 @@
-"""What evaluate.py says, writes and draws of a checkpoint, and the modules inference, report and pictures behind it."""
+"""What evaluate.py says, writes and draws of a checkpoint, and the parts behind it: inference and reports.scores."""
 
 import csv
 import errno
@@ -27,8 +27,9 @@ from inference import network
 from inputs import datasets, folders
 from inputs.batches import ImageTensors
 from inputs.image import Reader
-from reports import scores, tables
-from training import arguments
+from reports import curves, scores, tables
+from training.arguments import parse_args
+from training.flags import model_options
 
 DIGITS = str(ROOT / "work/digits.bc16/weights.pth")
 
@@ -36,8 +37,8 @@ DIGITS = str(ROOT / "work/digits.bc16/weights.pth")
 def write_checkpoint(root, image_size=8, classes=("cat", "dog"), **changed):
     """run.pth: an untrained network for the images that ``write_folder`` writes to ``root``; returns its dict."""
     flags = f"--dataset folder --data {root} --image-size {image_size} --depth 10 --growth-rate 4 --batch-size 4 --save run"
-    args, _ = arguments.parse_args(flags.split())
-    options = flags.model_options(args, len(classes))
+    args, _ = parse_args(flags.split())
+    options = model_options(args, len(classes))
     torch.manual_seed(0)
     checkpoint = {
         "config": {"arguments": vars(args) | changed, "model": options},
@@ -57,7 +58,7 @@ def evaluated(capsys, *flags, status=0):
 
 
 def answering(monkeypatch, answers):
-    """Let the network take image i for class answers[i], the less surely the later it comes."""
+    """Let the network predict class answers[i] of image i, the less surely the later it comes."""
     logits = torch.nn.functional.one_hot(torch.tensor(answers)) * (20 - 0.05 * torch.arange(len(answers))[:, None])
 
     def predictions(checkpoint, images, *_):
@@ -152,7 +153,7 @@ def test_splits_that_are_not_the_run_s(tmp_path, capsys):
     refused("the run held out no images for validation: choose --split train or test")
     dataset = datasets.load("folder", root, Reader(8))
     checkpoint = write_checkpoint(root, valid_size=2) | {"normalize": [*map(list, dataset.normalize)]}  # as of JSON
-    torch.save(checkpoint | {"layout": dataset.layout | {"fingerprints": {"train": "of others"}}}, "run.pth")
+    torch.save(checkpoint | {"layout": dataset.manifest | {"fingerprints": {"train": "of others"}}}, "run.pth")
     refused(f"images in {root} (train) have changed since the training; --data says where")
     torch.save(checkpoint, "run.pth")
     assert "of 2 images wrong" in evaluated(capsys, "run.pth", "--split", "valid").out
@@ -161,20 +162,6 @@ def test_splits_that_are_not_the_run_s(tmp_path, capsys):
     (root / "train/dog").rename(root / "train/hound")
     (root / "test/dog").rename(root / "test/hound")
     refused("have other classes than those of the training; --data says where")
-
-
-def test_selected_images_keep_their_names(tmp_path):
-    """Positions in the data set, or paths: in memory and streamed."""
-    digits = datasets.load("digits", None)
-    chosen = digits.test.select(torch.tensor([5, 3])).select(slice(1, None))
-    assert torch.equal(datasets.load("digits", None).test.pixels[3], chosen.pixels[0]) and chosen.names == [digits.test.names[3]]
-    root = write_folder(tmp_path / "images", size=(140, 140))
-    for size in (8, 128):
-        test = datasets.load("folder", root, Reader(size)).test
-        for i, name in enumerate(test.names):
-            assert test.labels[i] == ("dog" in name)
-            one = test.select(torch.tensor([i]))
-            assert one.names == [name] and np.array_equal(one.pixels[0], Reader(size).read(name))
 
 
 # Files and folders.
@@ -205,7 +192,7 @@ def test_what_is_printed_of_files(tmp_path, capsys):
         out = evaluated(capsys, "run.pth", *flags, image).out
         assert re.fullmatch(rf"{image}: (\w+ \d+\.\d %(, )?){{{count}}}\n", out), out
     out = evaluated(capsys, "run.pth", root, "--csv", "made/files.csv").out
-    assert re.fullmatch(r"made/files.csv: 10 images, taken for (\w+ \d+(, )?)+\n", out)
+    assert re.fullmatch(r"made/files.csv: 10 images, predicted: (\w+ \d+(, )?)+\n", out)
     assert evaluated(capsys, "run.pth", root, "--csv", "made/files.csv", "--top", 1).out.count("\n") == 11
     assert list(Path("made").iterdir()) == [Path("made/files.csv")]
 
@@ -231,19 +218,21 @@ def test_files_that_cannot_be_read_are_named_and_skipped(tmp_path, capsys):
         network.classify(checkpoint, [str(root / "test/cat/0.png"), "missing.png"])
 
 
-def test_a_batch_of_files_is_in_memory_at_once_and_each_is_read_once(monkeypatch):
+def test_a_batch_of_files_is_in_memory_at_once_and_each_is_read_once():
     read, sizes = [], []
 
-    def read_or_problem(path, reader):
-        read.append(path)
-        return Mistake(path) if path in "bcdi" else np.zeros((8, 8, 3), np.uint8)
+    class Noting(Reader):
+        def read(self, path):
+            read.append(path)
+            if path in "bcdi":
+                raise Mistake(path)
+            return np.zeros((8, 8, 3), np.uint8)
 
     def probabilities(pixels):
         sizes.append(len(pixels))
         return torch.full((len(pixels), 2), float(len(sizes)))
 
-    monkeypatch.setattr(network, "read_or_problem", read_or_problem)
-    answers = network.classify_each(probabilities, list("abcdefghi"), Reader(8), 3)
+    answers = network.classify_each(probabilities, list("abcdefghi"), Noting(8), 3)
     assert next(answers).tolist() == [1, 1] and read == list("abc")
     rest = [str(answer) if isinstance(answer, Mistake) else int(answer[0]) for answer in answers]
     assert rest == ["b", "c", "d", 2, 2, 3, 3, "i"] and sizes == [1, 2, 2] and read == list("abcdefghi")
@@ -304,13 +293,13 @@ def test_a_table_is_written_whole_or_not_at_all(tmp_path, capsys, monkeypatch):
 @pytest.fixture
 def figures(monkeypatch):
     """The figures that are saved, by file name; they are saved, too."""
-    found, save = {}, scores.save
+    found, save = {}, curves.save
 
     def kept(figure, path):
         found[path.name] = figure
         save(figure, path)
 
-    monkeypatch.setattr(scores, "save", kept)
+    monkeypatch.setattr(curves, "save", kept)
     return found
 
 
@@ -343,7 +332,7 @@ def test_the_surest_mistakes_come_first(monkeypatch, capsys):
     digits = datasets.load("digits", None).test
     answering(monkeypatch, [9] * len(digits))
     found = []
-    monkeypatch.setattr(scores, "save", lambda figure, path: found.append(figure))
+    monkeypatch.setattr(curves, "save", lambda figure, path: found.append(figure))
     evaluated(capsys, DIGITS, "--mistakes", "mistakes.png")
     drawn = [axes for axes in found[0].axes if axes.images]
     expected = [i for i in range(360) if digits.labels[i] != 9][: evaluate.DRAWN]
@@ -363,7 +352,7 @@ def test_without_a_mistake_there_is_nothing_to_draw(tmp_path, capsys, monkeypatc
 def test_confusion_of_few_and_many_classes(monkeypatch, count, named, numbered):
     """Names do not cover each other, and there are numbers where there is room for them."""
     found = []
-    monkeypatch.setattr(scores, "save", lambda figure, path: found.append(figure))
+    monkeypatch.setattr(curves, "save", lambda figure, path: found.append(figure))
     matrix = torch.eye(count, dtype=torch.int64) * 9
     matrix[0, 1] = 2
     classes = [f"class_{i}" for i in range(count)]
@@ -385,8 +374,8 @@ def test_names_in_pictures_are_no_markup_and_may_be_odd(figures, recwarn):
     images = ImageTensors(torch.zeros(1, 8, 8, 1, dtype=torch.uint8), torch.zeros(1), ["images/$\\x$\udcf6.png"])
     scores.draw_mistakes(Path("mistakes.png"), images, [(*classes[:2], 0.5)], "run_$\\x$/\udcf6")
     labels = figures["confusion.png"].axes[0].get_yticklabels()
-    assert [label.get_text() for label in labels] == ["$\\x$", "猫?", "a class with a very…"]
-    assert figures["mistakes.png"].axes[0].get_title() == "$\\x$\n→ 猫?\n50.0 %"
+    assert [label.get_text() for label in labels] == [r"\$\x\$", r"猫\udcf6", "a class with a very…"]
+    assert figures["mistakes.png"].axes[0].get_title() == "\\$\\x\\$\n→ 猫\\udcf6\n50.0 %"
     assert not recwarn.list and Image.open("confusion.png") and Image.open("mistakes.png")
 
 
@@ -430,11 +419,7 @@ def test_too_large_a_batch_is_one_line(tmp_path, capsys, monkeypatch):
     root = write_folder(tmp_path / "images")
     write_checkpoint(root)
 
-    real = densenet.DenseNet.forward
-
     def forward(model, images):
-        if images.is_meta:
-            return real(model, images)
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(densenet.DenseNet, "forward", forward)

@@ -1,7 +1,6 @@
 """What publish.py makes of a run, and that the published runs are what work/README.md says of them."""
 
 import functools
-import json
 import re
 import shutil
 import subprocess
@@ -16,7 +15,7 @@ import evaluate
 import publish
 from common.checkpoints import read_checkpoint
 from common.hardware import choose_precision
-from inference import network
+from inference.network import load_split
 from reports import tables
 
 ROWS = re.findall(r"^\| \[[^\n]*\|$", (ROOT / "work/README.md").read_text(), re.MULTILINE)
@@ -47,7 +46,7 @@ def test_publish_keeps_the_network_and_its_numbers(tiny, capsys):
     assert cells["command"].startswith("`python ") and cells["hardware"].endswith(f", {choose_precision('auto', CPU)[1]}")
     assert re.fullmatch(r"0:00:\d\d", cells["wall time"])
     weights, latest = (read_checkpoint(Path("run", name)) for name in ("weights.pth", "latest.pth"))
-    assert set(weights) == {"model", "config", "normalize", "classes", "epoch", "seconds", "test"}
+    assert set(weights) == {*publish.KEPT, "test"} and weights["averaged"] is False
     assert all(torch.equal(weights["model"][name], latest["model"][name]) for name in latest["model"])
     wrong = round(test.iloc[-1])
     assert weights["test"] == {"images": 100, "error": test.iloc[-1], "sample": 100, "wrong_in_sample": wrong}
@@ -61,12 +60,11 @@ def test_publish_keeps_the_network_and_its_numbers(tiny, capsys):
 
 
 def test_a_row_tells_of_every_process_and_of_changed_sources(tiny, capsys):
-    assert tiny("--save", "run", "--epochs", "2") == 0 and tiny("--save", "run", "--resume", args=[]) == 0
-    publish.main(["run"])
-    config = json.loads(Path("run/config.json").read_text())
-    config |= {"commit": "0123456789" * 4 + "-dirty", "device": "slow"}
+    assert tiny("--save", "run", "--epochs", "2") == 0 and publish.main(["run"]) == 0
+    weights = read_checkpoint("run/weights.pth")
+    config = weights["config"] | {"commit": "0123456789" * 4 + "-dirty", "device": "slow"}
     config["resumed"] = [config | {"commit": None, "device": "fast", "command": "again", "precision": "bf16"}]
-    Path("run/config.json").write_text(json.dumps(config))
+    torch.save(weights | {"config": config}, "run/weights.pth")
     Path("run/latest.pth").unlink()
     cells = published("run", capsys)
     assert cells["hardware"] == "slow, then fast, bf16"
@@ -111,7 +109,7 @@ def test_averaged_weights_are_published_instead(tiny, capsys):
         assert evaluate.main(flags) == 0
         assert capsys.readouterr().out.startswith(f"test error {logs[1].iloc[-1]:.2f} %")
     published("run", capsys)  # the last ones again
-    assert "averaged" not in read_checkpoint("run/weights.pth")
+    assert not read_checkpoint("run/weights.pth")["averaged"]
     assert tiny("--save", "other", "--epochs", "1") == 0
     for main, flags in ((publish.main, ["other", "--ema"]), (evaluate.main, ["other/latest.pth", "--ema"])):
         capsys.readouterr()
@@ -121,31 +119,23 @@ def test_averaged_weights_are_published_instead(tiny, capsys):
     assert publish.main(["run"]) == 0
 
 
-def test_overwriting_a_run_deletes_its_weights(tiny, capsys):
-    assert tiny("--save", "run", "--epochs", "1") == 0
-    published("run", capsys)
-    assert tiny("--save", "run", "--epochs", "1", "--overwrite") == 0
-    assert not Path("run/weights.pth").exists()
-
-
 @pytest.mark.parametrize(("run", "row"), list(zip(RUNS, ROWS, strict=True)), ids=NAMES)
 def test_rows_of_published_runs_agree_with_their_logs(run, row):
-    assert publish.markdown([publish.table_row(run)]).splitlines()[-1] == row
-    logs, epochs = [pd.read_csv(run / f"{name}.csv") for name in ("train", "test")], read_checkpoint(run / "weights.pth")["epoch"]
-    assert [log.epoch.tolist() for log in logs] == [list(range(1, epochs + 1))] * 2
+    assert tables.formatted(publish.COLUMNS, [publish.table_row(run)], "markdown").splitlines()[-1] == row
+    epochs = list(range(1, read_checkpoint(run / "weights.pth")["epoch"] + 1))
+    assert pd.read_csv(run / "train.csv").epoch.tolist() == pd.read_csv(run / "test.csv").epoch.tolist() == epochs
 
 
 def test_what_is_committed_of_published_runs():
     command = ["git", "-C", str(ROOT), "ls-files", "work"]
     if not (ROOT / ".git").exists() or not shutil.which("git"):
         pytest.skip("not a clone")
-    files = [Path(name) for name in subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()]
-    committed = {run: {file.name for file in files if ROOT / file.parent == run} for run in {ROOT / f.parent for f in files}}
+    files = [ROOT / name for name in subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()]
+    committed = {run: {file.name for file in files if file.parent == run} for run in {file.parent for file in files}}
     del committed[ROOT / "work"]
     committed = {run: names for run, names in committed.items() if "latest.pth" not in names}  # one that is under way
-    assert committed.keys() == set(RUNS)
-    for run, names in committed.items():
-        assert names == {"config.json", "train.csv", "test.csv", "loss-error.png", "weights.pth"}, run
+    names = {"config.json", "train.csv", "test.csv", "loss-error.png", "weights.pth"}
+    assert committed == dict.fromkeys(RUNS, names)
 
 
 @functools.cache
@@ -154,7 +144,7 @@ def load_test_images(dataset, folder):
     if dataset != "digits" and not (ROOT / folder).exists():
         pytest.skip(f"{folder} is not here")
     run = next(run for run in RUNS if data_of(run) == (dataset, folder))
-    return network.load_split(read_checkpoint(run / "weights.pth"), directory=ROOT / folder)[0]
+    return load_split(read_checkpoint(run / "weights.pth"), directory=ROOT / folder)[0]
 
 
 def data_of(run):
@@ -163,15 +153,15 @@ def data_of(run):
 
 
 @pytest.mark.parametrize("run", RUNS, ids=NAMES)
-def test_published_weights_make_the_mistakes_that_were_counted(run):
+def test_published_weights_misclassify_what_was_counted(run):
     weights, images = read_checkpoint(run / "weights.pth"), load_test_images(*data_of(run))
-    wrong = publish.mistakes(weights, images.select(slice(weights["test"]["sample"])), CPU)
+    wrong = publish.misclassified(weights, images.select(slice(weights["test"]["sample"])), CPU)
     assert abs(int(wrong.sum()) - weights["test"]["wrong_in_sample"]) <= 1  # other hardware may decide a close case otherwise
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS, ids=NAMES)
 def test_published_weights_have_the_error_of_their_log(run):
-    wrong = publish.mistakes(read_checkpoint(run / "weights.pth"), load_test_images(*data_of(run)), CPU)
+    wrong = publish.misclassified(read_checkpoint(run / "weights.pth"), load_test_images(*data_of(run)), CPU)
     error = pd.read_csv(run / "test.csv").error.iloc[-1]
     assert abs(int(wrong.sum()) - error * len(wrong) / 100) <= 1 + len(wrong) / 5000

@@ -1,17 +1,18 @@
 """One image file of every kind → the pixels that a viewer shows, in memory and streamed alike."""
 
 from collections import Counter
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from helpers import photo
+from helpers import photo, write_folder
 from PIL import Image, ImageCms, features
 from torchvision.transforms import v2
 
 from common.console import Mistake
-from inputs import decoding, folders, image
-from inputs.image import Reader, Unreadable
+from inputs import datasets, decoding, folders
+from inputs.image import UPRIGHT, Reader, Unreadable, centre, in_8_bits, random_box
 from inputs.streaming import ImageFiles
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -52,7 +53,7 @@ def test_orientation_is_obeyed(tmp_path, orientation, suffix):
     image, exif = quadrants((800, 600)), Image.Exif()  # large enough for a JPEG file to be decoded at reduced scale
     if orientation > 1:  # stored as a camera that was held so would
         inverse = {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
-        image = image.transpose(inverse.get(orientation, image.UPRIGHT[orientation]))
+        image = image.transpose(inverse.get(orientation, UPRIGHT[orientation]))
     exif[0x0112] = orientation
     image.save(tmp_path / f"photo.{suffix}", exif=exif, **({"quality": 100} if suffix != "tif" else {}))
     np.testing.assert_allclose(read_both_ways(tmp_path / f"photo.{suffix}"), [RED, GREEN, BLUE, WHITE], atol=NEAR)
@@ -125,12 +126,12 @@ def test_the_full_scale_of_every_bit_depth(tmp_path, name, dtype, values, white,
 
 @pytest.mark.parametrize(("dtype", "kind"), [(np.int32, "32-bit"), (np.float32, "floating-point")])
 @pytest.mark.parametrize("image_size", [32, 128])
-def test_values_without_a_scale_are_refused(tmp_path, dtype, kind, image_size):
-    save_values(tmp_path / "field.tif", (0, 1, 2, 3), dtype)
-    images = Reader(image_size)
+@pytest.mark.parametrize("skip_unreadable", [False, True])
+def test_values_without_a_scale_are_refused_and_not_skipped(tmp_path, dtype, kind, image_size, skip_unreadable):
+    save_values(write_folder(tmp_path) / "train/cat/field.tif", (0, 1, 2, 3), dtype)
     with pytest.raises(Mistake, match=f"field.tif has {kind} values.* with --white"):
-        batches = ImageFiles([tmp_path / "field.tif"], torch.tensor([0]), images).batches(1, ((0.0,) * 3, (1.0,) * 3))
-        list(batches.in_order()) if images.streams else decoding.read_all([tmp_path / "field.tif"], images)
+        dataset = datasets.load("folder", tmp_path, Reader(image_size, skip_unreadable=skip_unreadable))
+        list(dataset.train.batches(4, dataset.normalize).in_order())
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "LAB", "RGBX"])
@@ -174,7 +175,7 @@ def test_the_first_frame_of_an_animation_counts(tmp_path):
     assert read_both_ways(tmp_path / "film.gif")[0] == list(GREEN)
 
 
-@pytest.mark.parametrize("choose", [image.centre(224), image.random_box])
+@pytest.mark.parametrize("choose", [centre(224), random_box])
 def test_an_odd_shape_costs_no_more_than_any_other(tmp_path, monkeypatch, choose):
     sizes, real = [], Image.Image.resize
     monkeypatch.setattr(Image.Image, "resize", lambda image, size, *args: sizes.append(size) or real(image, size, *args))
@@ -185,33 +186,27 @@ def test_an_odd_shape_costs_no_more_than_any_other(tmp_path, monkeypatch, choose
     assert sizes == [(224, 224)] * 2  # the whole strip, resized to a shorter side of 256, would have 262 MB
 
 
-
-
-@pytest.mark.parametrize("choose", [lambda size: (0, 0, *size), image.centre(224)])
-def test_large_photos_are_decoded_smaller_and_look_the_same(tmp_path, monkeypatch, choose):
+@pytest.mark.parametrize(
+    ("choose", "size"),
+    [(lambda size: (0, 0, *size), (1000, 750)), (centre(224), (1000, 750)), (lambda size: (100, 100, 400, 400), (2000, 1500))],
+)
+def test_large_photos_are_decoded_smaller_and_look_the_same(tmp_path, monkeypatch, choose, size):
+    """Of a small crop of a large photo, all pixels are decoded."""
     photo(2000, 1500).save(tmp_path / "photo.jpg", quality=92)
-    decoded, real = [], image.in_8_bits
-    monkeypatch.setattr(image, "in_8_bits", lambda image, *args: decoded.append(image.size) or real(image, *args))
+    decoded = []
+    monkeypatch.setattr("inputs.image.in_8_bits", lambda image, *args: decoded.append(image.size) or in_8_bits(image, *args))
     reduced = Reader(224).read(tmp_path / "photo.jpg", choose).astype(float)
-    monkeypatch.setattr(Image.Image, "draft", lambda *args: None)
     monkeypatch.setattr("PIL.JpegImagePlugin.JpegImageFile.draft", lambda *args: None)
     whole = Reader(224).read(tmp_path / "photo.jpg", choose).astype(float)
-    assert decoded == [(1000, 750), (2000, 1500)]
+    assert decoded == [size, (2000, 1500)]
     assert abs(reduced - whole).mean() < 0.5 and abs(reduced - whole).max() < 8  # of 255
-
-
-def test_a_small_crop_of_a_large_photo_keeps_its_pixels(tmp_path):
-    photo(2000, 1500).save(tmp_path / "photo.jpg", quality=92)
-    with Image.open(tmp_path / "photo.jpg") as image:
-        box = image.decode_reduced(image, (100, 100, 400, 400), 224)
-        assert image.size == (2000, 1500) and box == (100, 100, 400, 400)
 
 
 @pytest.mark.parametrize("size", [(300, 200), (200, 300), (256, 256), (131, 517), (1000, 140), (64, 64)])
 def test_evaluation_sees_what_torchvision_s_transforms_show(tmp_path, size):
     photo(*size).save(tmp_path / "image.png")
     theirs = v2.Compose([v2.Resize(224 * 8 // 7), v2.CenterCrop(224)])(Image.open(tmp_path / "image.png"))
-    ours = Reader(224).read(tmp_path / "image.png", image.centre(224)).astype(float)
+    ours = Reader(224).read(tmp_path / "image.png", centre(224)).astype(float)
     assert abs(ours - np.asarray(theirs, float)).max() <= 2
 
 
@@ -221,11 +216,14 @@ def test_training_draws_the_crops_that_torchvision_draws(tmp_path):
         torch.manual_seed(seed)
         theirs = np.asarray(v2.RandomResizedCrop(128)(Image.open(tmp_path / "image.png")), float)
         torch.manual_seed(seed)
-        ours = Reader(128).read(tmp_path / "image.png", image.random_box).astype(float)
+        ours = Reader(128).read(tmp_path / "image.png", random_box).astype(float)
         assert abs(ours - theirs).mean() < 1  # at the border of a crop, ours blends in what lies beyond it
 
 
-@pytest.mark.parametrize("content", [b"", b"no image", "cut"])
+PROGRAM = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"  # which is not to be run
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", "cut", PROGRAM])
 def test_a_damaged_file_is_named(tmp_path, content):
     quadrants().save(tmp_path / "image.jpg")
     whole = (tmp_path / "image.jpg").read_bytes()
@@ -234,25 +232,22 @@ def test_a_damaged_file_is_named(tmp_path, content):
         Reader().read(tmp_path / "image.jpg")
 
 
-@pytest.mark.parametrize("error", [RuntimeError, NotImplementedError, AssertionError, KeyError])
+@pytest.mark.parametrize("error", [RuntimeError(), NotImplementedError(), AssertionError(), KeyError(), OSError(22, "Invalid argument")], ids=repr)
 def test_whatever_a_decoder_raises_makes_a_file_unreadable(tmp_path, monkeypatch, error):
     """As Pillow's do for damaged AVIF, DDS, ICNS and TIFF files."""
     quadrants().save(tmp_path / "image.png")
-
-    def load(image):
-        raise error("broken")
-
-    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", load)
-    with pytest.raises(Unreadable, match=rf"image.png is not a readable image \({error.__name__}\)$"):
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", Mock(side_effect=error))
+    with pytest.raises(Unreadable, match=rf"image.png is not a readable image \({type(error).__name__}\)$"):
         Reader().read(tmp_path / "image.png")
 
 
-def test_a_program_is_not_run(tmp_path):
-    (tmp_path / "image.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
-    with pytest.raises(Unreadable, match="UnidentifiedImageError"):
+def test_an_image_with_far_too_many_pixels_is_named(tmp_path, monkeypatch):
+    quadrants().save(tmp_path / "image.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(Unreadable, match="DecompressionBombError"):
         Reader().read(tmp_path / "image.png")
 
 
-def test_a_run_s_reader_knows_what_older_runs_did_not():
-    assert Reader.of_run({"image_size": 64, "epochs": 3, "workers": 2}, workers=0) == Reader(64)
-    assert Reader.of_run({"image_size": 64, "white": 4095.0, "channels": 1}) == Reader(64, 1, 4095.0)
+def test_a_run_s_reader():
+    arguments = {"image_size": 64, "epochs": 3, "workers": 2, "white": 4095.0, "channels": 1}
+    assert Reader.of_run(arguments, workers=0) == Reader(64, 1, 4095.0)

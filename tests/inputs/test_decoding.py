@@ -1,0 +1,177 @@
+"""Image files by the thousand: decoded, cached, unreadable ones reported."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from helpers import write_folder
+from PIL import Image
+
+from common.console import Mistake
+from inputs import datasets, decoding
+from inputs.image import Reader
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The files that are decoded, as a list."""
+    paths, real = [], Reader.read
+    monkeypatch.setattr(Reader, "read", lambda reader, path, *args: paths.append(path) or real(reader, path, *args))
+    return paths
+
+
+def test_the_cache_notices_every_change(tmp_path, monkeypatch, decoded):
+    root = write_folder(tmp_path)
+    first = datasets.load("folder", root, Reader(16)).train.pixels
+    names = [".cache.lock", ".test-16.cache", ".train-16.cache", "test", "train"]
+    assert sorted(path.name for path in root.iterdir()) == names and len(decoded) == 10
+    path = root / "train/cat/0.png"
+    times, size = path.stat(), path.stat().st_size
+    old = path.read_bytes()
+    for colour in range(256):  # a file of the same size, with other pixels
+        Image.new("RGB", (40, 20), (colour, 9, 9)).save(path)
+        if path.stat().st_size == size and path.read_bytes() != old:
+            break
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert path.stat().st_size == size and path.stat().st_mtime_ns == times.st_mtime_ns
+    changed = datasets.load("folder", root, Reader(16)).train.pixels
+    assert not torch.equal(changed, first)
+    os.utime(path)  # other times, the same bytes
+
+    for reader, count in ((Reader(16), 0), (Reader(16, white=9.0), 10), (Reader(16, channels=1), 10), (Reader(16), 6 + 4)):
+        decoded.clear()
+        pixels = datasets.load("folder", root, reader).train.pixels
+        assert len(decoded) == count  # the caches of colour and grey images are two, those of two whites one
+    assert torch.equal(pixels, changed)
+    monkeypatch.setattr(decoding.PIL, "__version__", "0")  # a decoder that changed
+    decoded.clear()
+    datasets.load("folder", root, Reader(16))
+    assert len(decoded) == 10
+
+
+def cut(content):
+    return content[:100]
+
+
+def altered(content):
+    return content[:2000] + bytes(50) + content[2050:]
+
+
+@pytest.mark.parametrize("harm", [cut, altered, lambda content: b""], ids=["cut", "altered", "empty"])
+def test_a_damaged_cache_is_not_trusted(tmp_path, capsys, harm):
+    root = write_folder(tmp_path)
+    pixels, cache = datasets.load("folder", root, Reader(16)).train.pixels, root / ".train-16.cache"
+    cache.write_bytes(harm(cache.read_bytes()))
+    assert torch.equal(datasets.load("folder", root, Reader(16)).train.pixels, pixels)
+    assert "decoding the images again" in capsys.readouterr().err
+    torch.save({"key": "0" * 64, "pixels": torch.zeros_like(pixels)}, cache)  # of an earlier release
+    assert torch.equal(datasets.load("folder", root, Reader(16)).train.pixels, pixels)
+
+
+def test_a_read_only_folder_is_decoded_without_a_cache(tmp_path, monkeypatch, capsys):
+    root = write_folder(tmp_path)
+
+    def refuse(*args, **options):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(torch, "save", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert len(datasets.load("folder", root).train) == 6
+    assert capsys.readouterr().err.count("cannot be written ([Errno 30] Read-only file system)") == 2
+
+
+def test_a_kill_while_the_cache_is_written_leaves_nothing_for_ever(tmp_path):
+    root = write_folder(tmp_path)
+    program = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+from inputs import datasets
+os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
+datasets.load("folder", {str(root)!r})"""
+    assert subprocess.run([sys.executable, "-c", program]).returncode == -signal.SIGKILL
+    assert [path.name for path in root.glob(".train-32.cache*")] == [".train-32.cache.tmp"]
+    datasets.load("folder", root)
+    assert [path.name for path in root.glob(".train-32.cache*")] == [".train-32.cache"]
+
+
+def damage(root):
+    """Three unreadable training images."""
+    for name in ("cat/0.png", "cat/1.png", "dog/2.png"):
+        (root / "train" / name).write_bytes(b"no image")
+    return root
+
+
+@pytest.mark.parametrize("image_size", [32, 128])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_all_unreadable_images_are_reported_together(tmp_path, image_size, workers, decoded):
+    root = damage(write_folder(tmp_path, size=(140, 130)))
+    with pytest.raises(Mistake, match=r"^3 images cannot be read: [^\n]*cat/0.png[^\n]*dog/2.png[^\n]*--skip-unreadable$"):
+        dataset = datasets.load("folder", root, Reader(image_size, workers=workers))
+        list(dataset.train.batches(4, dataset.normalize, "mean").shuffled(1))
+    dataset = datasets.load("folder", root, Reader(image_size, workers=workers, skip_unreadable=True))
+    assert dataset.notes == ["skipped 3 unreadable training images: cat 2, dog 1"]
+    assert dataset.train.labels.tolist() == [1, 1, 0]
+    assert len(list(dataset.train.batches(4, dataset.normalize, "mean").shuffled(1))) == 1
+    decoded.clear()
+    again = datasets.load("folder", root, Reader(image_size, skip_unreadable=True))
+    assert again.notes == dataset.notes and torch.equal(again.train.labels, dataset.train.labels)
+    assert len(decoded) == (3 if image_size == 32 else 3 + 3)  # from the cache, but for why; streamed: a look at their range
+    Image.new("RGB", (9, 9)).save(root / "train/cat/0.png")
+    again = datasets.load("folder", root, Reader(image_size, skip_unreadable=True))
+    assert again.notes[0] == "skipped 2 unreadable training images: cat 1, dog 1"
+
+
+def test_damage_in_all_splits_is_reported_together_and_ten_files_are_named(tmp_path):
+    root = write_folder(tmp_path, train=7)
+    for path in (root / "test/dog/0.png", *(root / "train").rglob("*.png")):
+        path.write_bytes(b"no image")
+    with pytest.raises(Mistake, match=r"^15 images cannot be read: ([^;]*; ){10}…: "):
+        datasets.load("folder", root)
+    for path in (root / "train").rglob("[1-6].png"):
+        path.unlink()
+    with pytest.raises(Mistake, match=r"^3 images cannot be read: .*train/cat/0.png.*test/dog/0.png"):
+        datasets.load("folder", root)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE])
+@pytest.mark.parametrize("image_size", [32, 128])
+def test_an_error_of_the_system_is_not_taken_for_a_damaged_file(tmp_path, monkeypatch, number, image_size):
+    root, real = write_folder(tmp_path), Image.open
+
+    def fails(path, *args, **options):
+        if "dog" in str(path):
+            raise OSError(number, os.strerror(number), path)
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(Image, "open", fails)
+    with pytest.raises(Mistake, match=rf"dog/0.png cannot be read: {os.strerror(number)}"):
+        datasets.load("folder", root, Reader(image_size, skip_unreadable=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"skip_unreadable": True}])
+@pytest.mark.parametrize("image_size", [32, 128])
+def test_a_folder_of_pointers_in_place_of_images(tmp_path, image_size, options):
+    root = write_folder(tmp_path)
+    for path in root.rglob("*.png"):
+        path.write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(Mistake, match=r"images cannot be read|no training image in a class folder can be read"):
+        dataset = datasets.load("folder", root, Reader(image_size, **options))
+        list(dataset.train.batches(4, dataset.normalize).in_order())
+
+
+@pytest.mark.parametrize("image_size", [16, 128])
+def test_reading_images_draws_no_random_number(tmp_path, image_size):
+    """Weights are drawn after the images are read: they must not depend on whether these come from a cache."""
+    root, drawn = write_folder(tmp_path, size=(140, 130)), []
+    for _ in range(2):
+        torch.manual_seed(1)
+        datasets.load("folder", root, Reader(image_size, skip_unreadable=True))
+        drawn.append(torch.rand(3))
+    torch.manual_seed(1)
+    assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[0], torch.rand(3))

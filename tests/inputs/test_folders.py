@@ -1,0 +1,331 @@
+"""Folders of images: listed, divided into splits, and found again by the run that trained on them."""
+
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import write_folder
+from PIL import Image
+
+import check_data
+import evaluate
+import publish
+import train
+from common.console import Mistake
+from inference.network import load_split
+from inputs import datasets, folders, splits
+from inputs.image import Reader
+
+SHORT = "--device cpu --depth 10 --growth-rate 4 --no-plot --no-progress --save run".split()
+
+
+def trained(root, *flags):
+    """Train for an epoch on a folder; returns the checkpoint."""
+    assert train.main(["--dataset", "folder", "--data", str(root), *SHORT, "--image-size", "8", "--epochs", "1", *flags]) == 0
+    return torch.load("run/latest.pth", weights_only=True)
+
+
+def resumed(epochs):
+    assert train.main(["--resume", "--save", "run", "--epochs", str(epochs), "--no-plot", "--no-progress"]) == 0
+    return torch.load("run/latest.pth", weights_only=True)
+
+
+# Which files there are.
+
+
+def listed(folder):
+    passed = Counter()
+    return folders.list_images(folder, passed), passed
+
+
+def touch(*paths):
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(path, format="PNG")
+
+
+def test_class_folders_are_searched_to_any_depth_and_nothing_is_passed_over_in_silence(tmp_path):
+    wanted = [tmp_path / name for name in ("cat/2.PNG", "cat/a/3.webp", "cat/a/b/1.jfif", "dog/1.gif")]
+    touch(*wanted, tmp_path / "cat/.hidden.png", tmp_path / "cat/._2.png", tmp_path / ".trash/1.png", tmp_path / "cat/.a/1.png")
+    for name in ("cat/photo.heic", "cat/notes.txt", "dog/more.heic", "dog/README", "dog/data.h5", "labels.csv", ".DS_Store"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "none").mkdir()
+    classes, passed = listed(tmp_path)
+    assert classes == {"cat": [str(path) for path in wanted[:3]], "dog": [str(wanted[3])], "none": []}
+    assert passed == {".heic": 2, ".txt": 1, "no suffix": 1, ".h5": 1, ".csv": 1}
+    root = write_folder(tmp_path / "images")
+    for name in ("train/cat/photo.heic", "test/cat/photo.heic", "train/cat/notes.txt"):
+        (root / name).write_text("x")
+    assert datasets.load("folder", root).notes == ["passed over 3 files: .heic 2, .txt 1"]
+
+
+def test_links_to_images_and_folders_are_followed(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    touch(elsewhere / "1.png", elsewhere / "deep/2.png", tmp_path / "images/cat/0.png")
+    (tmp_path / "images/dog").symlink_to(elsewhere)
+    (tmp_path / "images/cat/deep").symlink_to("../../elsewhere/deep")
+    (tmp_path / "images/cat/9.png").symlink_to(elsewhere / "1.png")
+    for name, target in (("broken.png", "nowhere"), ("itself.png", "itself.png"), ("broken", "nowhere")):
+        (tmp_path / "images/cat" / name).symlink_to(target)
+    classes, passed = listed(tmp_path / "images")
+    expected = {"cat": ["0.png", "9.png", "deep/2.png"], "dog": ["1.png", "deep/2.png"]}
+    assert classes == {name: [str(tmp_path / "images" / name / path) for path in paths] for name, paths in expected.items()}
+    assert passed == {"broken link or pipe": 3}
+
+
+def class_folder(root):
+    (root / "test/cat/again").symlink_to(root / "test/cat")
+
+
+def two_links(root):
+    (root / "test/cat/again").symlink_to(root / "elsewhere")
+    (root / "elsewhere").mkdir()
+    (root / "elsewhere/again").symlink_to(root / "test")
+
+
+def class_that_is_the_split(root):
+    (root / "test/dog/1.png").unlink()
+    (root / "test/dog/0.png").unlink()
+    (root / "test/dog").rmdir()
+    (root / "test/dog").symlink_to("..")
+
+
+def folder_without_permission(root):
+    (root / "test/cat/secret").mkdir()
+
+
+@pytest.mark.parametrize("harm", [class_folder, two_links, class_that_is_the_split, folder_without_permission])
+def test_odd_entries_of_folders_are_one_line_for_every_command(tmp_path, capsys, monkeypatch, harm):
+    root, real = write_folder(tmp_path / "images"), os.scandir
+    trained(root)
+    harm(root)
+
+    def scandir(path):
+        if str(path).endswith("secret"):  # root may read everything
+            raise PermissionError(13, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    capsys.readouterr()
+    words = "secret cannot be read: Permission denied" if "permission" in harm.__name__ else "is a link to a folder that it is in"
+    for main, flags in (
+        (train.main, ["--dataset", "folder", "--data", str(root), "--save", "new"]),
+        (check_data.main, [str(root)]),
+        (evaluate.main, ["run/latest.pth", "--data", str(root)]),
+        (evaluate.main, ["run/latest.pth", str(root / "test")]),
+    ):
+        assert main(flags) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"{main.__module__}.py: error: ") and words in err and err.count("\n") == 1
+
+
+def test_names_that_are_not_utf_8(tmp_path, capsys):
+    """A class and a file in Latin-1: they are trained on, evaluated and shown as well as a console can."""
+    root, name = write_folder(tmp_path / "images", classes=("cat", "hund")), b"k\xf6ter"
+    for split in ("train", "test"):
+        folder = os.fsencode(root / split)
+        os.rename(folder + b"/hund", folder + b"/" + name)
+        os.rename(folder + b"/" + name + b"/0.png", folder + b"/" + name + b"/\xe4.png")
+    trained(root)
+    assert evaluate.main(["run/latest.pth"]) == 0
+    assert evaluate.main(["run/latest.pth", os.fsdecode(os.fsencode(root / "test") + b"/" + name + b"/\xe4.png")]) == 0
+    assert check_data.main([str(root)]) == 1  # the test images are among the training images
+    assert "k?ter/?.png" in capsys.readouterr().out
+
+
+# What is made of them.
+
+
+def test_images_of_a_folder(tmp_path):
+    dataset = datasets.load("folder", write_folder(tmp_path), Reader(16))
+    assert dataset.classes == ["cat", "dog"]
+    assert dataset.train.pixels.shape == (6, 16, 16, 3)
+    assert dataset.train.labels.tolist() == [0, 1, 0, 1, 0, 1]  # classes alternate, so that --limit-train is fair
+    assert dataset.train.pixels[1, 5, 5].tolist() == [60, 0, 200]
+    mean, std = splits.channel_statistics(dataset.train.pixels)
+    assert std[2] == 0  # all images have the same blue, which is then only shifted
+    assert dataset.normalize == (mean, (*std[:2], 1.0))
+
+
+def test_folder_mistakes_are_named(tmp_path, capsys):
+    with pytest.raises(Mistake, match="train is missing"):
+        datasets.load("folder", tmp_path / "nowhere")
+    root = write_folder(tmp_path / "a")
+    (root / "test" / "dog").rename(root / "test" / "wolf")
+    with pytest.raises(Mistake, match=r"a/test has class folders that the training images have not: wolf"):
+        datasets.load("folder", root)
+    root = write_folder(tmp_path / "b")
+    (root / "train" / "eel").mkdir()
+    with pytest.raises(Mistake, match=r"eel holds no image"):
+        datasets.load("folder", root)
+    with pytest.raises(Mistake, match="found one class, cat"):
+        datasets.load("folder", write_folder(tmp_path / "c", classes=("cat",)))
+    root = write_folder(tmp_path / "d")
+    (root / "train" / "dog" / "1.png").write_bytes((root / "train" / "dog" / "0.png").read_bytes()[:60])
+    with pytest.raises(Mistake, match=r"dog/1.png is not a readable image"):
+        datasets.load("folder", root)
+    root = write_folder(tmp_path / "e")
+    manifest = datasets.load("folder", root).manifest
+    for path in (root / "test").rglob("*.png"):
+        path.unlink()
+    for load in (lambda: datasets.load("folder", root), lambda: datasets.load_test("folder", root, Reader(), ["cat", "dog"], manifest)):
+        with pytest.raises(Mistake, match="no test image in a class folder can be read"):
+            load()
+    assert train.main(["--data", str(root), "--save", "run"]) == 2
+    assert "for image folders, add --dataset folder" in capsys.readouterr().err
+
+
+def test_folder_too_large_for_memory_says_how_much_it_needs(tmp_path, monkeypatch):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 1000}))
+    with pytest.raises(Mistake, match=r"10 images of 100×100 pixels need 0.0 GB of memory, of which 0.0 GB"):
+        datasets.load("folder", write_folder(tmp_path), Reader(100))
+
+
+@pytest.mark.parametrize("image_size", [16, 128])
+def test_training_images_that_are_nearly_black_are_noticed(tmp_path, image_size):
+    root = write_folder(tmp_path)
+    for path in root.rglob("*.png"):
+        array = np.zeros((140, 140), np.uint16)
+        array[:, 70:] = 4095
+        Image.fromarray(array).save(path)
+    [note] = datasets.load("folder", root, Reader(image_size)).notes
+    assert note.startswith("the training images use only 0 … 16 of 0 … 255") and "--white" in note
+    assert datasets.load("folder", root, Reader(image_size, white=4095.0)).notes == []
+
+
+# Splits.
+
+
+@pytest.mark.parametrize("size", [32, 128])
+def test_test_images_load_without_the_training_images_and_from_the_cache(tmp_path, monkeypatch, size):
+    whole = datasets.load("folder", write_folder(tmp_path), Reader(size))
+    shutil.rmtree(tmp_path / "train")
+    monkeypatch.setattr(Reader, "read", lambda *args: pytest.fail("decoded again"))
+    images, notes = datasets.load_test("folder", tmp_path, Reader(size), whole.classes, whole.manifest)
+    assert notes == [] and torch.equal(images.labels, whole.test.labels) and images.names == whole.test.names
+    assert size == 128 or torch.equal(images.pixels, whole.test.pixels)
+
+
+def test_val_is_for_validation_or_where_there_is_no_test_for_testing(tmp_path):
+    root = write_folder(tmp_path, test=2)
+    shutil.copytree(root / "test", root / "val")
+    (root / "val/cat/1.png").unlink()
+    dataset = datasets.load("folder", root)
+    assert (len(dataset.train), len(dataset.valid), len(dataset.test)) == (6, 3, 4) and dataset.notes == []
+    with pytest.raises(Mistake, match="--valid-size 2: the data set has validation images"):
+        dataset.hold_out(2, seed=1)
+    with pytest.raises(Mistake, match=r"--test-size: .*/test has test images: leave out one of the two"):
+        datasets.load("folder", root, test_size=2)
+    shutil.rmtree(root / "test")
+    dataset = datasets.load("folder", root, test_size=2)
+    assert [len(split) for split in dataset.splits.values()] == [4, 3, 2]
+    dataset = datasets.load("folder", root)
+    assert dataset.valid is None and len(dataset.test) == 3
+    assert dataset.notes == [f"{root / 'val'} is the test split, since there is no {root / 'test'}"]
+    assert torch.equal(datasets.load_test("folder", root, Reader(), dataset.classes, dataset.manifest)[0].pixels, dataset.test.pixels)
+
+
+def test_a_class_without_test_images_is_named(tmp_path):
+    root = write_folder(tmp_path, classes=("cat", "dog", "eel"))
+    shutil.rmtree(root / "test/dog")
+    dataset = datasets.load("folder", root)
+    assert dataset.notes == ["no test image of 1 of the classes: dog"] and dataset.test.labels.tolist() == [0, 2, 0, 2]
+    assert datasets.load_test("folder", root, Reader(), dataset.classes, dataset.manifest)[1] == dataset.notes
+
+
+def flat_folder(root, images=10):
+    return write_folder(root / "x", train=images).joinpath("train").rename(root / "flat")
+
+
+@pytest.mark.parametrize("image_size", [16, 128])
+def test_class_folders_alone_are_divided_the_same_way_for_every_seed(tmp_path, image_size, monkeypatch):
+    root, reader = flat_folder(tmp_path), Reader(image_size)
+    with pytest.raises(Mistake, match=r"flat/train is missing: .* or class folders alone and --test-size N"):
+        datasets.load("folder", root)
+    dataset = datasets.load("folder", root, reader, test_size=4)
+    manifest = dataset.manifest
+    assert (len(dataset.train), len(dataset.test)) == (16, 4)
+    assert dataset.test.labels.bincount().tolist() == [2, 2] and len(manifest["test_files"]) == 4
+    assert [Path(path).relative_to(root).as_posix() for path in dataset.test.names] == manifest["test_files"]
+    (root / "dog/new.png").write_bytes(b"damaged, but not among the test images")
+    with monkeypatch.context() as patch:
+        patch.setattr(Reader, "read", lambda *args: pytest.fail("decoded again"))
+        test, _ = datasets.load_test("folder", root, reader, dataset.classes, manifest)
+    Image.new("RGB", (40, 20)).save(root / "dog/new.png")  # goes to the training images of a run that knows its test images
+    again = datasets.load("folder", root, reader, manifest=manifest)
+    assert len(again.train) == 17 and again.manifest["test_files"] == manifest["test_files"]
+    assert not set(again.test.names) & set(again.train.names)
+    assert splits.changed(manifest, again) == ["train"]
+    for images in (again.test, test):
+        assert images.names == dataset.test.names and torch.equal(images.labels, dataset.test.labels)
+        assert image_size == 128 or torch.equal(images.pixels, dataset.test.pixels)
+    Image.new("RGB", (40, 20)).save(root / manifest["test_files"][0])
+    assert splits.changed(manifest, datasets.load("folder", root, reader, manifest=manifest)) == ["train", "test"][: 1 + (image_size == 16)]
+    (root / manifest["test_files"][0]).unlink()
+    for load in (
+        lambda: datasets.load("folder", root, reader, manifest=manifest),
+        lambda: datasets.load_test("folder", root, reader, dataset.classes, manifest),
+    ):
+        with pytest.raises(Mistake, match=r"1 of the run's 4 test images are missing, such as \w+/\d.png"):
+            load()
+    with pytest.raises(Mistake, match=r"--test-size 1: .* number of classes = 2"):
+        datasets.load("folder", root, reader, test_size=1)
+
+
+def test_a_run_keeps_its_test_images(tmp_path, capsys):
+    root = flat_folder(tmp_path)
+    checkpoint = trained(root, "--test-size", "4", "--seed", "3")
+    kept, logged = checkpoint["manifest"]["test_files"], Path("run/test.csv").read_text().split(",")[-1].strip()
+    assert len(kept) == 4
+    Image.new("RGB", (40, 20)).save(root / "cat/00.png")  # would change the draw
+    capsys.readouterr()
+    assert evaluate.main(["run/latest.pth"]) == 0 and publish.main(["run"]) == 0 and evaluate.main(["run/weights.pth"]) == 0
+    assert capsys.readouterr().out.count(f"test error {float(logged):.2f} %") == 2
+    (root / "cat/00.png").unlink()
+    assert resumed(2)["manifest"]["test_files"] == kept
+    before, _ = load_split(checkpoint)
+    shutil.copytree(root / "cat", root / "ant")  # a class more
+    images, notes = load_split(checkpoint)
+    assert torch.equal(images.labels, before.labels) and torch.equal(images.pixels, before.pixels) and notes == []
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_run_keeps_its_splits(tmp_path, capsys, older):
+    """A val folder that appears later is not looked at, nor by a run of a release that did not know of it."""
+    root = write_folder(tmp_path / "images")
+    checkpoint = trained(root, "--valid-size", "2")
+    if older:
+        del checkpoint["manifest"]
+        torch.save(checkpoint, "run/latest.pth")
+    shutil.copytree(root / "test", root / "val")
+    capsys.readouterr()
+    resumed(2)
+    out = capsys.readouterr().out
+    assert "4 training, 2 validation, 4 test images" in out and ("an earlier release" in out) is older
+    resumed(3)
+    assert "an earlier release" not in capsys.readouterr().out
+
+
+def test_a_run_that_was_tested_on_val_stays_so(tmp_path):
+    root = write_folder(tmp_path / "images")
+    (root / "test").rename(root / "val")
+    trained(root)
+    shutil.copytree(root / "train", root / "test")
+    images, _ = load_split(resumed(2))
+    assert len(images) == 4
+
+
+def test_white_and_channels_are_kept_by_a_run(tmp_path):
+    root = write_folder(tmp_path / "images")
+    for shade, name in enumerate(("cat", "dog")):
+        for path in root.rglob(f"{name}/*.png"):
+            Image.fromarray(np.full((40, 40), 1000 + 3000 * shade, np.uint16)).save(path)
+    checkpoint = trained(root, "--white", "4095", "--channels", "1")
+    assert checkpoint["config"]["arguments"]["white"] == 4095 and checkpoint["model"]["stem.conv.weight"].shape[1] == 1
+    assert checkpoint["normalize"][0] == pytest.approx((255 * 2500 / 4095,), abs=0.5)
+    assert evaluate.main(["run/latest.pth"]) == 0
+    assert evaluate.main(["run/latest.pth", str(root / "test/cat/0.png")]) == 0

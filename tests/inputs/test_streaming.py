@@ -1,0 +1,123 @@
+"""Images that stay on disk, behind the interface of those in memory."""
+
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from helpers import NORMALIZE, random_images, write_folder
+from PIL import Image
+from test_decoding import damage
+
+from common.console import Mistake
+from inputs import datasets, streaming
+from inputs.image import Reader
+
+
+def load(root, size=(140, 130), **options):
+    return datasets.load("folder", write_folder(root, size=size), Reader(128, **options))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_ranks_evaluate_every_image_once(ranks, tmp_path):
+    for images in (random_images(17), load(tmp_path).train):
+        shares = [images.batches(4, NORMALIZE, share=(rank, ranks)) for rank in range(ranks)]
+        labels = torch.cat([y for batches in shares for _, y in batches.in_order()])
+        assert torch.equal(labels.sort()[0], images.labels.sort()[0])
+
+
+def test_streamed_images_are_cut_out_and_mixed(tmp_path):
+    """As those in memory, of which test_batches.py has more; several ranks make the batches of one process."""
+    dataset = load(tmp_path, (300, 200))
+
+    def batches(size=6, share=(0, 1), **newer):
+        return list(dataset.train.batches(size, dataset.normalize, "mean", share, **newer).shuffled(1))
+
+    [(x, labels, _)], [(cut, *_)] = batches(), batches(cutout=40)
+    assert (cut[cut != x] == 0).all() and 0 < (cut != x).any(1).sum((1, 2)).amax() <= 40 * 40
+    [(mixed, own, count, partners, lam)] = batches(cutout=40, mixup=0.5)
+    assert torch.equal(own, labels) and count == 6 and lam.min() >= 0.5
+    all_pairs = torch.lerp(cut[None], cut[:, None], lam.view(-1, 1, 1, 1, 1))
+    is_pair = (mixed[:, None] - all_pairs).abs().amax((2, 3, 4)) < 1e-5
+    assert (is_pair & (labels == partners[:, None])).any(1).all()
+    whole, *parts = (batches(4, share, cutout=40, mixup=0.5) for share in ((0, 1), (0, 2), (1, 2)))
+    for step, batch in enumerate(whole):
+        for rank, part in enumerate(parts):
+            assert all(torch.equal(mine, all_[rank::2]) for mine, all_ in zip(part[step], batch, strict=True) if torch.is_tensor(mine))
+
+
+def test_large_images_are_streamed_behind_the_same_interface(tmp_path):
+    dataset = load(tmp_path, (300, 200))
+    batches = dataset.train.batches(4, dataset.normalize, "mean")
+    assert len(batches) == 2
+    first = list(batches.shuffled(1))
+    assert [x.shape for x, *_ in first] == [(4, 3, 128, 128), (2, 3, 128, 128)]
+    # The same images and augmentation whatever the batch size and the number of workers, others for another seed.
+    other = datasets.load("folder", tmp_path, Reader(128, workers=2)).train.batches(6, dataset.normalize, "mean")
+    [(x, y, _)] = other.shuffled(1)
+    assert torch.equal(x, torch.cat([x for x, *_ in first])) and torch.equal(y, torch.cat([y for _, y, _ in first]))
+    assert not torch.equal(x, next(other.shuffled(2))[0])
+    largest = (2**32 - 1) * 1_000_003 + 300  # what train.py makes of the largest --seed
+    assert len(list(batches.shuffled(largest))) == 2
+    assert sorted(torch.cat([y for _, y, _ in first]).tolist()) == [0, 0, 0, 1, 1, 1]
+    labels = torch.cat([y for _, y in dataset.limit(train=3).train.batches(4, dataset.normalize).in_order()])
+    assert labels.tolist() == [0, 1, 0]
+    held = dataset.hold_out(2, seed=1)
+    assert (len(held.train), len(held.valid)) == (4, 2)
+
+
+def test_workers_live_on_from_epoch_to_epoch(tmp_path):
+    dataset = load(tmp_path, workers=2)
+    batches, before = dataset.train.batches(2, dataset.normalize), set(multiprocessing.active_children())
+    state, passes, workers = torch.get_rng_state(), [], []
+    for _ in range(2):
+        passes.append(torch.cat([x for x, _ in batches.in_order()]))
+        workers.append(set(multiprocessing.active_children()) - before)
+    next(batches.in_order())  # left before its end
+    assert torch.equal(torch.cat([x for x, _ in batches.in_order()]), passes[0])
+    assert torch.equal(*passes) and workers[0] == workers[1] and len(workers[0]) == 2
+    assert torch.equal(torch.get_rng_state(), state)  # the masks of dropout are drawn from it
+
+
+def test_a_worker_gets_paths_in_one_array():
+    names = [f"train/class{i % 1000}/image{i:05}.jpeg" for i in range(10_000)] + ["ä/ü.png", os.fsdecode(b"\xff.png")]
+    decoded = streaming.DecodedFiles(streaming.ImageFiles(names, torch.zeros(0), Reader(128)))
+    assert [os.fsdecode(path) for path in decoded.paths] == names
+    assert len(pickle.dumps(decoded)) < len(names) * max(map(len, names)) + 1000
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_streamed_image_is_named_in_one_line(tmp_path, workers):
+    dataset = load(tmp_path, workers=workers)
+    (tmp_path / "train/dog/1.png").write_bytes(b"no image")
+    with pytest.raises(Mistake, match=r"^[^\n]*dog/1.png is not a readable image[^\n]*$"):
+        list(dataset.train.batches(4, dataset.normalize).in_order())
+
+
+@pytest.mark.parametrize("workers", [pytest.param("0", marks=pytest.mark.slow), "2"])
+def test_a_corrupt_streamed_file_ends_training_in_one_line(tmp_path, workers):
+    damage(write_folder(tmp_path / "images", size=(130, 130)))
+    flags = "--device cpu --dataset folder --data images --image-size 128 --depth 10 --growth-rate 4 --no-plot --save run"
+    command = [sys.executable, ROOT / "train.py", *flags.split(), "--workers", workers]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "train.py: error: 3 images cannot be read" in result.stderr and "epoch 0 is saved" in result.stderr
+    assert subprocess.run([*command, "--overwrite", "--epochs", "1", "--skip-unreadable"], capture_output=True).returncode == 0
+
+
+def test_streamed_images_are_mirrored_half_of_the_time(tmp_path):
+    image = Image.new("L", (200, 200))
+    image.paste(255, (100, 0, 200, 200))
+    image.save(tmp_path / "right.png")
+    stream = streaming.ImageFiles([tmp_path / "right.png"] * 200, torch.zeros(200, dtype=torch.int64), Reader(128, channels=1))
+    batches = stream.batches(200, ((0.0,), (1.0,)), "mean")
+    [(x, _, _)] = batches.shuffled(1)
+    left, right = x[:, 0, 64, 8], x[:, 0, 64, -8]
+    told = left != right  # a crop of one half alone tells nothing
+    assert told.sum() > 100 and 0.35 < (left > right)[told].float().mean() < 0.65
+    [(x, _)] = batches.in_order()
+    assert (x[:, 0, 64, 8] < x[:, 0, 64, -8]).all()

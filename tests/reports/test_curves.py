@@ -1,0 +1,141 @@
+"""What figures show of logs."""
+
+import os
+from pathlib import Path
+from xml.etree import ElementTree
+
+import matplotlib
+import pandas as pd
+import pytest
+from helpers import write_config, write_ours
+
+from reports import curves, logs
+
+
+def figure_of(runs, quantities=("loss", "error"), size=None, **view):
+    """The figure of {label: run directory}."""
+    return curves.make_figure({label: logs.read_log(run) for label, run in runs.items()}, quantities, curves.View(**view), size=size)
+
+
+def title(figure):
+    return figure.legends[0].get_title().get_text()
+
+
+def texts(legend):
+    return [text.get_text() for text in legend.get_texts()]
+
+
+def test_a_cosine_has_no_drops():
+    cosine = pd.DataFrame({"epoch": [1, 2, 3, 4], "lr": [0.1, 0.07, 0.02, 0.001]})
+    assert curves.drops(logs.Log(Path(), {"train": cosine})) == []
+    step = pd.DataFrame({"epoch": [1, 2, 3, 4], "lr": [0.1, 0.01, 0.01, 0.001]})
+    assert curves.drops(logs.Log(Path(), {"train": step})) == [1, 3]
+
+
+def test_smoothing_is_a_rolling_mean_over_epochs():
+    table = pd.DataFrame({"epoch": [1, 2, 3, 4], "loss": [4.0, 2, 6, 8], "error": [4.0, 2, 6, 8]})
+    assert curves.smooth(table, 2).loss.tolist() == [4, 3, 4, 7]
+    assert curves.smooth(table, 1e-9).loss.tolist() == table.loss.tolist()
+    assert curves.smooth(table, 1e6).loss.tolist() == [4, 3, 4, 5]
+    assert curves.smooth(table, 0) is table
+    assert curves.smooth(table[table.epoch > 2], 2).epoch.tolist() == [3, 4]
+
+
+@pytest.mark.parametrize(("first", "scale"), [(0.9, "linear"), (1.1, "log")])
+def test_the_loss_axis_is_logarithmic_from_a_decade_on(tmp_path, first, scale):
+    (tmp_path / "test.csv").write_text(f"epoch,loss,error\n1,{first},50\n2,0.1,5\n")
+    assert figure_of({"run": tmp_path}).axes[0].get_yscale() == scale
+
+
+def test_a_run_has_its_network_and_data_as_title(tmp_path):
+    digits, birds = (write_config(write_ours(tmp_path / name)) for name in ("digits", "birds"))
+    assert title(figure_of({"run": digits})).startswith("run: DenseNet-BC-16 (k = 12), digits\ntest error: final 9.50 %")
+    assert title(figure_of({"a": digits, "b": birds})) == "DenseNet-BC-16 (k = 12), digits"
+    write_config(birds, dataset="folder", data="data/birds")
+    figure = figure_of({"a": digits, "b": birds}, quantities=("error",))
+    assert title(figure) == ""
+    assert " ".join(texts(figure.legends[1])[1].split()).startswith("b, DenseNet-BC-16 (k = 12), birds: test error: final 9.50 %")
+
+
+@pytest.mark.parametrize(
+    ("paths", "expected"),
+    [
+        (["work/sgd", "work/adam"], ["sgd", "adam"]),
+        (["A/run1", "B/run1"], ["A", "B"]),
+        (["a/1/run", "b/2/run", "b/3/run"], ["a/1", "b/2", "b/3"]),
+        (["a", "a/b"], ["a", "a/b"]),
+        (["a/run", "run"], ["a/run", "run"]),
+        (["x/./a/", "x/y/../b"], ["a", "b"]),
+        (["x/run"], ["run"]),
+    ],
+)
+def test_labels_are_what_differs_in_the_paths(paths, expected):
+    assert curves.labels(paths) == expected
+
+
+@pytest.mark.parametrize("count", [2, 7, 15])
+def test_a_legend_tells_any_number_of_runs_apart(tmp_path, count):
+    run = write_ours(tmp_path / "run")
+    figure = figure_of({f"r{i}": run for i in range(count)})
+    styles, runs = figure.legends
+    assert [text.partition(":")[0] for text in texts(runs)] == [f"r{i}" for i in range(count)]
+    assert texts(styles) == ["train", "test", "learning rate drops"]
+    looks = {(line.get_color(), line.get_marker()) for line in runs.get_lines()}
+    assert len(looks) == count
+    drawn = {(line.get_color(), line.get_marker()) for line in figure.axes[0].lines if line.get_linestyle() == "-"}
+    assert drawn == looks
+
+
+@pytest.mark.parametrize("size", [None, (5, 3), (20, 3)])
+@pytest.mark.parametrize(("count", "quantities"), [(1, ("loss",)), (2, ("loss", "error")), (3, ("error",))])
+def test_legends_are_whole_and_cover_no_curve(tmp_path, size, count, quantities):
+    run = write_ours(tmp_path / "run")
+    (run / "valid.csv").write_text((run / "test.csv").read_text())
+    figure = figure_of({f"run-{i}": run for i in range(count)}, quantities, size)
+    curves.save(figure, tmp_path / "figure.png")
+    for legend in figure.legends:
+        box = legend.get_window_extent()
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+        assert not any(box.overlaps(axes.get_window_extent()) for axes in figure.axes)
+
+
+NAMES = ["_hidden", "$x$", "$\\frac", r"\$x\$", "a_b^{", "<&>--", "two\nlines", os.fsdecode(b"x\xff"), os.fsdecode(b"x\xfe")]
+
+
+def test_no_name_is_markup(tmp_path):
+    run = write_ours(tmp_path / "run")
+    figure = figure_of(dict.fromkeys(NAMES, run))
+    shown = texts(figure.legends[1])
+    assert not any(map(matplotlib.cbook.is_math_text, shown))
+    assert [text.replace(r"\$", "$").rpartition(": test error")[0] for text in shown] == [*NAMES[:-2], "x\\udcff", "x\\udcfe"]
+    curves.save(figure, tmp_path / "figure.svg")
+    assert "<!-- _hidden: test error" in (tmp_path / "figure.svg").read_text()
+    ElementTree.parse(tmp_path / "figure.svg")
+    curves.save(figure_of({"$\\frac": run}), tmp_path / "figure.png")  # in the title
+
+
+def test_shows_what_is_asked_for(tmp_path):
+    figure = figure_of({"run": write_ours(tmp_path / "run")}, only="test", xlim=(2, 5), ylim={"error": (0.5, 20)})
+    loss, error = figure.axes
+    [line] = [line for line in loss.lines if len(line.get_xdata()) > 2]
+    assert [list(drop.get_xdata()) for drop in loss.lines if drop is not line] == [[3, 3]]
+    assert list(line.get_xdata()) == [2, 3, 4, 5] and texts(figure.legends[0]) == ["test", "learning rate drops"]
+    assert loss.get_xlim() == error.get_xlim() == (2, 5)
+    assert error.get_ylim() == (0.5, 20) and loss.get_ylim()[1] < 1.2
+
+
+@pytest.mark.parametrize("scale", ["linear", "log"])
+def test_a_band_stays_within_what_is_possible(tmp_path, scale):
+    for seed, errors in ((1, (100, 0.1)), (2, (60, 8))):
+        (tmp_path / f"sgd.{seed}").mkdir()
+        rows = "".join(f"{epoch},{error / 40},{error}\n" for epoch, error in enumerate(errors, start=1))
+        (tmp_path / f"sgd.{seed}/test.csv").write_text("epoch,loss,error\n" + rows)
+    mean = logs.mean_log([logs.read_log(tmp_path / f"sgd.{seed}") for seed in (1, 2)])
+    view = curves.View(scale={"loss": "linear", "error": scale})
+    loss, error = curves.make_figure({"sgd": mean}, ("loss", "error"), view).axes
+    low, high = error.collections[0].get_datalim(error.transData).intervaly
+    assert (low, high) == (0, 100)
+    assert loss.collections[0].get_datalim(loss.transData).y0 == 0
+    for axes in (loss, error):
+        low, high = axes.collections[0].get_datalim(axes.transData).intervaly
+        assert axes.get_ylim()[1] >= high and (axes.get_ylim()[0] <= low or axes.get_yscale() == "log")

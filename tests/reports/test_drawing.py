@@ -1,0 +1,135 @@
+"""The boxes and arrows of a network: those of the network that runs."""
+
+import re
+import shutil
+import subprocess
+from collections import Counter
+
+import pytest
+import torch
+
+import make_graph
+from densenet import ARCHITECTURES, BottleneckLayer, DenseNet, SingleLayer, Transition
+from reports.drawing import size
+
+needs_dot = pytest.mark.skipif(shutil.which("dot") is None, reason="needs the program dot (apt install graphviz)")
+
+
+@pytest.fixture
+def text(tmp_path):
+    """The source of a graph, as make_graph.py writes it: text("--depth", "16")."""
+
+    def write(*flags):
+        path = tmp_path / "graph.dot"
+        assert make_graph.main([*flags, "--out", str(path)]) == 0
+        return path.read_text()
+
+    return write
+
+
+def boxes(source):
+    """Name of each box → lines of its text."""
+    rows = re.findall(r"^\s*(\S+) \[label=<(.*)> .*\]$", source, re.MULTILINE)
+    return {name.strip('"'): re.sub(r"<br[^>]*>", "\n", label) for name, label in rows}
+
+
+def lines(label):
+    return re.sub(r"<[^>]*>", "", label).strip().split("\n")
+
+
+def arrows(source):
+    return [(a.strip('"'), b.strip('"')) for a, b in re.findall(r"^\s*([^\s:]+)(?::\w)? -> ([^\s:]+)", source, re.MULTILINE)]
+
+
+def measured(model, kinds, image_size=32):
+    """Channels and maps that modules of some kinds read and return, from hooks on a pass with real tensors."""
+    shapes = {}
+    for name, module in model.named_modules():
+        if isinstance(module, kinds):
+            module.register_forward_hook(lambda _, x, y, name=name: shapes.update({name: (x[0].shape[1:], y.shape[1:])}))
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, 3, image_size, image_size))
+    return shapes
+
+
+@pytest.mark.parametrize("flags", ["--depth 16 --growth-rate 4", "--depth 16 --growth-rate 5 --no-bottleneck --reduction 1"])
+def test_layers_and_transitions_have_the_sizes_of_the_model(text, flags):
+    args = make_graph.make_parser().parse_args(flags.split())
+    given = {"depth": args.depth, "growth_rate": args.growth_rate}
+    model = DenseNet(**given, **({"bottleneck": False, "reduction": 1.0} if args.bottleneck is False else {}))
+    drawn = {name: lines(label) for name, label in boxes(text(*flags.split())).items()}
+    shapes = measured(model, (BottleneckLayer, SingleLayer, Transition))
+    for name, (x, y) in shapes.items():
+        if name.startswith("transitions"):
+            assert drawn[name][-1] == f"{size(x)} → {size(y)}"
+        else:
+            assert drawn[name] == [f"layer {int(name[-1]) + 1}", f"{x[0]} → {y[0]} channels"]
+    assert {name for name in drawn if "layers" in name or "transitions" in name} == set(shapes)
+
+
+def test_every_layer_reads_all_before_it(text):
+    source = text("--depth", "28", "--part", "blocks.1")
+    layers = [f"blocks.1.layers.{i}" for i in range(4)]
+    last = next(name for name, label in boxes(source).items() if lines(label)[0] == "concatenation")
+    row = ["blocks.1.input", *layers, last]
+    expected = [(a, b) for i, a in enumerate(row) for b in row[i + 1 :]]
+    assert sorted(arrows(source)) == sorted([*expected, ("transitions.0", "blocks.1.input")])
+
+
+def test_deep_blocks_are_shortened(text):
+    drawn = boxes(text())
+    assert len(drawn) < 25
+    assert lines(drawn["blocks.1.layers.2-14"]) == ["layers 3 … 15", "132 … 276 → 12 channels each"]
+    assert lines(drawn["blocks.1.layers.15"]) == ["layer 16", "288 → 12 channels"]
+    assert lines(drawn["classifier"])[-1] == "342×8×8 → 10"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--depth 16", ["dense block 1: 2 layers", "BN-ReLU-Conv 1×1 → 48", "BN-ReLU-Conv 3×3 → 12"]),
+        ("--depth 10", ["dense block 1: 1 layer", "BN-ReLU-Conv 1×1 → 48", "BN-ReLU-Conv 3×3 → 12"]),
+        ("--depth 16 --no-bottleneck --reduction 1", ["dense block 1: 4 layers", "BN-ReLU-Conv 3×3 → 12"]),
+        ("--depth 10 --drop-rate 0.2", [*["dense block 1: 1 layer", "BN-ReLU-Conv 1×1 → 48"], "dropout 0.2-BN-ReLU-Conv 3×3 → 12", "dropout 0.2"]),
+    ],
+)
+def test_a_frame_says_what_a_dense_block_is(text, flags, words):
+    [frame] = re.findall(r"label=<(<b>dense block 1:.*)> ", text(*flags.split()))
+    assert lines(re.sub(r"<br[^>]*>", "\n", frame)) == words
+
+
+FAST = ("densenet_40_12", "densenet121")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in ARCHITECTURES])
+def test_draws_the_networks_of_the_paper(text, name):
+    last = lines(boxes(text("--arch", name))["classifier"])[-1]
+    assert last.endswith("→ 10" if "_" in name else "→ 1000")
+
+
+def test_the_autograd_graph_is_the_one_of_the_cpu(text):
+    """Functions without data are those of a real pass."""
+    model = DenseNet(depth=10)
+    seen, waiting = {}, [model(torch.zeros(2, 3, 32, 32)).grad_fn]
+    while waiting:
+        function = waiting.pop()
+        if function is not None and function not in seen:
+            seen[function] = None
+            waiting += [source for source, _ in function.next_functions]
+    source = text("--depth", "10", "--autograd")
+    drawn = Counter(lines(label)[0] for label in boxes(source).values())
+    parameters = dict(model.named_parameters())
+    assert drawn.keys() >= {"ConvolutionBackward0", "CatBackward0", "ReluBackward0", *parameters}
+    functions = Counter(function.name() for function in seen)
+    del functions["torch::autograd::AccumulateGrad"]
+    assert functions == Counter({name: count for name, count in drawn.items() if name not in parameters})
+    assert len(arrows(source)) == sum(parent is not None for function in seen for parent, _ in function.next_functions)
+
+
+@needs_dot
+def test_dot_draws_every_kind_of_graph_without_a_warning(text):
+    for flags in ("", "--part stem", "--part blocks.1 --direction right", "--autograd"):
+        source = text("--depth", "16", *flags.split())
+        drawn = subprocess.run(["dot", "-Tsvg"], input=source, capture_output=True, encoding="utf-8")
+        assert drawn.returncode == 0 and drawn.stderr == ""
+        assert ("CatBackward0" if "--autograd" in flags else "Conv 3×3") in drawn.stdout

@@ -1,0 +1,132 @@
+"""plot.py as a command: files, labels, means, mistakes. What figures show: tests/reports/test_curves.py."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, status_of
+from helpers import write_bamos, write_config, write_gpleiss, write_ours, write_seeds
+from PIL import Image
+
+import plot
+
+
+@pytest.mark.parametrize("kind", ["png", "pdf", "svg"])
+def test_draws_three_figures_the_same_each_time(tmp_path, kind, capsys):
+    run = write_ours(tmp_path / "run")
+    command = [str(run), "--format", kind, "--smooth", "2", "--error-scale", "log", "--loss-scale", "linear"]
+    assert plot.main(command) == 0
+    figures = [run / f"{name}.{kind}" for name in ("loss", "error", "loss-error")]
+    assert capsys.readouterr().out.split() == [str(path) for path in figures]
+    before = [path.read_bytes() for path in figures]
+    assert all(len(content) > 5000 for content in before)
+    assert plot.main([*command, "--out", f"again.{kind}"]) == 0
+    assert Path(f"again.{kind}").read_bytes() == before[-1]
+
+
+def test_overlays_runs_of_all_kinds(tmp_path):
+    runs = [write_ours(tmp_path / "a", fine=True), write_bamos(tmp_path / "b"), write_gpleiss(tmp_path / "c")]
+    assert plot.main([*map(str, runs), "--out", "figures"]) == 0
+    assert sorted(p.name for p in Path("figures").iterdir()) == ["error.png", "loss-error.png", "loss.png"]
+    assert plot.main([*map(str, runs), "--out", "one/picture.svg", "--title", "three runs"]) == 0
+    assert [p.name for p in Path("one").iterdir()] == ["picture.svg"]
+    assert plot.main([*map(str, runs), "--out", "picture.jpg"]) == 2 and not Path("picture.jpg").exists()
+    svg = Path("one/picture.svg").read_text()  # text is drawn as outlines
+    for text in ("three runs", "a: test error: final 9.50 %", "c: valid error: final 33.00 %"):
+        assert f"<!-- {text}" in svg
+
+
+def test_a_run_s_figures_go_into_its_directory_and_have_the_size_that_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(write_ours(tmp_path / "run"))
+    assert plot.main([".", "--figsize", "3", "2.5"]) == 0
+    assert Image.open(tmp_path / "run/loss.png").size == (450, 375)
+
+
+def test_labels_can_be_chosen(tmp_path, capsys):
+    a, b = (str(write_ours(tmp_path / name)) for name in "ab")
+    assert plot.main([a, b, "--labels", "SGD", "Adam", "--out", "figure.svg"]) == 0
+    svg = Path("figure.svg").read_text()
+    assert "<!-- SGD: test error" in svg and "<!-- Adam: test error" in svg
+    capsys.readouterr()
+    for flags, words in (
+        ([], "name a run directory"),
+        ([a, b, "--labels", "SGD"], "--labels SGD: 1 names for 2 runs and means"),
+        ([a, b, "--labels", "SGD", "SGD"], "two runs would be labelled SGD"),
+        ([a, a], "two runs would be labelled a"),
+        ([a, "--only", "valid"], "has nothing to draw with this --only or --xlim"),
+        ([a, "--xlim", "100", "200"], "has nothing to draw with this --only or --xlim"),
+    ):
+        assert plot.main(flags) == 2
+        err = capsys.readouterr().err
+        assert words in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--smooth nan", "argument --smooth: nan is not in 0 … 1e+06"),
+        ("--figsize 0 5", "argument --figsize: 0 is not in 2 … 50"),
+        ("--xlim 5 2", "--xlim 5 2: needs two numbers, the lower one first"),
+        ("--ylim 0 20 --error-scale log", "--ylim 0 20: needs two numbers above 0, the lower one first"),
+        ("--loss-ylim 1 nan", "argument --loss-ylim: nan is not in"),
+        ("--table --out runs.csv", "--out runs.csv: a table is printed; > FILE at the end of the command writes it"),
+        ("--figsize 2 2", "no room for curves: choose a larger --figsize"),
+    ],
+)
+def test_a_mistake_is_one_line(tmp_path, capsys, flags, words):
+    run = write_ours(tmp_path / "run")
+    assert status_of(plot.main, [str(run), "--title", "a long title " * 50, *flags.split()]) == 2
+    err = capsys.readouterr().err
+    assert words in err and err.count("\n") == 1
+    assert sorted(path.name for path in run.iterdir()) == ["test.csv", "train.csv"]
+
+
+def test_needs_no_torch_and_no_backend():
+    """A notebook passes on the name of its own backend, which may not be installed here."""
+    program = "import sys, plot; sys.exit(plot.main(sys.argv[1:]) or 'torch' in sys.modules)"
+    command = [sys.executable, "-c", program, str(ROOT / "work/digits.bc16")]
+    env = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTHONPATH": str(ROOT)}
+    for flags in (["--out", "figure.png"], ["--table"]):
+        assert subprocess.run([*command, *flags], env=env).returncode == 0
+    assert Path("figure.png").exists()
+
+
+def test_two_drawings_of_one_run_do_not_meet(tmp_path, monkeypatch):
+    """While one process writes its figure, another one does."""
+    run, real = write_ours(tmp_path / "run"), os.fsync
+    command = [str(run), "--out", str(tmp_path / "figure.svg")]
+
+    def meanwhile(descriptor):
+        monkeypatch.setattr(os, "fsync", real)
+        subprocess.run([sys.executable, ROOT / "plot.py", *command], check=True)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    assert plot.main(command) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "figure.svg"}
+
+
+def test_a_drawing_that_is_killed_leaves_nothing(tmp_path):
+    """SIGKILL, as the end of a training gives it, while the figure is being drawn."""
+    run = write_ours(tmp_path / "run")
+    program = "import sys, time, plot; plot.make_figure = lambda *_: Slow(); "
+    program += "Slow = type('Slow', (), {'savefig': lambda self, file, **_: (file.write(b'half'), print('now', flush=True), time.sleep(60))}); "
+    with subprocess.Popen([sys.executable, "-c", program + "plot.main(sys.argv[1:])", str(run)], cwd=ROOT, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"now\n"
+        process.kill()
+    assert sorted(path.name for path in run.iterdir()) == ["test.csv", "train.csv"]
+
+
+def test_draws_means_beside_runs(tmp_path, capsys):
+    one, seeds = str(write_config(write_ours(tmp_path / "adam"))), list(map(str, write_seeds(tmp_path)))
+    assert plot.main([one, "--mean", *seeds, "--out", str(tmp_path), "--format", "svg"]) == 0
+    svg = (tmp_path / "error.svg").read_text()
+    assert svg.count("FillBetweenPolyCollection") == 1 and "<!-- sgd: test error, mean of 3: final" in svg
+    write_config(Path(seeds[2]), depth=40)
+    capsys.readouterr()
+    assert plot.main(["--mean", *seeds, "--out", "mean.svg"]) == 2
+    err = capsys.readouterr().err
+    assert "they differ in depth (16, 40): leave some out, or add --unlike" in err and err.count("\n") == 1
+    assert plot.main(["--mean", *seeds, "--out", "mean.svg", "--unlike"]) == 0
