@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import train
+from reports import curves
 
 ROOT = Path(__file__).parent.parent
 TINY = "--device cpu --dataset digits --image-size 8 --depth 10 --growth-rate 4 --limit-train 200 --limit-test 100 --epochs 4".split()
@@ -35,6 +36,19 @@ def status_of(main, flags):
         return main([*flags])
     except SystemExit as error:  # how argparse ends
         return error.code
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are saved, by file name; they are saved, too."""
+    found, save = {}, curves.save
+
+    def kept(figure, path):
+        found[path.name] = figure
+        save(figure, path)
+
+    monkeypatch.setattr(curves, "save", kept)
+    return found
 
 
 @pytest.fixture

@@ -1,9 +1,8 @@
-"""What evaluate.py says, writes and draws of a checkpoint, and the parts behind it: inference and reports.scores."""
+"""What evaluate.py says, writes and draws of a checkpoint, and inference behind it."""
 
 import csv
 import errno
 import io
-import itertools
 import os
 import re
 import subprocess
@@ -18,16 +17,13 @@ import torch
 from conftest import ROOT, status_of
 from helpers import write_folder
 from PIL import Image
-from sklearn.metrics import precision_recall_fscore_support
 
 import densenet
 import evaluate
 from common.console import Mistake
 from inference import network
 from inputs import datasets, folders
-from inputs.batches import ImageTensors
 from inputs.image import Reader
-from reports import curves, scores, tables
 from training.arguments import parse_args
 from training.flags import model_options
 
@@ -68,9 +64,6 @@ def answering(monkeypatch, answers):
     monkeypatch.setattr(evaluate, "predictions", predictions)
 
 
-# Scores.
-
-
 def test_the_logged_error_is_that_of_the_saved_weights(tiny, capsys):
     assert tiny("--save", "run") == 0
     logged = pd.read_csv("run/test.csv").error.iloc[-1]
@@ -78,35 +71,6 @@ def test_the_logged_error_is_that_of_the_saved_weights(tiny, capsys):
     assert evaluate.main(["run/latest.pth"]) == 0
     out = capsys.readouterr().out
     assert f"test error {logged:.2f} % (95 % interval" in out and f"{round(logged)} of 100 images wrong" in out
-
-
-def test_wilson_interval():
-    """Newcombe 1998, table I: 81 of 263, 0 of 20."""
-    assert tables.wilson(100 * 81 / 263, 263) == pytest.approx((25.53, 36.62), abs=0.01)
-    assert tables.wilson(0, 20) == pytest.approx((0, 16.11), abs=0.01)
-
-
-def test_scores_are_scikit_learn_s():
-    generator = torch.Generator().manual_seed(1)
-    labels, taken = (torch.randint(7, (200,), generator=generator) for _ in range(2))
-    labels[labels == 2], taken[taken == 4] = 3, 5  # a class without images, and one that nothing is taken for
-    matrix = scores.confusion_matrix(labels, taken, 8)  # of the last class neither
-    for average, ours in ((None, scores.class_scores(matrix)), ("macro", scores.class_scores(matrix).nanmean(1))):
-        theirs = precision_recall_fscore_support(labels, taken, labels=range(8), average=average, zero_division=np.nan)[:3]
-        np.testing.assert_allclose(ours, 100 * np.array(theirs), rtol=1e-12)
-
-
-def test_the_table_shows_scores_and_dashes_for_zero_by_zero(capsys):
-    scores.print_scores(torch.tensor([[3, 1, 0], [0, 0, 0], [2, 0, 0]]), ["cat", "dog", "cow"], "validation")
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "validation error 50.00 % (95 % interval 18.76 … 81.24 %), 3 of 6 images wrong"
-    assert lines[2:7] == [
-        "class          images  error %  precision %  recall %    F1 %  taken for",
-        "cat                 4    25.00        60.00     75.00   66.67  dog 1",
-        "dog                 0        –         0.00         –    0.00",
-        "cow                 2   100.00            –      0.00    0.00  cat 2",
-        "macro average       6    62.50        30.00     37.50   22.22",
-    ]
 
 
 # Splits.
@@ -290,19 +254,6 @@ def test_a_table_is_written_whole_or_not_at_all(tmp_path, capsys, monkeypatch):
 # Pictures.
 
 
-@pytest.fixture
-def figures(monkeypatch):
-    """The figures that are saved, by file name; they are saved, too."""
-    found, save = {}, curves.save
-
-    def kept(figure, path):
-        found[path.name] = figure
-        save(figure, path)
-
-    monkeypatch.setattr(curves, "save", kept)
-    return found
-
-
 def texts(axes):
     return [text.get_text() for text in axes.texts]
 
@@ -325,17 +276,12 @@ def test_pictures_of_mistakes(tmp_path, capsys, monkeypatch, figures, image_size
     assert Image.open("made/mistakes.png").width > 500 and "<svg" in Path("confusion.svg").read_text()
 
 
-def test_the_surest_mistakes_come_first(monkeypatch, capsys):
-    confidence, wrong = torch.tensor([0.5, 0.9, 0.6, 0.9, 1.0]), torch.tensor([True, True, True, True, False])
-    assert scores.most_confident(wrong, confidence, 3).tolist() == [1, 3, 2]
-    assert scores.most_confident(~wrong, confidence, 3).tolist() == [4]
+def test_the_surest_32_are_drawn(monkeypatch, capsys, figures):
     digits = datasets.load("digits", None).test
     answering(monkeypatch, [9] * len(digits))
-    found = []
-    monkeypatch.setattr(curves, "save", lambda figure, path: found.append(figure))
     evaluated(capsys, DIGITS, "--mistakes", "mistakes.png")
-    drawn = [axes for axes in found[0].axes if axes.images]
-    expected = [i for i in range(360) if digits.labels[i] != 9][: evaluate.DRAWN]
+    drawn = [axes for axes in figures["mistakes.png"].axes if axes.images]
+    expected = [i for i in range(360) if digits.labels[i] != 9][:32]
     assert [texts(axes) for axes in drawn] == [[f"index {digits.names[i]}"] for i in expected]
 
 
@@ -346,37 +292,6 @@ def test_without_a_mistake_there_is_nothing_to_draw(tmp_path, capsys, monkeypatc
     out = evaluated(capsys, "run.pth", "--mistakes", "mistakes.png", "--confusion", "confusion.png").out
     assert "no image is wrong: mistakes.png is not written" in out and not Path("mistakes.png").exists()
     assert Path("confusion.png").exists()
-
-
-@pytest.mark.parametrize(("count", "named", "numbered"), [(10, True, True), (100, True, False), (300, False, False)])
-def test_confusion_of_few_and_many_classes(monkeypatch, count, named, numbered):
-    """Names do not cover each other, and there are numbers where there is room for them."""
-    found = []
-    monkeypatch.setattr(curves, "save", lambda figure, path: found.append(figure))
-    matrix = torch.eye(count, dtype=torch.int64) * 9
-    matrix[0, 1] = 2
-    classes = [f"class_{i}" for i in range(count)]
-    scores.draw_confusion(Path("confusion.png"), matrix, classes, "title")
-    [figure] = found
-    figure.draw_without_rendering()
-    axes = figure.axes[0]
-    assert len(axes.texts) == (count + 1 if numbered else 0) and max(figure.get_size_inches()) < 25
-    labels = axes.get_yticklabels()
-    assert ([label.get_text() for label in labels] == classes) is named
-    boxes = [label.get_window_extent() for label in labels]
-    assert all(lower.y1 <= upper.y0 and lower.x0 > 0 for upper, lower in itertools.pairwise(boxes))
-
-
-def test_names_in_pictures_are_no_markup_and_may_be_odd(figures, recwarn):
-    """What looks like a formula, what no font has, what is no character, what is very long."""
-    classes = ["$\\x$", "猫\udcf6", "a class with a very long name"]
-    scores.draw_confusion(Path("confusion.png"), torch.eye(3, dtype=torch.int64), classes, "run_$\\x$/\udcf6")
-    images = ImageTensors(torch.zeros(1, 8, 8, 1, dtype=torch.uint8), torch.zeros(1), ["images/$\\x$\udcf6.png"])
-    scores.draw_mistakes(Path("mistakes.png"), images, [(*classes[:2], 0.5)], "run_$\\x$/\udcf6")
-    labels = figures["confusion.png"].axes[0].get_yticklabels()
-    assert [label.get_text() for label in labels] == [r"\$\x\$", r"猫\udcf6", "a class with a very…"]
-    assert figures["mistakes.png"].axes[0].get_title() == "\\$\\x\\$\n→ 猫\\udcf6\n50.0 %"
-    assert not recwarn.list and Image.open("confusion.png") and Image.open("mistakes.png")
 
 
 def test_matplotlib_is_imported_for_pictures_only():
@@ -394,17 +309,14 @@ def test_matplotlib_is_imported_for_pictures_only():
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("nowhere", "nowhere is not a checkpoint file"),
         ("run.pth images --split train", "--split is for images of the run's data set: leave out the paths"),
         ("run.pth images --mistakes a.png", "--mistakes is for images of the run's data set"),
-        ("run.pth images --confusion a.png", "--confusion is for images of the run's data set"),
         ("run.pth --top 3", "--top is for image files: name some"),
         ("run.pth --white 1", "--white is for image files: name some"),
         ("run.pth --mistakes a.gif", "a.gif: a picture is written as .png, .pdf, .svg"),
         ("run.pth --csv images", "images is a directory: name a file in it"),
         ("run.pth --csv run.pth/a.csv", "run.pth"),
         ("run.pth images/none", "images/none holds no image: name a folder that has some"),
-        ("run.pth --batch-size 0", "--batch-size: 0 is not in 1 … 1,000,000,000"),
     ],
 )
 def test_mistakes_are_one_line_before_anything_is_computed(tmp_path, capsys, monkeypatch, flags, words):

@@ -36,7 +36,8 @@ def published(directory, capsys, status=0):
     return dict(zip(header.strip("| ").split(" | "), row.strip("| ").split(" | "), strict=True))
 
 
-def test_publish_keeps_the_network_and_its_numbers(tiny, capsys):
+def test_publish_keeps_the_network_and_its_numbers(tiny, capsys, monkeypatch):
+    monkeypatch.setattr(publish, "SAMPLE", 40)
     assert tiny("--save", "run") == 0
     cells = published("run", capsys)
     test = pd.read_csv("run/test.csv").error
@@ -48,10 +49,10 @@ def test_publish_keeps_the_network_and_its_numbers(tiny, capsys):
     weights, latest = (read_checkpoint(Path("run", name)) for name in ("weights.pth", "latest.pth"))
     assert set(weights) == {*publish.KEPT, "test"} and weights["averaged"] is False
     assert all(torch.equal(weights["model"][name], latest["model"][name]) for name in latest["model"])
-    wrong = round(test.iloc[-1])
-    assert weights["test"] == {"images": 100, "error": test.iloc[-1], "sample": 100, "wrong_in_sample": wrong}
-    assert evaluate.main(["run/weights.pth"]) == 0
+    assert evaluate.main(["run/weights.pth", "--csv", "test.csv"]) == 0
     assert f"test error {test.iloc[-1]:.2f} %" in capsys.readouterr().out
+    wrong = 40 - pd.read_csv("test.csv").right[:40].sum()
+    assert weights["test"] == {"images": 100, "error": test.iloc[-1], "sample": 40, "wrong_in_sample": wrong}
     Path("run/latest.pth").rename("run/elsewhere.pth")
     assert published("run", capsys) == cells
     shutil.copy("run/weights.pth", "run/latest.pth")
@@ -89,8 +90,7 @@ def test_publish_refuses_what_is_not_the_run_s_result(tiny, capsys):
     assert "run/latest.pth is not a run directory" in published("run/latest.pth", capsys, status=2)
     torch.save(checkpoint, "run/latest.pth")
     assert publish.main(["run", "nowhere"]) == 2 and not Path("run/weights.pth").exists()
-    log = Path("run/test.csv").read_text()
-    Path("run/test.csv").write_text("\n".join([*log.splitlines()[:-1], "2,1.0,0.5\n"]))
+    Path("run/test.csv").write_text("epoch,loss,error\n1,1.0,0.6\n2,1.0,0.5\n")
     assert "the logs are not those of weights.pth" in published("run", capsys, status=2)
 
 

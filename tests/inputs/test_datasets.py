@@ -44,12 +44,18 @@ def test_constants_are_the_published_ones_and_those_of_the_data(name):
         np.testing.assert_allclose(splits.channel_statistics(pixels), splits.NORMALIZE[name], atol=0.06)
 
 
+def test_a_fingerprint_is_of_pixels_and_labels():
+    images = [random_images(8), random_images(8, classes=3), random_images(8, seed=1)]
+    assert len({splits.fingerprint(part, None) for part in images}) == 3
+
+
 def test_hold_out_is_stratified_and_follows_the_seed():
     images = random_images(200, size=8)
     images.pixels[:, 0, 0, 0] = torch.arange(200)
     dataset = Dataset(images, images, list("abcd"), NORMALIZE)
     held = dataset.hold_out(40, seed=1)
     assert (len(held.train), len(held.valid)) == (160, 40)
+    assert [len(split) for split in held.limit(30, 7).splits.values()] == [30, 7, 7]
     assert held.valid.labels.bincount().tolist() == [10, 10, 10, 10]
     ids = torch.cat((held.train.pixels, held.valid.pixels))[:, 0, 0, 0]
     assert sorted(ids.tolist()) == list(range(200))

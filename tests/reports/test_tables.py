@@ -67,3 +67,9 @@ def test_tables_are_text_markdown_or_csv(tmp_path, capsys):
     assert markdown[0].startswith("| run | lr | epoch |") and set(markdown[1]) == set("| -")
     assert [line.count("|") for line in markdown] == [markdown[0].count("|")] * 4
     assert sorted(path.name for path in (tmp_path / "slow").iterdir()) == ["config.json", "test.csv", "train.csv"]
+
+
+def test_wilson_interval():
+    """Newcombe 1998, table I: 81 of 263, 0 of 20."""
+    assert wilson(100 * 81 / 263, 263) == pytest.approx((25.53, 36.62), abs=0.01)
+    assert wilson(0, 20) == pytest.approx((0, 16.11), abs=0.01)
