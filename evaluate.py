@@ -125,9 +125,8 @@ def predict_split(args, checkpoint, images, device, amp):
     bar = tqdm(total=len(images), desc="classifying images", unit="img", leave=False, disable=not args.progress)
     with bar, scores.csv_table(args.csv, column, checkpoint["classes"], labelled=True) as write:
         for logits, labels in predictions(checkpoint, images, device, amp, args.batch_size):
-            probabilities, labels = logits.softmax(1).cpu(), labels.cpu()
-            confidence, predicted = probabilities.max(1)
-            answers.append((labels, predicted, confidence))
+            probabilities, predicted, labels = logits.softmax(1).cpu(), logits.argmax(1).cpu(), labels.cpu()
+            answers.append((labels, predicted, probabilities.amax(1)))
             rows = zip(islice(names, len(labels)), predicted.tolist(), probabilities, labels.tolist(), strict=True)
             for row in rows if write else ():
                 write(*row)
