@@ -15,17 +15,16 @@ import torch
 from tqdm import tqdm
 
 from common.checkpoints import FIRST_MANIFEST, load_weights
-from common.config import stages
 from common.console import Mistake, command, one_line
-from common.hardware import choose_device, choose_precision, device_name, peak_memory_mib, set_up_device
-from densenet import BLOCKS, DenseNet, differing_blocks
+from common.hardware import choose_device, choose_precision, peak_memory_mib, set_up_device
+from densenet import DenseNet
 from inputs import datasets, splits
 from inputs.batches import batch_positions, memory_format
 from inputs.image import Reader
 from training import distributed
 from training.arguments import parse_args
+from training.choice import choose_block
 from training.ending import Interrupted, NotFinite, ending, interruptible
-from training.fastest import choose_block, fastest_block
 from training.finetune import freeze, parameter_groups, read_source, take, training_mode
 from training.flags import as_flags, model_options, try_out
 from training.recipe import PAPER, RECIPES, learning_rate, make_optimizer, make_recipe
@@ -85,12 +84,28 @@ def log_row(epoch, loss, error):
     return {"epoch": round(epoch, 6), "loss": round(loss, 6), "error": round(error, 4)}
 
 
-def load_data(args, device, manifest):
+def prepare(args, checkpoint):
+    """The device of this rank, and the data set there. Raises Mistake if either cannot be had, or is not the run's."""
+    device = distributed.device_of_rank(choose_device(args.device))
+    set_up_device(device)
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.benchmark = not args.deterministic
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     reader = Reader.of_run(vars(args), progress=args.progress and distributed.rank() == 0)
-    dataset = datasets.load_run(vars(args), args.data, reader, manifest)
-    if len(dataset.train) < distributed.world_size():
-        raise Mistake(f"{len(dataset.train)} training images for {distributed.world_size()} processes: use fewer")
-    positions = batch_positions(len(dataset.train), args.batch_size * args.accumulate, distributed.share())
+    dataset = datasets.load_run(vars(args), args.data, reader, checkpoint["manifest"] if checkpoint else None)
+    check_batches(args, len(dataset.train))
+    if checkpoint:
+        check_data(checkpoint, args, dataset)
+    return device, dataset.to(device)
+
+
+def check_batches(args, count):
+    """Raises Mistake if a rank would get no image of ``count``, or a batch of one that batch norm refuses."""
+    if count < distributed.world_size():
+        raise Mistake(f"{count} training images for {distributed.world_size()} processes: use fewer")
+    positions = batch_positions(count, args.batch_size * args.accumulate, distributed.share())
     size = -(-args.batch_size // distributed.world_size())
     passes = [len(part) // max(1, -(-len(part) // size)) for part, _ in positions]  # images in the smallest of each
     if min(passes) < 2:
@@ -98,83 +113,29 @@ def load_data(args, device, manifest):
             try_out(args, batch_size=1)
         except ValueError as error:
             raise Mistake(f"--batch-size {args.batch_size} makes a batch of one image ({error})") from error
-    return dataset.to(device)
 
 
-def make_batches(args, dataset):
-    """Batches by split: "train", "valid" where images are held out, "test"."""
-    common = {"batch_size": args.batch_size, "normalize": dataset.normalize, "share": distributed.share()}
+def make_batches(args, dataset, device):
+    """Batches by split: "train", "valid" if images are held out, "test"."""
+    common = {"normalize": dataset.normalize, "share": distributed.share()}
     training = {"batch_size": args.batch_size * args.accumulate, "crop_fill": args.crop_fill if args.augment else None}
     training |= {"cutout": args.cutout, "mixup": args.mixup}
+    # A GPU waits for launches with fewer images. Running statistics make the answers the same, but for rounding.
+    size = max(args.batch_size, 2**20 // args.image_size**2) if device.type == "cuda" else args.batch_size
     return {
-        name: split.batches(**common | (training if name == "train" else {})) for name, split in dataset.splits.items()
+        name: split.batches(**common | (training if name == "train" else {"batch_size": size}))
+        for name, split in dataset.splits.items()
     }
 
 
-def pick_block(args, checkpoint, dataset, model, device, precision):
-    """A stage's entries on how dense blocks run and whether steps are replayed as a CUDA graph, and lines about that.
-
-    A block that would compute something else than the network's code is not taken, whoever asked for it.
-    """
-    refused = {}
-
-    def computes_the_same(name):
-        if name not in ("naive", *refused) and (found := differing_blocks(model, name)):
-            refused[name] = "{}: {}".format(*next(iter(found.items())))
-        return name not in refused
-
-    block, graph, note = wanted_block(args, checkpoint, dataset, device, precision, computes_the_same)
-    if not computes_the_same(block):
-        block, graph = "naive", graph and bool(args.cuda_graph)
-    notes = [f"--block {x} would compute something else ({why}): this run takes {block}" for x, why in refused.items()]
-    entries = {"block": block, "cuda_graph": graph} | ({"refused": refused} if refused else {})
-    return entries, [*notes, *filter(None, [note])]
-
-
-def wanted_block(args, checkpoint, dataset, device, precision, possible):
-    """The block that is asked for, whether steps are to be replayed as a CUDA graph, and a line about it or None.
-
-    --block auto measures those that are ``possible`` where it can and it pays. A resumed run keeps what it had, on the
-    same device.
-    """
-    last = stages(checkpoint["config"])[-1] if checkpoint else {}
-    same = (last.get("device"), last.get("precision")) == (device_name(device), precision)
-    replay = can_replay(args, device, precision)
-    graph = replay and (same and last.get("cuda_graph", False) if args.cuda_graph is None else args.cuda_graph)
-    if args.block != "auto":
-        return args.block, graph, None
-    default = "naive" if args.compile else choose_block(device)
-    if args.deterministic or args.compile or device.type not in ("cpu", "cuda"):
-        return default, graph, None
-    if same and checkpoint["config"]["arguments"]["block"] == "auto":
-        return last["block"], graph, None
-    share, finished = -(-args.batch_size // distributed.world_size()), checkpoint["epoch"] if checkpoint else 0
-    job = {
-        "model": model_options(args, len(dataset.classes)),
-        "batch_size": min(share, len(dataset.train)),
-        "image_size": args.image_size,
-        "precision": precision,
-        "device": str(device),
-        "graph": args.cuda_graph is not False and replay,
-        "blocks": [name for name in BLOCKS if possible(name)],
-    }
-    steps = (args.epochs - finished) * -(-len(dataset.train) // args.batch_size)
-    return fastest_block(job, default, steps, graph)
-
-
-def can_replay(args, device, precision):
-    """Whether a CUDA graph can hold a training step: fp16 leaves some out, and several processes exchange gradients."""
-    return device.type == "cuda" and precision != "fp16" and distributed.world_size() == 1 and not args.compile
-
-
-def start_model(args, dataset, options, source, device):
-    """The network that training starts with: weights of a source taken, parts frozen, and notes about both."""
-    model = DenseNet(**options).to(device, memory_format=memory_format(device))
+def make_model(args, options, source, classes, device):
+    """The network that training starts with: weights of a source taken, parts frozen; and lines about both."""
+    model, notes = DenseNet(**options).to(device, memory_format=memory_format(device)), []
     if source:
-        dataset.notes.append(take(model, source, args.init_from, list(dataset.classes)))
+        notes.append(take(model, source, args.init_from, list(classes)))
     if args.freeze is not None:
-        dataset.notes.append(freeze(model, args.freeze))
-    return model
+        notes.append(freeze(model, args.freeze))
+    return model, notes
 
 
 def make_step(model, optimizer, amp, precision, recipe=PAPER, graph=False):
@@ -224,8 +185,9 @@ def logs_of(args, dataset):
     return splits + [f"{name}-ema" for name in splits[1:] if args.ema]
 
 
-def check_data(checkpoint, args, dataset, options):
-    """Raises Mistake where the data to go on with are not those of the run."""
+def check_data(checkpoint, args, dataset):
+    """Raises Mistake if the data to go on with are not those of the run."""
+    options = model_options(args, len(dataset.classes))
     before = options | checkpoint["config"]["model"], checkpoint["classes"], checkpoint["measured"]
     if before != (options, list(dataset.classes), dataset.normalize):
         reason = ", or by a release that read them differently" if is_older(checkpoint) else ""
@@ -242,15 +204,6 @@ def check_data(checkpoint, args, dataset, options):
 def is_older(checkpoint):
     """True if a release trained on a folder's images before manifests said which they are."""
     return checkpoint["manifest"] == FIRST_MANIFEST
-
-
-def add_stage(checkpoint, args, dataset, stage):
-    """Note in the checkpoint's config where and how the run goes on."""
-    if is_older(checkpoint):
-        dataset.notes.append("an earlier release began this run: it read turned, transparent, large images differently")
-        checkpoint["manifest"] = dataset.manifest
-    checkpoint["config"]["arguments"] = vars(args)
-    checkpoint["config"]["resumed"].append(stage | {"epoch": checkpoint["epoch"]})
 
 
 def train_and_test(args, epoch, model, step, batches):
@@ -296,7 +249,7 @@ def progress_bar(args, epoch, batches):
     return tqdm(total=batches.num_images, desc=label, unit="img", leave=False, disable=hidden)
 
 
-def print_start(args, config, stage, dataset):
+def print_start(args, config, stage, dataset, notes):
     name = args.arch or f"DenseNet{'-BC' if args.bottleneck else ''}-{args.depth} (k = {args.growth_rate})"
     counts = ", ".join(f"{len(split):,} {splits.KINDS[name]}" for name, split in dataset.splits.items())
     graph = ", as a CUDA graph" if stage["cuda_graph"] else ""
@@ -304,7 +257,7 @@ def print_start(args, config, stage, dataset):
     print(f"{args.dataset}: {counts} images in {len(dataset.classes)} classes")
     if args.recipe:
         print(f"recipe {args.recipe}: {as_flags({name: getattr(args, name) for name in RECIPES.get(args.recipe, {})})}")
-    for note in dataset.notes:
+    for note in notes:
         print(note)
     print(f"{stage['device']}; writing {args.save}", flush=True)
 
@@ -338,7 +291,7 @@ def print_end(args, first_epoch, run, seconds):
 
 
 def claim(args, checkpoint, run):
-    """Keep other processes out of the run directory. Raises Mistake where one has been there since it was checked."""
+    """Keep other processes out of the run directory. Raises Mistake if one has been there since it was checked."""
     run.lock()
     run.check(args.resume, args.overwrite)
     if args.resume and run.latest()[0]["epoch"] != checkpoint["epoch"]:
@@ -347,39 +300,36 @@ def claim(args, checkpoint, run):
 
 def train(args, checkpoint, run):
     """Train to the last epoch, writing into ``run``; ``checkpoint`` is the state to go on from, or None."""
-    device = distributed.on_every_rank(lambda: distributed.device_of_rank(choose_device(args.device)))
+    device, dataset = distributed.local_rank_0_first(prepare, args, checkpoint)
     amp, precision = choose_precision(args.precision, device)
-    set_up_device(device)
-    set_up_torch(args)
-    manifest = checkpoint["manifest"] if checkpoint else None
-    dataset = distributed.local_rank_0_first(load_data, args, device, manifest)
+    distributed.on_rank_0(claim, args, checkpoint, run)
+
     options, source = model_options(args, len(dataset.classes)), None
-    if checkpoint:
-        distributed.on_every_rank(check_data, checkpoint, args, dataset, options)
-    elif args.init_from is not None:
+    if args.init_from is not None and checkpoint is None:
         source = distributed.on_rank_0(read_source, args.init_from, args.arch)
     dataset = dataset.normalized_as((checkpoint or source or {}).get("normalize"))
-    distributed.on_rank_0(claim, args, checkpoint, run)
-    model = start_model(args, dataset, options, source, device)
-    entries, notes = distributed.on_rank_0(pick_block, args, checkpoint, dataset, model, device, precision)
-    dataset.notes.extend(notes)
-    model.set_block(entries["block"])
+    model, notes = make_model(args, options, source, dataset.classes, device)
+    how, reasons = distributed.on_rank_0(choose_block, args, checkpoint, dataset, model, device, precision)
+    model.set_block(how["block"])
+
+    stage = provenance(device, distributed.launcher()) | {"precision": precision} | how
+    stage |= {"lr": args.lr, "launch": distributed.launch_id()}
     optimizer = make_optimizer(args, parameter_groups(model, args.head_lr and args.head_lr / args.lr))
     recipe = make_recipe(args, model, dataset, distributed.world_size())
-    stage = provenance(device, distributed.launcher())
-    stage |= {"precision": precision} | entries
-    stage |= {"lr": args.lr, "launch": distributed.launch_id()}
     if checkpoint is None:
         checkpoint = first_checkpoint(args, dataset, model, options, stage)
     else:
-        add_stage(checkpoint, args, dataset, stage)
+        if is_older(checkpoint):
+            notes.append("an earlier release began this run: it read turned, transparent, large images differently")
+        checkpoint["manifest"], checkpoint["config"]["arguments"] = dataset.manifest, vars(args)
+        checkpoint["config"]["resumed"].append(stage | {"epoch": checkpoint["epoch"]})
         load_weights(model, checkpoint["model"])
         restore(optimizer, checkpoint["optimizer"])
         if recipe.average:
             recipe.average.load_state_dict(checkpoint["ema"])
     if args.compile:
         compile_model(model)
-    step = make_step(model, optimizer, amp, precision, recipe, entries["cuda_graph"])
+    step = make_step(model, optimizer, amp, precision, recipe, how["cuda_graph"])
     if checkpoint.get("scaler"):  # nothing, of a run in another precision
         step.scaler.load_state_dict(checkpoint["scaler"])
 
@@ -390,11 +340,11 @@ def train(args, checkpoint, run):
 
     def start():
         run.start(state(checkpoint["epoch"]))
-        print_start(args, checkpoint["config"], stage, dataset)
+        print_start(args, checkpoint["config"], stage, dataset, [*dataset.notes, *notes, *reasons])
 
     distributed.on_rank_0(start)
     run.epoch = checkpoint["epoch"]
-    train_epochs(args, checkpoint, run, model, step, make_batches(args, dataset), state)
+    train_epochs(args, checkpoint, run, model, step, make_batches(args, dataset, device), state)
 
 
 def train_epochs(args, checkpoint, run, model, step, batches, state):
@@ -412,14 +362,6 @@ def train_epochs(args, checkpoint, run, model, step, batches, state):
                 figures.redraw()
     if main_process:
         print_end(args, first_epoch, run, checkpoint["seconds"])
-
-
-def set_up_torch(args):
-    torch.manual_seed(args.seed)
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = not args.deterministic
 
 
 @command

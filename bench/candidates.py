@@ -25,8 +25,8 @@ from common.hardware import choose_device, choose_precision, peak_memory_mib, se
 from densenet import BLOCKS, FROM_TORCHVISION, DenseNet, rename
 from inputs import splits
 from inputs.batches import ImageTensors, memory_format
-from training import arguments, fastest
-from training.fastest import choose_block
+from training import arguments, trial
+from training.choice import default_block
 from training.step import GraphedStep, Step, compile_model, evaluate
 
 CHECKED_IMAGES = 4
@@ -139,7 +139,7 @@ def place(model, name, device):
 
 
 def make_images(count, seed, device, dtype=torch.float32):
-    return fastest.make_images(count, {"model": {}, "image_size": 32}, seed, dtype, device)
+    return trial.make_images(count, {"model": {}, "image_size": 32}, seed, dtype, device)
 
 
 def check(job, device):
@@ -153,11 +153,11 @@ def check(job, device):
     model, layout = place(make_model(job["candidate"], job["depth"]), job["candidate"], device)
 
     def errors(reference, model, dtype, amp, seed):
-        exact = fastest.outcome(reference, *make_images(CHECKED_IMAGES, seed, "cpu", torch.float64), exact_amp)
+        exact = trial.outcome(reference, *make_images(CHECKED_IMAGES, seed, "cpu", torch.float64), exact_amp)
         images, labels = make_images(CHECKED_IMAGES, seed, next(model.parameters()).device, dtype)
-        found = fastest.outcome(model, images.to(memory_format=layout), labels, amp, our_name)
+        found = trial.outcome(model, images.to(memory_format=layout), labels, amp, our_name)
         kinds = exact if job["candidate"] in BLOCKS else ("output", "gradients")
-        return fastest.errors(found, {kind: exact[kind] for kind in kinds})
+        return trial.errors(found, {kind: exact[kind] for kind in kinds})
 
     double = copy.deepcopy(model).to("cpu" if device.type == "mps" else device).double()  # which MPS has not
     in_double = errors(copy.deepcopy(reference), double, torch.float64, exact_amp, 0)
@@ -300,11 +300,12 @@ def our_epochs(job, tensors, device):
     flags = {"--depth": job["depth"], "--batch-size": job["batch_size"], "--precision": job["precision"]}
     args, _ = arguments.parse_args([*map(str, itertools.chain(*flags.items())), "--save", "never-written"])
     set_up_device(device)
-    train.set_up_torch(args)
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.benchmark = True
     amp, precision = choose_precision(args.precision, device)
     dataset = splits.Dataset(tensors, tensors, [str(i) for i in range(10)], splits.NORMALIZE["cifar10"]).to(device)
-    batches = train.make_batches(args, dataset)
-    model, _ = place(make_model(choose_block(device), args.depth), choose_block(device), device)
+    batches = train.make_batches(args, dataset, device)
+    model, _ = place(make_model(default_block(device), args.depth), default_block(device), device)
     step = train.make_step(model, train.make_optimizer(args, model.parameters()), amp, precision)
     epochs = itertools.count(1)
 
@@ -336,7 +337,7 @@ def serve(job):
     for word in sys.stdin:
         if device.type == "cuda" and not job.get("graph"):  # which allocates only when it is captured
             torch.cuda.reset_peak_memory_stats(device)
-        spent = fastest.seconds({"train": train, "infer": infer}[word.strip()], device, times)
+        spent = trial.seconds({"train": train, "infer": infer}[word.strip()], device, times)
         print(json.dumps([spent, peak_memory_mib(device)]), flush=True)
 
 

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from common.console import Mistake, Parser, command, positive
 from common.hardware import PRECISIONS, choose_device, choose_precision, synchronize
 from densenet import BLOCKS, DenseNet, layers_per_block
-from training import fastest
+from training import trial
 from training.run import provenance
 
 TURNS = 5  # timed, after one that is not
@@ -80,9 +80,9 @@ def assert_right(job, naive):
     """
     ours = answer(job, "check")
     exact = all(error <= 1e-8 for error in ours["float64"].values())  # NaN fails, too
-    if not fastest.is_rounding(naive["draws"], job["precision"]):
+    if not trial.is_rounding(naive["draws"], job["precision"]):
         raise CandidateError(f"naive, the measure of rounding, is off by more than that: {naive['draws']}")
-    if not exact or not fastest.is_as_exact(ours["draws"], naive["draws"]):
+    if not exact or not trial.is_as_exact(ours["draws"], naive["draws"]):
         raise CandidateError(f"{job['candidate']} computes something else (relative errors {ours}): not timed")
     median = {kind: statistics.median(draw[kind] for draw in ours["draws"]) for kind in ("output", "gradients")}
     return {"output_error": f"{median['output']:.1e}", "gradient_error": f"{median['gradients']:.1e}"}

@@ -48,7 +48,7 @@ def write_folder(root, train=3, test=2, classes=("cat", "dog"), size=(40, 20), m
 
 def torchrun(ranks, script, *args, options=()):
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", *options, script, *args]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

@@ -8,7 +8,7 @@ from common import hardware
 from common.console import Mistake
 from common.hardware import choose_device, choose_precision, has_bf16, set_up_device
 from training.arguments import parse_args
-from training.fastest import choose_block
+from training.choice import default_block
 
 CPU = torch.device("cpu")
 
@@ -105,10 +105,10 @@ def test_a_compiler_that_is_missing_is_named_in_a_line(monkeypatch):
 
 def test_the_block_where_none_is_measured(monkeypatch):
     monkeypatch.setattr(fused, "loops", "Numba is here")
-    assert choose_block(CPU) == "fused"
-    assert choose_block(torch.device("cuda")) == choose_block(torch.device("mps")) == "naive"
+    assert default_block(CPU) == "fused"
+    assert default_block(torch.device("cuda")) == default_block(torch.device("mps")) == "naive"
     monkeypatch.setattr(fused, "loops", None)
-    assert choose_block(CPU) == "naive"
+    assert default_block(CPU) == "naive"
 
 
 def test_a_gpu_without_a_number_is_set_up():

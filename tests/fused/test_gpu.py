@@ -10,7 +10,7 @@ from helpers import OTHERS, assert_as_exact_as_naive, make, step, with_block
 
 import train
 from densenet import BLOCKS
-from training import fastest
+from training import choice
 
 pytestmark = [
     pytest.mark.gpu,
@@ -111,5 +111,5 @@ def test_a_run_goes_on_with_or_without_a_graph(tiny, first, then):
 
 def test_what_auto_measures():
     job = {"model": {"depth": 22}, "batch_size": 16, "image_size": 32, "precision": "bf16", "device": "cuda"}
-    found = fastest.measure_apart(job | {"graph": True, "blocks": list(BLOCKS)}, 300)
+    found = choice.measure_apart(job | {"graph": True, "blocks": list(BLOCKS)}, 300)
     assert set(found["seconds"]) == set(BLOCKS) and found["refused"] == {} and found["graph"]

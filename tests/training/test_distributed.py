@@ -29,10 +29,6 @@ from training.step import Step, evaluate
 BATCH_SIZE, IMAGES = 10, 31  # the last batch has one image, fewer than there are ranks
 
 
-
-
-
-
 def lines_of_ours(output):
     return [line for line in output.splitlines() if line.startswith("train.py: ")]
 
@@ -277,7 +273,7 @@ def test_an_unexpected_exception_ends_a_rank_at_once(tmp_path):
     """With its traceback, and without waiting for threads that talk to other ranks."""
     program = """
 import os, threading, time
-import distributed
+from training import distributed
 
 def main():
     if os.environ["RANK"] == "0":
