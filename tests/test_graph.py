@@ -103,6 +103,24 @@ def test_dropout_is_drawn_where_it_is_on(text):
     assert source.count("<b>dropout 0.2</b>") == 3 * 2 + 2  # after every convolution but the first
 
 
+class Gate(torch.nn.Module):
+    """Which torch.fx cannot see into."""
+
+    def forward(self, x):
+        return x if x.sum() > 0 else x * torch.ones(x.shape[1], 1, 1)
+
+
+def test_modules_that_are_not_known_have_their_names():
+    with torch.device("meta"):
+        model = DenseNet(depth=10)
+        model.blocks[1].layers[0].relu1, model.blocks[2].layers[0].relu2 = torch.nn.GELU(), Gate()
+        model.transitions[0].relu = torch.nn.Sequential(torch.nn.SiLU(), torch.nn.Dropout(0.1))
+    model.blocks[2].layers[0].relu2.forward = torch.relu  # which can be computed without data
+    for depth_limit in (1, 2, 3):
+        source = make_graph.model_graph(model, 32, depth_limit, 4, None, "down").source
+        assert depth_limit == 2 or all(name in source for name in ("GELU", "Gate", "SiLU"))
+
+
 FAST = ("densenet_40_12", "densenet121")
 
 
