@@ -6,7 +6,6 @@
 """
 
 import contextlib
-import copy
 import functools
 import re
 import sys
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import fused
-from fused import known
+from fused import compare, known
 
 # Table 2 (CIFAR, SVHN) and Table 1 (ImageNet) of the paper, and the wide networks that its authors recommend
 # (github.com/liuzhuang13/DenseNet), as arguments of DenseNet.
@@ -200,51 +199,8 @@ def print_once(line):
 
 
 def differing_blocks(model, block):
-    """The dense blocks that do not compute as ``block`` what their code says, which naive runs: {name: why, in words}.
-
-    What an edit of a method changes, no look at modules shows. So each block is copied, and the copies take a training
-    step and an evaluation on a few random pixels in float64, on the CPU. Model and random numbers stay as they are.
-    """
-    blocks = {name: module for name, module in model.named_modules() if isinstance(module, DenseBlock)}
-    with torch.random.fork_rng(devices=[]), torch.enable_grad(), fused.plain():
-        found = {name: difference(module, block) for name, module in blocks.items()}
-    return {name: reason for name, reason in found.items() if reason}
-
-
-def difference(dense_block, block):
-    """Why a dense block must not be run as ``block``, in words, or None; draws random numbers."""
-    x, found = torch.randn(2, dense_block.in_channels, 4, 4, dtype=torch.float64), {}
-    for name in ("naive", block):
-        try:
-            module = copy.deepcopy(dense_block).to("cpu", torch.float64).train().requires_grad_()
-            module.block = name
-            if reason := module.unknown(x):
-                return reason
-            found[name] = outcome(module, x.clone().requires_grad_())
-        except Exception as error:  # whatever a changed layer raises when it is copied, or for so few pixels
-            return f"{name} cannot be tried on {tuple(x.shape)} ({error})".replace("\n", " ")
-    for kind, exact in found["naive"].items():
-        if not (error := (found[block][kind] - exact).norm()) <= 1e-9 * exact.norm():  # nor NaN
-            return f"other {kind} than naive's (relative error {error / exact.norm():.0e})"
-    return None
-
-
-def outcome(module, x):
-    """What a module computes in a training step and an evaluation: {kind: vector}.
-
-    Its parameters are moved first: those that are 1 and 0 would hide mistakes.
-    """
-    torch.manual_seed(0)
-    tensors = [x, *module.parameters()]
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(torch.randn(parameter.shape), alpha=0.1)
-    out = module(x)
-    out.backward(torch.randn(out.shape, dtype=out.dtype))
-    gradients = [torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in tensors]
-    statistics = [x.new_empty(0), *module.buffers()]
-    kinds = {"outputs": [out, module.eval()(x)], "gradients": gradients, "statistics": statistics}
-    return {kind: torch.cat([part.detach().double().flatten() for part in parts]) for kind, parts in kinds.items()}
+    """The dense blocks that do not compute as ``block`` what their code says: {name: why, in words}."""
+    return compare.differing({f"blocks.{i}": module for i, module in enumerate(model.blocks)}, block)
 
 
 class Transition(nn.Module):
@@ -438,21 +394,7 @@ def rename(key, rules):
     return re.sub(r"<(\d+)([+-]1)>", lambda match: str(int(match[1]) + int(match[2])), key)
 
 
-def densenet121(**options):
-    """DenseNet-121 for 224×224 images and 1000 classes; ``options`` as in DenseNet."""
-    return DenseNet(**ARCHITECTURES["densenet121"] | {"num_classes": 1000} | options)
-
-
-def densenet169(**options):
-    """DenseNet-169 for 224×224 images and 1000 classes; ``options`` as in DenseNet."""
-    return DenseNet(**ARCHITECTURES["densenet169"] | {"num_classes": 1000} | options)
-
-
-def densenet201(**options):
-    """DenseNet-201 for 224×224 images and 1000 classes; ``options`` as in DenseNet."""
-    return DenseNet(**ARCHITECTURES["densenet201"] | {"num_classes": 1000} | options)
-
-
-def densenet161(**options):
-    """DenseNet-161 (k = 48) for 224×224 images and 1000 classes; ``options`` as in DenseNet."""
-    return DenseNet(**ARCHITECTURES["densenet161"] | {"num_classes": 1000} | options)
+# Networks for 224×224 images and 1000 classes; they take the arguments of DenseNet.
+densenet121, densenet169, densenet201, densenet161 = (
+    functools.partial(DenseNet, **ARCHITECTURES[f"densenet{depth}"], num_classes=1000) for depth in (121, 169, 201, 161)
+)

@@ -48,7 +48,7 @@ def unknown(layers, x):
     for layer in layers:
         if layer._modules.keys() != expected.keys():
             return f"a layer with other parts ({', '.join(sorted(layer._modules.keys() ^ expected.keys()))})"
-        if layer.drop_rate > 0 and layer.training:
+        if layer.training and getattr(layer, "drop_rate", 0) > 0:
             return "dropout"
         width = channels
         for name, module in layer._modules.items():

@@ -129,7 +129,8 @@ def describe(node, model):
             return f"Conv {module.kernel_size[0]}×{module.kernel_size[1]}{stride}"
         if isinstance(module, nn.MaxPool2d):
             return f"max pool {module.kernel_size}×{module.kernel_size} stride {module.stride}"
-        return {"BatchNorm2d": "BN", "ReLU": "ReLU", "Linear": "linear"}[type(module).__name__]
+        name = type(module).__name__
+        return {"BatchNorm2d": "BN", "Linear": "linear"}.get(name, name)
     function = node.target if isinstance(node.target, str) else node.target.__name__
     return {
         "relu": "ReLU",

@@ -31,7 +31,7 @@ class Pictures(torch.utils.data.Dataset):
 
 if __name__ == "__main__":
     fresh = torch.hub.load(sys.argv[1], "densenet_40_12", source="local", num_classes=3, block="fused")
-    assert {name.partition(".")[2] for name in sys.modules if name.startswith("hub_")} <= {"", "densenet", "fused", "fused.loops"}
+    assert {name.split(".")[1] for name in sys.modules if name.startswith("hub_") and "." in name} <= {"densenet", "fused"}
     fresh(torch.randn(2, 3, 8, 8)).sum().backward()
     network = torch.hub.load(sys.argv[1], "run", "digits.bc16", source="local")
     assert type(network) is type(fresh) and len(network.classes) == 10 and not network.training

@@ -19,6 +19,7 @@ from torch.nn.utils import prune
 
 import densenet
 from densenet import BLOCKS, BottleneckLayer, DenseNet, Layer, differing_blocks
+from training import choice
 
 
 class Leaky(nn.ReLU):
@@ -291,12 +292,10 @@ def test_dropout_is_what_fused_cannot(tiny, capsys):
 
 
 def test_auto_measures_what_computes_the_same(tiny, edit, monkeypatch):
-    import measure
-
     edit("after_conv1")
     jobs = []
-    monkeypatch.setattr(measure, "SHARE", 1e9)
-    monkeypatch.setattr(measure, "run_process", lambda job, timeout: jobs.append(dict(job)) or ([], 0))
+    monkeypatch.setattr(choice, "SHARE", 1e9)
+    monkeypatch.setattr(choice, "run_process", lambda job, timeout: jobs.append(dict(job)) or ({}, 0))
     assert tiny("--save", "run", "--epochs", "1") == 0
     assert jobs[0]["blocks"] == ["naive", "checkpoint"] and config_of("run")["refused"].keys() == {"fused"}
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-import fused
-from fused import Norm
+from fused import Norm, passes
 
 loops = pytest.importorskip("fused.loops")  # needs Numba
 
@@ -71,7 +70,7 @@ def results(module, name, arguments):
 @pytest.mark.parametrize("first", [0, 3])
 def test_equals_plain_torch_in_float64(name, rows, first):
     arguments = inputs(rows, first=first)[name]
-    for ours, torch_s in zip(results(loops, name, arguments), results(fused, name, arguments), strict=True):
+    for ours, torch_s in zip(results(loops, name, arguments), results(passes, name, arguments), strict=True):
         torch.testing.assert_close(ours, torch_s, rtol=1e-10, atol=1e-10)
 
 
@@ -90,8 +89,8 @@ def test_bfloat16_is_rounded_once(name, rows, first):
         return value._base.to(matrices).as_strided(value.shape, value.stride(), value.storage_offset())
 
     arguments = [converted(value, torch.bfloat16, torch.float32) for value in inputs(rows, first=first)[name]]
-    expected = results(fused, name, [converted(value, torch.float64, torch.float64) for value in arguments])
-    for ours, torch_s, reference in zip(results(loops, name, arguments), results(fused, name, arguments), expected, strict=True):
+    expected = results(passes, name, [converted(value, torch.float64, torch.float64) for value in arguments])
+    for ours, torch_s, reference in zip(results(loops, name, arguments), results(passes, name, arguments), expected, strict=True):
         assert ours.dtype == torch_s.dtype
         assert ours.shape == reference.shape
         if ours.dtype == torch.bfloat16:
@@ -115,7 +114,7 @@ def test_bfloat16_rounds_to_the_nearest_and_ties_to_even():
 def test_minus_infinity_is_rectified_to_zero():
     norm = Norm(torch.zeros(2), torch.ones(2), torch.ones(2), torch.zeros(2), 0.0, True)
     x = torch.tensor([[-float("inf"), 1.0]])
-    assert loops.bn_relu(x, norm).tolist() == fused.bn_relu(x, norm).tolist() == [[0.0, 1.0]]
+    assert loops.bn_relu(x, norm).tolist() == passes.bn_relu(x, norm).tolist() == [[0.0, 1.0]]
 
 
 def test_not_a_number_passes_through():
@@ -124,7 +123,7 @@ def test_not_a_number_passes_through():
     x[1, 2] = float("nan")
     assert loops.bn_relu(x, norm).isnan().sum() == 1
     d_relu = loops.relu_backward(torch.full_like(x, float("nan")), x, norm)[0]
-    assert torch.equal(d_relu.isnan(), ~(fused.bn_relu(x, norm) <= 0))
+    assert torch.equal(d_relu.isnan(), ~(passes.bn_relu(x, norm) <= 0))
 
 
 def test_sums_do_not_depend_on_the_number_of_threads():

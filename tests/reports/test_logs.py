@@ -231,3 +231,10 @@ def test_a_damaged_log_is_drawn_or_is_one_line(tmp_path, write, examples):
             assert len(tables.formatted(*tables.comparison({"run": log}), "text").splitlines()) == 2
 
     check()
+
+
+def test_a_network_with_arguments_of_its_own_is_not_called_the_plain_one():
+    model = {"depth": 16, "growth_rate": 12, "reduction": 0.5, "bottleneck": True, "drop_rate": 0.2, "num_classes": 10}
+    assert logs.network_name({"model": model, "arguments": {}}) == "DenseNet-BC-16 (k = 12)"
+    changed = {"model": model | {"activation": "gelu", "scaled": False}, "arguments": {}}
+    assert logs.network_name(changed) == "DenseNet-BC-16 (k = 12, activation = gelu)"

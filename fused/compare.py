@@ -1,0 +1,54 @@
+"""Dense blocks compared with naive: what an edit of a method changes, no look at modules shows."""
+
+import copy
+
+import torch
+
+import fused
+
+
+def differing(dense_blocks, block):
+    """Of {name: dense block}, those that do not compute as ``block`` what their code says: {name: why, in words}.
+
+    Each is copied, and the copies take a training step and an evaluation on a few random pixels in float64, on the CPU.
+    Modules and random numbers stay as they are.
+    """
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), fused.plain():
+        found = {name: difference(module, block) for name, module in dense_blocks.items()}
+    return {name: reason for name, reason in found.items() if reason}
+
+
+def difference(dense_block, block):
+    """Why a dense block must not be run as ``block``, in words, or None; draws random numbers."""
+    x, found = torch.randn(2, dense_block.in_channels, 4, 4, dtype=torch.float64), {}
+    for name in ("naive", block):
+        try:
+            module = copy.deepcopy(dense_block).to("cpu", torch.float64).train().requires_grad_()
+            module.block = name
+            if reason := module.unknown(x):
+                return reason
+            found[name] = outcome(module, x.clone().requires_grad_())
+        except Exception as error:  # whatever a changed layer raises when it is copied, or for so few pixels
+            return f"{name} cannot be tried on {tuple(x.shape)} ({error})".replace("\n", " ")
+    for kind, exact in found["naive"].items():
+        if not (error := (found[block][kind] - exact).norm()) <= 1e-9 * exact.norm():  # nor NaN
+            return f"other {kind} than naive's (relative error {error / exact.norm():.0e})"
+    return None
+
+
+def outcome(module, x):
+    """What a module computes in a training step and an evaluation: {kind: vector}.
+
+    Its parameters are moved first: those that are 1 and 0 would hide mistakes.
+    """
+    torch.manual_seed(0)
+    tensors = [x, *module.parameters()]
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn(parameter.shape), alpha=0.1)
+    out = module(x)
+    out.backward(torch.randn(out.shape, dtype=out.dtype))
+    gradients = [torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in tensors]
+    statistics = [x.new_empty(0), *module.buffers()]
+    kinds = {"outputs": [out, module.eval()(x)], "gradients": gradients, "statistics": statistics}
+    return {kind: torch.cat([part.detach().double().flatten() for part in parts]) for kind, parts in kinds.items()}
