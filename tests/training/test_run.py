@@ -170,7 +170,7 @@ def test_what_was_saved_is_told_from_the_disk(tiny, capsys, monkeypatch):
         assert tiny("--save", "run") == 143
     assert "stopped; epoch 1 is saved in run/latest.pth; to go on: " in capsys.readouterr().err
     with monkeypatch.context() as patch:
-        patch.setattr(train, "load_data", interrupted)
+        patch.setattr(train, "prepare", interrupted)
         for flag in ("--resume", "--overwrite"):
             assert tiny("--save", "run", flag) == 143
             assert capsys.readouterr().err == "train.py: stopped; run/latest.pth is as it was, after epoch 1\n"
