@@ -20,6 +20,7 @@ from inference.network import averaged, classifier, classify_each, load_split, p
 from inputs.folders import find_images, passed_over
 from inputs.splits import KINDS
 from reports import scores
+from training.arguments import parse_again
 
 PICTURES = (".png", ".pdf", ".svg")
 DRAWN = 32  # misclassified images, at most
@@ -138,6 +139,7 @@ def predict_split(args, checkpoint, images, device, amp):
 def main(argv=None):
     args = parse_args(argv)
     checkpoint = read_network(args.checkpoint)
+    parse_again(checkpoint, args.checkpoint)
     if args.ema:
         checkpoint = averaged(checkpoint)
     device = choose_device(args.device)

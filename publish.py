@@ -24,6 +24,7 @@ from inference.export import FORMATS, SIZES, export
 from inference.network import averaged, load_split, predictions
 from reports.logs import read_table
 from reports.tables import formatted, wilson
+from training.arguments import parse_again
 
 COLUMNS = (
     "run", "command", "hardware", "wall time", "images/s",
@@ -42,6 +43,7 @@ def finished(directory, ema=False):
     checkpoint = read_checkpoint(path)
     if missing := {*KEPT, "metrics" if latest else "test"} - checkpoint.keys():
         raise Mistake(f"{path} has no {min(missing)}: another program or version wrote it")
+    parse_again(checkpoint, path)
     if checkpoint["epoch"] < checkpoint["config"]["arguments"]["epochs"]:
         raise Mistake(f"{directory} has finished {checkpoint['epoch']} epochs, not all: go on with --resume first")
     return averaged(checkpoint) if ema and latest else checkpoint

@@ -6,14 +6,16 @@ brought up to date here, too, so that nothing else has to know about older relea
 
 import errno
 import io
+import json
 import pickle
 import zipfile
 
 import torch
 
-from common.config import upgrade_config
+from common.config import stages, upgrade_config
 from common.console import Mistake, memory_problem
 from common.files import readable, written_whole
+from common.hardware import PRECISIONS
 
 # Of runs that are older than manifests: what else a folder held was not looked at.
 FIRST_MANIFEST = {"folders": {"train": "train", "test": "test"}, "test_files": []}
@@ -57,15 +59,48 @@ def read_checkpoint(path, device="cpu"):
 
 
 def upgrade(checkpoint, path):
-    """A checkpoint with all that later releases write. Raises Mistake if it is of another program."""
+    """A checkpoint with all that later releases write. Raises Mistake if another program wrote it, or a hand."""
     try:
         config = upgrade_config(checkpoint["config"])
         weights = {name.removeprefix("module."): value for name, value in checkpoint["model"].items()}
         first = FIRST_MANIFEST if config["arguments"]["dataset"] == "folder" else None
         older = {"manifest": checkpoint.get("layout", first), "measured": checkpoint["normalize"], "averaged": False}
-        return older | checkpoint | {"config": config, "model": weights, "classes": [*checkpoint["classes"]]}
-    except (KeyError, TypeError, AttributeError) as error:
+        checkpoint = older | checkpoint | {"config": config, "model": weights, "classes": [*checkpoint["classes"]]}
+        if not could_be(checkpoint):
+            raise ValueError("edited by hand")
+    except Exception as error:  # of nearly any kind, where a value has another type
+        if memory_problem(error):
+            raise
         raise Mistake(f"{path} is not a checkpoint of train.py ({type(error).__name__}: {error})") from error
+    return checkpoint
+
+
+def could_be(checkpoint):
+    """True if a run can have written the small entries. Weights, optimiser and arguments are checked where they go.
+
+    Raises nearly anything where a value has another type.
+    """
+    config, classes, manifest = (checkpoint[name] for name in ("config", "classes", "manifest"))
+    statistics = torch.tensor([checkpoint["normalize"], checkpoint["measured"]])  # (2, mean and std, channels)
+    texts = [*classes, *(stage.get(name) or "" for stage in stages(config) for name in ("command", "commit", "device"))]
+    ema = checkpoint.get("ema", {"updates": 0, "model": {}})
+    numbers = [checkpoint.get("seconds", 0), config.get("parameters", 0), ema["updates"], len(ema["model"].keys())]
+    numbers += (checkpoint.get("scaler") or {}).values()
+    epochs = list(range(1, 1 + min(checkpoint.get("epoch", 0), 10**6)))
+    for rows in checkpoint.get("metrics", {}).values():
+        numbers += [row[name] for row in rows for name in {"epoch", "loss", "error"} | row.keys()]
+        if [row["epoch"] for row in rows if row["epoch"] % 1 == 0] != epochs:
+            return False
+    return (
+        "\\u0000" not in json.dumps([config, classes, manifest])  # of which no config.json can be written
+        and all(isinstance(text, str) for text in texts)
+        and len({*classes}) == config["model"]["num_classes"]
+        and (manifest is None or {"folders", "test_files"} <= manifest.keys())
+        and statistics.shape == (2, 2, config["model"]["in_channels"])
+        and bool(statistics.isfinite().all() and (statistics[:, 1] > 0).all())
+        and all(0 <= number < 1e30 for number in numbers)
+        and all(stage.get("precision", "fp32") in PRECISIONS for stage in stages(config))
+    )
 
 
 def load_weights(module, weights):
@@ -75,7 +110,7 @@ def load_weights(module, weights):
             if weights[name].dtype != value.dtype:
                 raise TypeError(f"{name} is {weights[name].dtype}, not {value.dtype}")
         module.load_state_dict(weights)
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (LookupError, TypeError, AttributeError, RuntimeError) as error:
         if memory_problem(error):
             raise
         reason = str(error).strip().splitlines()[-1].strip()

@@ -21,7 +21,8 @@ def stages(config):
 
 def upgrade_config(config):
     """A run's config with all that later releases write. Raises KeyError or TypeError if it is of another program."""
-    config = {"resumed": [], **config, "arguments": ADDED | config["arguments"], "model": {**config["model"]}}
+    config = {"resumed": [], **config, "arguments": ADDED | config["arguments"]}
+    config["model"] = {"in_channels": 3, **config["model"]}
     config["resumed"] = [{"cuda_graph": False, **stage} for stage in config["resumed"]]
     return {"cuda_graph": False} | config
 

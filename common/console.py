@@ -1,4 +1,4 @@
-"""What all commands share: mistakes in one line, streams that cause no traceback, files that are written whole."""
+"""What all commands share: mistakes in one line, streams that cause no traceback, types of arguments."""
 
 import argparse
 import contextlib
@@ -73,8 +73,6 @@ def command(main):
     @functools.wraps(main)
     def run(argv=None):
         set_up_streams()
-        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as during the imports
-            signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             try:
                 return main(argv) or 0
@@ -82,7 +80,7 @@ def command(main):
                 flush_output()  # what is buffered meets a closed pipe here, not in the interpreter's finalisation
         except BrokenPipeError:
             discard_output()
-            return 141  # 128 + SIGPIPE
+            return 141  # closed pipe: 128 + SIGPIPE
         except KeyboardInterrupt:
             return 130  # 128 + SIGINT
         except Exception as error:
@@ -112,7 +110,8 @@ def explain(error):
         return 1, problem
     if isinstance(error, OSError):
         status = 2 if isinstance(error, WRONG_PLACE) or error.errno in WRONG_NAME else 1
-        return status, ": ".join(str(part) for part in (place_of(error), error.strerror or error) if part is not None)
+        place, reason = place_of(error), error.strerror or error
+        return status, reason if place is None else f"{place}: {reason}"
     raise error
 
 
@@ -144,8 +143,6 @@ def one_line(message):
 def flush_output():
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
-        raise
     except OSError as error:
         discard_output()
         error.filename = "standard output"
@@ -160,11 +157,10 @@ def discard_output():
 
 def place_of(error):
     """Where an OSError happened, None if nothing is known. Where it does not say, an empty line tries the output."""
-    if error.filename is not None:
-        return error.filename
     try:
-        print(flush=True)
+        if error.filename is None:
+            print(flush=True)
     except OSError:
         discard_output()
         return "standard output"
-    return None
+    return error.filename

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import psutil
 import torch
-import torch.nn as nn
 
 from common.console import Mistake
 
@@ -24,22 +23,21 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 def choose_device(name):
     """A torch.device for "auto", "cpu", "cuda", "cuda:N" or "mps". Raises Mistake where this machine lacks it.
 
-    "auto" is the CPU, and says so once, where there is a GPU that this build of torch cannot use, or not rightly.
+    "auto" is the CPU, and says so once, where there is a GPU that this build of torch cannot use.
     """
-    if name != "auto":
-        if problem := problem_of(name):
-            raise Mistake(f"device {name!r} is not available here ({problem}): try cpu")
-        return torch.device(name)
-    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    return torch.device(found if usable(found) else "cpu")
+    if name == "auto":
+        return found_device()
+    if problem := problem_of(name):
+        raise Mistake(f"device {name!r} is not available here ({problem}): try cpu")
+    return torch.device(name)
 
 
 @functools.cache
-def usable(name):
-    problem = problem_of(name) or (name == "mps" and training_problem(name))
-    if problem:
+def found_device():
+    name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if problem := problem_of(name):
         print(f"device {name} cannot be used ({problem}): computing on the CPU", file=sys.stderr)
-    return not problem
+    return torch.device("cpu" if problem else name)
 
 
 def problem_of(name):
@@ -50,33 +48,6 @@ def problem_of(name):
     except Exception as error:  # of any kind: devices that this build has nothing for raise what they like
         return str(error).partition("\n")[0]
     return None
-
-
-def training_problem(name):
-    """Why not to train on a device whose batch norm has been wrong in many releases of torch; None where it is right.
-
-    It is asked for the gradients of two layers, and so is the CPU.
-    """
-    try:
-        found, exact = gradients_of_two_layers(name), gradients_of_two_layers("cpu")
-    except RuntimeError as error:
-        return str(error).partition("\n")[0]
-    error = ((found - exact).norm() / exact.norm()).item()
-    return None if error < 1e-3 else f"its gradients differ from the CPU's by {error:.1e}"
-
-
-def gradients_of_two_layers(device):
-    """All gradients of BN-ReLU-Conv1×1-BN-ReLU-Conv3×3, in one vector on the CPU, from fixed numbers."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.random.fork_rng(devices=[]):  # the draws of a run stay as they are
-        first = nn.BatchNorm2d(24), nn.ReLU(), nn.Conv2d(24, 48, 1)
-        network = nn.Sequential(*first, nn.BatchNorm2d(48), nn.ReLU(), nn.Conv2d(48, 12, 3))
-    for parameter in network.parameters():
-        nn.init.normal_(parameter, std=0.1, generator=generator)
-    images = torch.randn(8, 24, 16, 16, generator=generator)
-    out = network.to(device)(images.to(device))
-    (out * torch.randn(out.shape, generator=generator).to(device)).sum().backward()
-    return torch.cat([parameter.grad.cpu().flatten() for parameter in network.parameters()])
 
 
 def synchronize(device):
@@ -114,7 +85,7 @@ def keep_freed_memory():
 
 
 def has_bf16(device):
-    """Whether the hardware computes in bf16; where it does not, bf16 is emulated and slower than fp32.
+    """True if the hardware computes in bf16; where it does not, bf16 is emulated and slower than fp32.
 
     The environment variable DENSENET_BF16, 0 or 1, answers in the hardware's place: tests have to pass either way.
     """

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 
 from common.config import stages
 from common.console import Mistake
-from densenet import DenseNet
+from densenet import BLOCKS, DenseNet
 from training import distributed
 from training.finetune import freeze, read_source, unfit
 from training.flags import NETWORK, check_args, given_flags, make_parser, model_options, modernize, resolve_defaults
@@ -21,7 +22,7 @@ RESUMABLE = {
     *("data", "workers", "block", "epochs", "device", "precision", "compile", "cuda_graph", "deterministic"),
     *("save", "resume", "overwrite", "log_every", "plot", "progress"),
 }
-OWN = ("save", "resume", "overwrite", "progress")  # arguments that a process does not take from the run it resumes
+OWN = {"save", "resume", "overwrite", "progress"}  # arguments that a process does not take from the run it resumes
 
 
 def parse_args(argv=None, description=None):
@@ -43,7 +44,7 @@ def parse_args(argv=None, description=None):
         given["resume"] = Run(run_directory(given)).can_go_on()
     checkpoint, source = None, None
     if given.get("resume"):
-        checkpoint, saved = read_saved(given, defaults)
+        checkpoint, saved = read_saved(given)
         args = argparse.Namespace(**saved | given)
     else:
         source = read_source(given["init_from"], given.get("arch")) if "init_from" in given else None
@@ -80,7 +81,7 @@ def check_finetuning(args, source):
 
 
 def started_by_this_launch(path):
-    """Whether torchrun, after the death of a process, starts us anew to go on with the run in ``path``."""
+    """True if torchrun, after the death of a process, starts us anew to go on with the run in ``path``."""
     launch = distributed.launch_id()
     with contextlib.suppress(Mistake):  # told later, if it matters
         return launch is not None and stages(Run(path).latest()[0]["config"])[-1].get("launch") == launch
@@ -91,7 +92,7 @@ def run_directory(given):
     return Path(given.get("save") or f"work/{given.get('dataset', 'cifar10')}.base")
 
 
-def read_saved(given, defaults):
+def read_saved(given):
     """The checkpoint to resume, and its run's arguments. Raises Mistake where ``given`` would make it another run."""
     path = run_directory(given)
     Run(path).check(resume=True, overwrite=False)
@@ -99,11 +100,9 @@ def read_saved(given, defaults):
     if source.name != "latest.pth":
         reason = f"{path / 'latest.pth'} is missing or damaged"
         print(f"{reason}: going on from {source}, after epoch {checkpoint['epoch']}", file=sys.stderr)
-    try:
-        saved = parse_again(checkpoint["config"]["arguments"], defaults)
-    except Mistake as error:
-        raise Mistake(f"{source} was edited, or is of another program: {error}") from error
-    saved |= {"save": str(path), "resume": True, "overwrite": False}
+    saved = parse_again(checkpoint, source)
+    if not {"optimizer", "metrics", "seconds", *(["ema"] if saved["ema"] else [])} <= checkpoint.keys():
+        raise Mistake(f"training cannot go on from {source}: it holds weights only, or is too old")
     for name, value in given.items():
         if name not in RESUMABLE and value != saved[name]:
             flag = "--" + name.replace("_", "-")
@@ -111,27 +110,39 @@ def read_saved(given, defaults):
                 f"the run in {path} was started with {flag} {saved[name]}, not {value}: "
                 f"leave out {flag}, or start another run with --save"
             )
-    if given.get("epochs", saved["epochs"]) < checkpoint["epoch"]:
-        raise Mistake(f"--epochs {given['epochs']}: the run in {path} has finished {checkpoint['epoch']} already")
-    if not {"optimizer", "metrics", "seconds", *["ema"] * bool(saved["ema"])} <= checkpoint.keys():
-        raise Mistake(f"training cannot go on from {source}: it holds weights only, or is too old")
+    epochs = given.get("epochs", saved["epochs"])
+    if epochs < checkpoint["epoch"]:
+        raise Mistake(f"--epochs {epochs}: the run in {path} has finished {checkpoint['epoch']} already")
     if saved["head_lr"] and "lr" in given:  # the same proportion
         saved["head_lr"] *= given["lr"] / saved["lr"]
-    saved["progress"] = sys.stderr.isatty()
-    return checkpoint, saved
+    return checkpoint, saved | {"save": str(path), "resume": True, "overwrite": False, "progress": sys.stderr.isatty()}
 
 
-def parse_again(saved, defaults):
-    """A run's saved arguments, written as flags and parsed: they pass the parser's own checks. Raises Mistake.
+def parse_again(checkpoint, path):
+    """The arguments of a checkpoint's run, written as flags and parsed: they pass the parser's own checks.
 
-    Flags that the run did not know take their defaults, which reproduce what it did.
+    Flags that the run did not know take their defaults, which reproduce what it did. Raises Mistake, which calls the
+    checkpoint ``path``, where no command line gives these arguments, or they are of another network.
     """
-    flags = []
+    saved, model = checkpoint["config"]["arguments"], checkpoint["config"]["model"]
+    parser, flags = make_parser(), []
+    defaults = vars(parser.parse_args([]))
+    saved = {name: value for name, value in saved.items() if name in defaults and name not in OWN}
     for name, value in saved.items():
-        if name not in OWN and value != defaults.get(name, value):
-            name = name.replace("_", "-")
-            flags.append(f"--{'' if value else 'no-'}{name}" if type(value) is bool else f"--{name}={value}")
-    for name, value in resolve_defaults(defaults, {}).items():
-        if defaults[name] is None and value is not None and name not in saved:
-            raise Mistake(f"argument --{name} is missing")
-    return vars(make_parser().parse_args(flags))
+        flag = name.replace("_", "-")
+        if value != defaults[name]:
+            flags.append(f"--{'' if value else 'no-'}{flag}" if type(value) is bool else f"--{flag}={value}")
+    try:
+        parsed = vars(parser.parse_args(flags))
+        complete = resolve_defaults(parsed, {"arch": parsed["arch"]} if parsed["arch"] else {})
+        for name in defaults.keys() - OWN:
+            if parsed[name] != saved.get(name, parsed[name]) or (parsed[name] is None) != (complete[name] is None):
+                raise Mistake(f"its argument {name} is {saved.get(name, 'missing')}")
+        options = model_options(argparse.Namespace(**parsed), len(checkpoint["classes"]))
+        if json.dumps(options | model) != json.dumps(options):  # in an exported file, tuples are lists
+            raise Mistake("its network is not that of its arguments")
+        if not all(stage.get("block", "naive") in [*BLOCKS] for stage in stages(checkpoint["config"])):
+            raise Mistake(f"its block is none of {', '.join(BLOCKS)}")
+    except Mistake as error:
+        raise Mistake(f"{path} was edited, or is of another program: {error}") from error
+    return parsed

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from common.checkpoints import load_weights
+
 RECIPES = {"modern": {"schedule": "cosine", "warmup": 5.0, "label_smoothing": 0.1, "cutout": 16, "ema": 0.999}}
 
 
@@ -95,7 +97,7 @@ class Average:
         return {"model": self.model.state_dict(), "updates": self.updates}
 
     def load_state_dict(self, state):
-        self.model.load_state_dict(state["model"])
+        load_weights(self.model, state["model"])
         self.updates = state["updates"]
 
 

@@ -42,8 +42,9 @@ FILES = (*CHECKPOINTS, "best.pth", *WEIGHTS, "config.json", *(f"{name}.csv" for 
 class Run:
     """One run directory.
 
-    ``rows`` maps "train", "valid", "test", … to the rows (dicts) logged so far; ``epoch`` counts the epochs that are
-    over, None before this process has written anything. As a context manager it lets go of its lock at the end.
+    ``rows`` maps "train", "valid", "test", … to the rows (dicts) logged so far, and is the "metrics" of the checkpoints
+    that are written; ``epoch`` counts the epochs that are over, None before this process has written anything. As a
+    context manager it lets go of its lock at the end.
     """
 
     def __init__(self, path):
@@ -69,7 +70,7 @@ class Run:
             )
 
     def can_go_on(self):
-        """Whether there is anything to resume."""
+        """True if there is anything to resume."""
         return any((self.path / name).exists() for name in CHECKPOINTS)
 
     def latest(self):
@@ -82,12 +83,11 @@ class Run:
             return read_checkpoint(self.path / "previous.pth"), self.path / "previous.pth"
 
     def _is_ours(self):
-        """Whether train.py wrote what is in the directory: other programs have a config.json or latest.pth, too."""
-        with contextlib.suppress(Mistake):
-            return bool(read_config(self.path))
-        with contextlib.suppress(Mistake):
-            self.latest()
-            return True
+        """True if train.py wrote what is in the directory: other programs have a config.json or latest.pth, too."""
+        for read in (lambda: read_config(self.path), self.latest):
+            with contextlib.suppress(Mistake):
+                if read():
+                    return True
         return False
 
     def lock(self):
@@ -97,10 +97,6 @@ class Run:
             self._lock.acquire(timeout=0)
         except Timeout as error:
             raise Mistake(f"{self.path} is in use by another process: wait, or choose another --save") from error
-        except OSError as error:
-            raise Mistake(f"{self.path} cannot be written ({error.strerror}): choose another --save") from error
-        if not os.access(self.path, os.W_OK):  # although the lock is there, and is open to all
-            raise Mistake(f"{self.path} cannot be written: choose another --save")
 
     def __enter__(self):
         return self
@@ -126,9 +122,8 @@ class Run:
             write(self.path / f"{name}.csv", ",".join(COLUMNS[name]) + "\n" + csv_lines(name, rows))
 
     def finish_epoch(self, checkpoint, new_rows):
-        """Save the state after an epoch, then append its rows to the logs."""
-        for name, rows in new_rows.items():
-            self.rows[name].extend(rows)
+        """Save the state after an epoch, its rows and those before, then append its rows to the logs."""
+        self.rows = {name: [*rows, *new_rows.get(name, ())] for name, rows in self.rows.items()}
         self._write_checkpoints(checkpoint, previous=self.path / "previous.pth")
         for name, rows in new_rows.items():
             with named(path := self.path / f"{name}.csv"), open(path, "a", newline="") as file:
@@ -138,6 +133,7 @@ class Run:
 
     def _write_checkpoints(self, checkpoint, previous=None):
         """latest.pth, then best.pth if this epoch is the best; a kill in between is mended when the run is resumed."""
+        checkpoint = checkpoint | {"metrics": self.rows}
         write_checkpoint(self.path / "latest.pth", checkpoint, previous)
         self.epoch = checkpoint["epoch"]
         if self.rows.get("valid") and self.best("valid")["epoch"] == self.epoch:
@@ -167,56 +163,47 @@ class Figures:
     """
 
     def __init__(self, path, enabled=True):
-        self.path = Path(path)
+        self.path, self.enabled, self.process, self.reported = Path(path), enabled, None, False
         self.command = [sys.executable, str(ROOT / "plot.py"), "--", str(path)]
-        self.enabled, self.process, self.reported = enabled, None, False
 
     def redraw(self):
         """Start drawing, unless the last drawing is still under way: the next epoch will draw again."""
         if not self.enabled or (self.process and self.process.poll() is None):
             return
-        self._check()
+        self._finish()
+        streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
         try:
-            self.process = subprocess.Popen(
-                self.command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-            )
+            self.process = subprocess.Popen(self.command, **streams, text=True)
         except OSError as error:
             self._report(error)
-            return
         with contextlib.suppress(OSError, AttributeError):  # not allowed, or not to be had on this system
             os.setpriority(os.PRIO_PROCESS, self.process.pid, 19)
 
-    def _wait(self):
-        if self.process:
-            self.process.wait()
-
-    def _check(self):
-        if self.process and self.process.returncode:
-            lines = self.process.stderr.read().strip().splitlines() or [f"exit status {self.process.returncode}"]
-            self._report(lines[-1])
+    def _finish(self):
+        """Wait for the drawing that is under way, if any."""
+        process, self.process = self.process, None
+        errors = process.communicate()[1] if process else ""
+        if process and process.returncode:
+            self._report((errors.strip().splitlines() or [f"exit status {process.returncode}"])[-1])
 
     def _report(self, reason):
         if not self.reported:
             print(f"plot.py failed, training goes on: {reason}", file=sys.stderr)
-            self.reported = True
+        self.reported = True
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, *_):
-        if not self.enabled:
-            return
-        if kind:
-            if self.process:
-                self.process.kill()
-                self._wait()
-                for unfinished in self.path.glob(f"*.{self.process.pid}.tmp"):
-                    unfinished.unlink(missing_ok=True)
-            return
-        self._wait()  # this drawing may miss the last rows
-        self.redraw()
-        self._wait()
-        self._check()
+        if kind and self.process:
+            self.process.kill()
+            self.process.wait()
+            for unfinished in self.path.glob(f"*.{self.process.pid}.tmp"):
+                unfinished.unlink(missing_ok=True)
+        elif not kind:
+            self._finish()  # this drawing may miss the last rows
+            self.redraw()
+            self._finish()
 
 
 def provenance(device, launcher="python"):

@@ -143,21 +143,6 @@ def test_closed_streams_change_nothing(tiny, monkeypatch, name):
         assert status_of(plot.main, ["nowhere"]) == 2
 
 
-@unix
-def test_ctrl_c_during_the_imports_is_no_traceback():
-    for name in ("torch", "psutil", "matplotlib"):
-        Path(f"{name}.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)")
-    for script in ("train", "evaluate", "publish", "make_graph", "data", "plot"):
-        process = subprocess.Popen(
-            [sys.executable, ROOT / f"{script}.py", "--help"],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": os.getcwd()},
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which shells ignore in the background
-        )  # fmt: skip
-        process.stdout.readline()
-        process.send_signal(signal.SIGINT)
-        assert process.communicate(timeout=20) == (b"", b"") and process.returncode == -signal.SIGINT
-
-
 # The environment.
 
 
@@ -242,7 +227,7 @@ def test_what_is_no_file_is_refused_in_a_line(tiny, capsys, soon, tmp_path):
         *((publish.main, [name]) for name in ("link", "loop", "pipe", "run", long)),
         *((plot.main, [name]) for name in ("link", "loop", "pipe", "run", long)),
         *((plot.main, [out, "--out", name]) for name in ("pipe", f"{long}.png", "pipe/x.png", "loop", "loop/x.png", "/dev/full/x.png")),
-        *((check_data.main, ["--check", "--data", name]) for name in ("link", "loop", "pipe", long)),
+        *((check_data.main, [name]) for name in ("link", "loop", "pipe", long)),
         *((make_graph.main, ["--depth", "10", "--out", name]) for name in (f"{long}.dot", "pipe/x.dot", "loop/x.dot")),
     ]
     Path("pipe.onnx").symlink_to("pipe")
@@ -263,7 +248,7 @@ def test_pipes_among_the_images(tmp_path, capsys, soon):
     os.mkfifo(root / ".train-8.cache")
     flags = f"--device cpu --dataset folder --data {root} --image-size 8 --depth 10 --growth-rate 4 --epochs 1 --save run"
     assert train.main([*flags.split(), "--no-plot", "--no-progress"]) == 0
-    assert check_data.main(["--check", "--data", str(root)]) in (0, 1)
+    assert check_data.main([str(root)]) in (0, 1)
 
 
 @unix
@@ -277,7 +262,7 @@ def test_a_class_folder_that_cannot_be_read(tmp_path, capsys, monkeypatch):
         return real(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    for main, flags in ((check_data.main, ["--check"]), (train.main, ["--dataset", "folder"])):
-        assert main([*flags, "--data", str(root)]) == 2
+    for main, flags in ((check_data.main, []), (train.main, ["--dataset", "folder", "--data"])):
+        assert main([*flags, str(root)]) == 2
         err = capsys.readouterr().err
         assert "train/cat cannot be read: Permission denied" in err and err.count("\n") == 1

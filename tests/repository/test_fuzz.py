@@ -19,7 +19,7 @@ from inputs import datasets
 from training import flags
 
 COMMANDS = {  # with what goes before the flags
-    "train": [], "evaluate": ["nowhere.pth"], "plot": ["nowhere"], "publish": ["nowhere"], "data": [], "make_graph": [],
+    "train": [], "evaluate": ["nowhere.pth"], "plot": ["nowhere"], "publish": ["nowhere"], "check_data": ["nowhere"], "make_graph": [],
 }  # fmt: skip
 VALUES = (
     "", "0", "1", "2", "-1", "16", "43", "0.5", "1e39", "-1e39", "1e-39", "nan", "inf", "1_0", "٣", "0x10", f"{2**31}", f"{10**20}", "9" * 5000,

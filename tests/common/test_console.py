@@ -75,7 +75,7 @@ def test_a_closed_pipe_in_a_process_of_its_own(unbuffered):
     """The interpreter flushes standard output once more when it ends."""
     reader, writer = os.pipe()
     os.close(reader)
-    result = run(["data.py", "--dataset", "digits", "--stats"], writer, PYTHONUNBUFFERED=unbuffered)
+    result = run(["check_data.py", "--dataset", "digits", "--stats"], writer, PYTHONUNBUFFERED=unbuffered)
     os.close(writer)
     assert (result.returncode, result.stderr) == (141, "")
 
@@ -148,7 +148,7 @@ def failing(error):
 )
 def test_what_a_user_can_cause_is_one_line(capsys, error, status, words):
     assert failing(error)() == status
-    assert capsys.readouterr().err == f"test_cli.py: error: {words}\n"
+    assert capsys.readouterr().err == f"test_console.py: error: {words}\n"
 
 
 def test_what_is_our_fault_keeps_its_traceback():

@@ -49,16 +49,16 @@ def old_gpu(monkeypatch):
     """A GPU that is found, but that the build of torch has no code for."""
 
     def ones(*size, device):
-        if hardware.type == "cuda":
+        if device.type == "cuda":
             raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nand more")
         return real(*size, device=device)
 
     real = torch.ones
-    hardware.usable.cache_clear()
+    hardware.found_device.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "ones", ones)
     yield
-    hardware.usable.cache_clear()
+    hardware.found_device.cache_clear()
 
 
 def test_a_gpu_that_cannot_compute_is_passed_over_and_named_once(old_gpu, capsys):
@@ -67,27 +67,6 @@ def test_a_gpu_that_cannot_compute_is_passed_over_and_named_once(old_gpu, capsys
     assert capsys.readouterr().err == f"device cuda cannot be used ({reason}): computing on the CPU\n"
     with pytest.raises(Mistake, match=r"device 'cuda' is not available here \(CUDA error: no kernel image"):
         choose_device("cuda")
-
-
-@pytest.mark.parametrize(
-    ("factor", "words"), [(1.0, None), (1.1, "its gradients differ from the CPU's by 1.0e-01"), (0.0, "differ"), (None, "no kernel")]
-)
-def test_auto_leaves_an_mps_device_whose_gradients_are_wrong(monkeypatch, capsys, factor, words):
-    def gradients(name):
-        if factor is None and name == "mps":
-            raise RuntimeError("no kernel for this\nand more")
-        return real("cpu") * (factor if name == "mps" else 1)
-
-    real = hardware.gradients_of_two_layers
-    hardware.usable.cache_clear()
-    monkeypatch.setattr(hardware, "gradients_of_two_layers", gradients)
-    monkeypatch.setattr(hardware, "problem_of", lambda name: None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert choose_device("auto") == torch.device("cpu" if words else "mps")
-    err = capsys.readouterr().err
-    assert words in err if words else not err
-    hardware.usable.cache_clear()
 
 
 def test_a_compiler_that_is_missing_is_named_in_a_line(monkeypatch):
