@@ -71,10 +71,10 @@ def test_memory_runs_out_in_a_step(tiny, capsys, monkeypatch):
 
 
 def test_memory_runs_out_before_training_begins(tiny, capsys, monkeypatch):
-    def start_model(*args):
+    def make_model(*args):
         raise NO_MEMORY[-2]
 
-    monkeypatch.setattr(train, "start_model", start_model)
+    monkeypatch.setattr(train, "make_model", make_model)
     assert tiny("--save", "run") == 1
     err = capsys.readouterr().err
     assert err == "train.py: error: too little memory: use smaller batches, smaller images or a smaller network\n"
