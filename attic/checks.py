@@ -38,11 +38,11 @@ def device_of(args):
 
 
 def add_data_flags(parser):
-    import data
+    from inputs.datasets import DATASETS
 
     add_device_flag(parser)
     add = parser.add_argument
-    add("--dataset", choices=data.DATASETS, default="digits", help="digits needs no download (default: %(default)s)")
+    add("--dataset", choices=DATASETS, default="digits", help="digits needs no download (default: %(default)s)")
     add("--data", metavar="DIR", default="data", help="where data sets live (default: %(default)s)")
     add("--image-size", type=int, default=16, metavar="N", help="pixels; digits and folder (default: %(default)s)")
     add("--batch-size", type=int, default=64, metavar="N", help="images (default: %(default)s)")
@@ -51,15 +51,14 @@ def add_data_flags(parser):
 
 def load(args, device):
     """The data set and its training batches, not augmented. Raises Mistake where there is none."""
-    import data
-
     from common.console import Mistake
+    from inputs import datasets
     from inputs.image import Reader
 
     if args.batch_size < 2:
         raise Mistake(f"--batch-size {args.batch_size}: batch norm needs at least 2 images")
     reader = Reader(args.image_size, progress=sys.stderr.isatty())
-    dataset = data.load(args.dataset, args.data, reader).to(device)
+    dataset = datasets.load(args.dataset, args.data, reader).to(device)
     return dataset, dataset.train.batches(args.batch_size, dataset.normalize)
 
 

@@ -26,7 +26,7 @@ from common.hardware import choose_device, choose_precision, peak_memory_mib, se
 from densenet import BLOCKS, FROM_TORCHVISION, DenseNet, rename
 from inputs.batches import ImageTensors, memory_format
 from inputs.splits import NORMALIZE
-from training import fastest
+from training import choice, trial
 from training.step import GraphedStep, Step, evaluate
 
 CHECKED_IMAGES = 4
@@ -137,8 +137,8 @@ def check(job, device):
         exact = trial.outcome(reference, *make_images(CHECKED_IMAGES, seed, "cpu", torch.float64), exact_amp)
         images, labels = make_images(CHECKED_IMAGES, seed, next(model.parameters()).device, dtype)
         images = images.to(memory_format=layout)
-        found = fastest.outcome(model, images, labels, amp, lambda name: rename(name, FROM_TORCHVISION))
-        return fastest.errors(found, {kind: exact[kind] for kind in kinds})
+        found = trial.outcome(model, images, labels, amp, lambda name: rename(name, FROM_TORCHVISION))
+        return trial.errors(found, {kind: exact[kind] for kind in kinds})
 
     double = copy.deepcopy(model).to("cpu" if device.type == "mps" else device).double()  # which MPS has not
     in_double = errors(copy.deepcopy(reference), double, torch.float64, exact_amp, 0)
@@ -245,7 +245,7 @@ def bamos_epochs(job, images, device):
 def our_epochs(job, images, device):
     """As train.py trains by default on this device."""
     amp, precision = choose_precision(job["precision"], device)
-    model, _ = make_model(fastest.choose_block(0, device), job["depth"], device)
+    model, _ = make_model(choice.default_block(device), job["depth"], device)
     step = Step(model, make_optimizer(model), amp, scaled=precision == "fp16")
     options = job["batch_size"], NORMALIZE["cifar10"]
     training, testing = images.to(device).batches(*options, "mean"), images.to(device).batches(*options)

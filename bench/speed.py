@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from common.console import Mistake, Parser, command, positive
 from common.hardware import PRECISIONS, choose_device, choose_precision
 from densenet import BLOCKS, layers_per_block
-from training import fastest
+from training import trial
 from training.run import provenance
 
 TURNS = 5  # timed, after one that is not
