@@ -57,13 +57,10 @@ def sync_names(folder):
             os.close(descriptor)
 
 
-def replace(source, target, patience=5):
+def replace(source, target):
     """os.replace, which Windows refuses while another process reads ``target``: that is waited for, some seconds."""
-    end = time.monotonic() + patience
-    while True:
-        try:
+    for _ in range(100 if sys.platform == "win32" else 0):
+        with contextlib.suppress(PermissionError):
             return os.replace(source, target)
-        except PermissionError:
-            if sys.platform != "win32" or time.monotonic() > end:
-                raise
-            time.sleep(0.05)
+        time.sleep(0.05)
+    os.replace(source, target)

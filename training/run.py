@@ -56,8 +56,8 @@ class Run:
         if self.path.exists() and not self.path.is_dir():
             raise Mistake(f"{self.path} is a file: choose another directory with --save")
         if resume and not self.can_go_on():
-            only = "only weights.pth, which is for evaluate.py," if (self.path / "weights.pth").exists() else "no latest.pth"
-            raise Mistake(f"{self.path} has {only} to resume: leave out --resume, or name the run with --save")
+            found = "only weights.pth" if (self.path / "weights.pth").exists() else "no latest.pth"
+            raise Mistake(f"{self.path} has {found} to resume: leave out --resume, or name the run with --save")
         existing = [name for name in FILES if (self.path / name).exists()]
         if existing and not self._is_ours():
             raise Mistake(f"{self.path} holds files of another program ({existing[0]}): choose another --save")
