@@ -1,11 +1,12 @@
 """What speed.py measures: our blocks, torchvision's, timm's and two known repositories' networks, each in a process.
 
-A job is a dict: candidate, depth, batch_size, precision, compiled, graph, device and task: "check", "profile", "steps"
-or "epochs" (of so many images). Its process prints its answer or, for the last two, one for each word it is told.
+A job is a dict: candidate, depth, batch_size, precision, graph, device and task: "check", "profile", "steps" or
+"epochs" (of num_images). Its process prints its answer or, for the last two, one for each word that it is told.
 """
 
 import contextlib
 import copy
+import functools
 import importlib.util
 import itertools
 import json
@@ -15,19 +16,19 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.profiler import ProfilerActivity
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts of this folder run from anywhere
 
 from common.console import Parser, command
 from common.hardware import choose_device, choose_precision, peak_memory_mib, set_up_device
 from densenet import BLOCKS, FROM_TORCHVISION, DenseNet, rename
-from inputs import splits
 from inputs.batches import ImageTensors, memory_format
-from training import arguments, trial
+from inputs.splits import NORMALIZE
+from training import trial
 from training.choice import default_block
-from training.step import GraphedStep, Step, compile_model, evaluate
+from training.step import GraphedStep, Step, evaluate
 
 CHECKED_IMAGES = 4
 DRAWS = 5  # of images to check with
@@ -59,9 +60,8 @@ class ReentrantBlock(nn.Module):
             def recomputed(*outputs, layer=layer):
                 return layer.up_to_conv1(torch.cat(outputs, 1))
 
-            differentiated = torch.is_grad_enabled() and any(output.requires_grad for output in outputs)
-            x = checkpoint(recomputed, *outputs, use_reentrant=True) if differentiated else recomputed(*outputs)
-            outputs.append(layer.after_conv1(x))
+            bottleneck = checkpoint(recomputed, *outputs, use_reentrant=True) if self.training else recomputed(*outputs)
+            outputs.append(layer.after_conv1(bottleneck))
         return torch.cat(outputs, 1)
 
 
@@ -69,25 +69,20 @@ def torchvision(ours, memory_efficient=False):
     from torchvision.models import DenseNet as Theirs
 
     channels = ours.stem.conv.out_channels
-    theirs = Theirs(**shape_of(ours), num_init_features=channels, memory_efficient=memory_efficient)
-    return with_our_weights(theirs, ours)
+    return with_our_weights(functools.partial(Theirs, num_init_features=channels), ours, memory_efficient)
 
 
 def timm(ours, memory_efficient=False):
     from timm.models.densenet import DenseNet as Theirs
 
-    return with_our_weights(Theirs(**shape_of(ours), memory_efficient=memory_efficient), ours)
+    return with_our_weights(Theirs, ours, memory_efficient)
 
 
-def shape_of(ours):
-    """Arguments of torchvision's and timm's DenseNet."""
-    layers = tuple(len(block.layers) for block in ours.blocks)
-    growth_rate = ours.blocks[0].layers[0].conv2.out_channels
-    return dict(growth_rate=growth_rate, block_config=layers, num_classes=ours.classifier.out_features)
-
-
-def with_our_weights(theirs, ours):
+def with_our_weights(make, ours, memory_efficient):
     """Their network with the stem for small images and our weights."""
+    layers = tuple(len(block.layers) for block in ours.blocks)
+    growth_rate, classes = ours.blocks[0].layers[0].conv2.out_channels, ours.classifier.out_features
+    theirs = make(growth_rate, layers, num_classes=classes, memory_efficient=memory_efficient)
     theirs.features.conv0 = nn.Conv2d(3, ours.stem.conv.out_channels, 3, padding=1, bias=False)
     for name in ("norm0", "relu0", "pool0"):
         if hasattr(theirs.features, name):
@@ -96,43 +91,22 @@ def with_our_weights(theirs, ours):
     return theirs
 
 
-MODELS = {
-    "bamos": bamos,
-    "gpleiss": gpleiss,
-    "torchvision": torchvision,
-    "torchvision-efficient": lambda ours: torchvision(ours, memory_efficient=True),
-    "timm": timm,
-    "timm-efficient": lambda ours: timm(ours, memory_efficient=True),
-}
-
-
 CHANNELS_LAST = "-channels-last"  # of a name: in our memory format instead of torch's default
 FP32_ONLY = ("bamos", "gpleiss")  # without mixed precision, as they are
+MODELS = {"bamos": bamos, "gpleiss": gpleiss}
+for library in (torchvision, timm):
+    if importlib.util.find_spec(library.__name__):
+        MODELS |= {library.__name__: library, library.__name__ + CHANNELS_LAST: library}
+        MODELS[f"{library.__name__}-efficient"] = functools.partial(library, memory_efficient=True)
+NAMES = (*BLOCKS, *MODELS)
 
 
-def available():
-    """Names of candidates whose library is installed."""
-    names = [*MODELS, *(name + CHANNELS_LAST for name in ("torchvision", "timm"))]
-    return [name for name in names if not name.startswith("timm") or importlib.util.find_spec("timm")]
-
-
-def our_name(name):
-    """A parameter's name in our network."""
-    return rename(name, FROM_TORCHVISION)
-
-
-# The tasks.
-
-
-def make_model(name, depth):
-    """A candidate's network, in training mode, with the weights that all candidates share."""
+def make_model(name, depth, device="cpu"):
+    """A candidate's network, in training mode, with the weights that all share, and its users' memory format."""
     torch.manual_seed(0)
-    ours = DenseNet(depth=depth, block=name if name in BLOCKS else "naive")
-    return ours if name in BLOCKS else MODELS[name.removesuffix(CHANNELS_LAST)](ours)
-
-
-def place(model, name, device):
-    """On the device, in the memory format that the candidate's users have."""
+    model = DenseNet(depth=depth, block=name if name in BLOCKS else "naive")
+    if name in MODELS:
+        model = MODELS[name](model)
     ours = name in BLOCKS or name.endswith(CHANNELS_LAST)
     layout = memory_format(device) if ours else torch.contiguous_format
     return model.to(device, memory_format=layout), layout
@@ -142,6 +116,13 @@ def make_images(count, seed, device, dtype=torch.float32):
     return trial.make_images(count, {"model": {}, "image_size": 32}, seed, dtype, device)
 
 
+def make_optimizer(model):
+    return torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
+
+
+# The tasks.
+
+
 def check(job, device):
     """Relative errors of a training step's results: in float64 on one draw of images, else on several.
 
@@ -149,20 +130,19 @@ def check(job, device):
     """
     exact_amp, _ = choose_precision("fp32", device)
     amp, _ = choose_precision(job["precision"], device)
-    reference = make_model("naive", job["depth"]).double()
-    model, layout = place(make_model(job["candidate"], job["depth"]), job["candidate"], device)
+    reference = make_model("naive", job["depth"])[0].double()
+    model, layout = make_model(job["candidate"], job["depth"], device)
+    kinds = ("output", "gradients", "statistics") if job["candidate"] in BLOCKS else ("output", "gradients")
 
     def errors(reference, model, dtype, amp, seed):
         exact = trial.outcome(reference, *make_images(CHECKED_IMAGES, seed, "cpu", torch.float64), exact_amp)
         images, labels = make_images(CHECKED_IMAGES, seed, next(model.parameters()).device, dtype)
-        found = trial.outcome(model, images.to(memory_format=layout), labels, amp, our_name)
-        kinds = exact if job["candidate"] in BLOCKS else ("output", "gradients")
+        images = images.to(memory_format=layout)
+        found = trial.outcome(model, images, labels, amp, lambda name: rename(name, FROM_TORCHVISION))
         return trial.errors(found, {kind: exact[kind] for kind in kinds})
 
     double = copy.deepcopy(model).to("cpu" if device.type == "mps" else device).double()  # which MPS has not
     in_double = errors(copy.deepcopy(reference), double, torch.float64, exact_amp, 0)
-    if job["compiled"]:
-        compile_model(model)
     draws = [errors(reference, model, torch.float32, amp, seed) for seed in range(DRAWS)]
     return {"float64": in_double, "draws": draws}
 
@@ -170,16 +150,13 @@ def check(job, device):
 def step_functions(job, device):
     """Two functions, a training step and an inference, each on one batch that is on the device already."""
     amp, _ = choose_precision(job["precision"], device)
-    model, layout = place(make_model(job["candidate"], job["depth"]), job["candidate"], device)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    model, layout = make_model(job["candidate"], job["depth"], device)
+    optimizer = make_optimizer(model)
     images, labels = make_images(job["batch_size"], 1, device)
     images = images.to(memory_format=layout)
-    scaled = job["precision"] == "fp16"
     job["saved_mib"] = round(saved_bytes(lambda: model(images), model, amp) / 2**20, 1)
-    if job["compiled"]:
-        compile_model(model)
-
-    step = GraphedStep(model, optimizer, amp) if job.get("graph") else Step(model, optimizer, amp, scaled=scaled)
+    scaled = job["precision"] == "fp16"
+    step = GraphedStep(model, optimizer, amp) if job["graph"] else Step(model, optimizer, amp, scaled=scaled)
 
     def train():
         model.train()
@@ -211,69 +188,42 @@ def saved_bytes(forward, model, amp=contextlib.nullcontext):
 
 
 def profile(job, device):
-    """The ten operations that take most of a training step, as a table; our loops stand under SharedBuffer."""
-    from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity, profile
-
+    """torch's table of the ten operations that take most of a training step; our loops stand under SharedBuffer."""
     train, _ = step_functions(job, device)
     train()
-    activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * (device.type == "cuda")]
-    with profile(activities=activities) as profiler:
+    kinds = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if device.type == "cuda" else [ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=kinds) as profiler:
         train()
-    kind = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    operations = [o for o in profiler.key_averages() if device.type != "cuda" or o.device_type == DeviceType.CUDA]
-    operations.sort(key=lambda operation: -getattr(operation, kind))
-    total = sum(getattr(operation, kind) for operation in operations)
-    lines = [f"| {job['candidate']}, {job['precision']}: operation | calls | ms | share |", "|---|---|---|---|"]
-    for operation in operations[:10]:
-        spent = getattr(operation, kind)
-        name = operation.key.removeprefix("aten::")
-        lines.append(f"| {name} | {operation.count} | {spent / 1000:.3g} | {100 * spent / total:.0f} % |")
-    return "\n".join([*lines, f"| all | | {total / 1000:.3g} | |\n"])
-
-
-# Whole epochs, on random pixels: what they show does not change the time.
-
-
-class TransformedImages(torch.utils.data.Dataset):
-    """What torchvision's CIFAR10 is to a DataLoader: PIL images, transformed one by one."""
-
-    def __init__(self, tensors, transform):
-        self.pixels, self.labels, self.transform = tensors.pixels.numpy(), tensors.labels.tolist(), transform
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, i):
-        from PIL import Image
-
-        return self.transform(Image.fromarray(self.pixels[i])), self.labels[i]
+    time = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    return f"{job['candidate']}, {job['precision']}\n{profiler.key_averages().table(sort_by=time, row_limit=10)}"
 
 
 def epoch_functions(job, device):
-    """Two functions, a training epoch and an evaluation of as many images each: bamos's way, or train.py's."""
+    """Two functions, a training epoch and an evaluation of as many images each: bamos's way, or train.py's.
+
+    The pixels are random: what they show does not change the time.
+    """
     generator, count = torch.Generator().manual_seed(0), job["num_images"]
     pixels = torch.randint(256, (count, 32, 32, 3), generator=generator, dtype=torch.uint8)
-    tensors = ImageTensors(pixels, torch.randint(10, (count,), generator=generator))
+    images = ImageTensors(pixels, torch.randint(10, (count,), generator=generator))
     torch.manual_seed(0)
-    make = bamos_epochs if job["candidate"] == "bamos" else our_epochs
-    return make(job, tensors, device)
+    return (bamos_epochs if job["candidate"] == "bamos" else our_epochs)(job, images, device)
 
 
-def bamos_epochs(job, tensors, device):
+def bamos_epochs(job, images, device):
     """As bamos and gpleiss train: PIL transforms in a DataLoader, contiguous fp32, one loop over parameters in the
     optimiser, loss and error read from the device in every step."""
-    from torchvision import transforms
+    from torchvision import datasets, transforms
 
-    normalize = transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+    finish = [transforms.ToTensor(), transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))]
     augment = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
-    finish = [transforms.ToTensor(), normalize]
-    pin = device.type == "cuda"
     loaders = {}
     for training in (True, False):
-        transformed = TransformedImages(tensors, transforms.Compose(augment + finish if training else finish))
-        options = {"shuffle": training, "num_workers": 1, "pin_memory": pin}
-        loaders[training] = torch.utils.data.DataLoader(transformed, job["batch_size"], **options)
+        cifar10 = datasets.CIFAR10.__new__(datasets.CIFAR10)  # with these images instead of files
+        cifar10.data, cifar10.targets, cifar10.target_transform = images.pixels.numpy(), images.labels.tolist(), None
+        cifar10.transform = transforms.Compose(augment + finish if training else finish)
+        options = {"shuffle": training, "num_workers": 1, "pin_memory": device.type == "cuda"}
+        loaders[training] = torch.utils.data.DataLoader(cifar10, job["batch_size"], **options)
     model = DenseNet(depth=job["depth"]).to(device)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4, foreach=False)
 
@@ -281,7 +231,7 @@ def bamos_epochs(job, tensors, device):
         model.train(training)
         for x, labels in loaders[training]:
             x, labels = x.to(device), labels.to(device)
-            with contextlib.nullcontext() if training else torch.no_grad():
+            with torch.set_grad_enabled(training):
                 logits = model(x)
                 loss = F.cross_entropy(logits, labels)
             if training:
@@ -293,27 +243,21 @@ def bamos_epochs(job, tensors, device):
     return lambda: run(training=True), lambda: run(training=False)
 
 
-def our_epochs(job, tensors, device):
+def our_epochs(job, images, device):
     """As train.py trains by default on this device."""
-    import train  # what is measured is that very script
-
-    flags = {"--depth": job["depth"], "--batch-size": job["batch_size"], "--precision": job["precision"]}
-    args, _ = arguments.parse_args([*map(str, itertools.chain(*flags.items())), "--save", "never-written"])
-    set_up_device(device)
-    torch.manual_seed(args.seed)
-    torch.backends.cudnn.benchmark = True
-    amp, precision = choose_precision(args.precision, device)
-    dataset = splits.Dataset(tensors, tensors, [str(i) for i in range(10)], splits.NORMALIZE["cifar10"]).to(device)
-    batches = train.make_batches(args, dataset, device)
-    model, _ = place(make_model(default_block(device), args.depth), default_block(device), device)
-    step = train.make_step(model, train.make_optimizer(args, model.parameters()), amp, precision)
+    amp, precision = choose_precision(job["precision"], device)
+    model, _ = make_model(default_block(device), job["depth"], device)
+    step = Step(model, make_optimizer(model), amp, scaled=precision == "fp16")
+    options = job["batch_size"], NORMALIZE["cifar10"]
+    training, testing = images.to(device).batches(*options, "mean"), images.to(device).batches(*options)
     epochs = itertools.count(1)
 
     def epoch():
-        with tqdm(disable=True) as bar:
-            train.train_epoch(step, batches["train"].shuffled(next(epochs)), lambda i: args.lr, bar)
+        model.train()
+        for batch in training.shuffled(next(epochs)):
+            step(*batch)
 
-    return epoch, lambda: evaluate(model, batches["test"], amp)
+    return epoch, lambda: evaluate(model, testing, amp)
 
 
 def serve(job):
@@ -323,19 +267,17 @@ def serve(job):
     """
     device = choose_device(job["device"])
     torch.backends.cudnn.allow_tf32 = False  # whoever is called fp32 computes in fp32
-    if job["candidate"] in BLOCKS:  # as train.py does
+    if job["candidate"] not in MODELS:  # as train.py does
         set_up_device(device)
         torch.backends.cudnn.benchmark = True
     if job["task"] in ("check", "profile"):
         print(json.dumps({"check": check, "profile": profile}[job["task"]](job, device)))
         return
-    if job["task"] == "epochs":
-        (train, infer), times = epoch_functions(job, device), 1
-    else:
-        (train, infer), times = step_functions(job, device), None
+    make, times = (epoch_functions, 1) if job["task"] == "epochs" else (step_functions, None)
+    train, infer = make(job, device)
     print(json.dumps(job), flush=True)
     for word in sys.stdin:
-        if device.type == "cuda" and not job.get("graph"):  # which allocates only when it is captured
+        if device.type == "cuda" and not job["graph"]:  # which allocates only when it is captured
             torch.cuda.reset_peak_memory_stats(device)
         spent = trial.seconds({"train": train, "infer": infer}[word.strip()], device, times)
         print(json.dumps([spent, peak_memory_mib(device)]), flush=True)

@@ -2,35 +2,94 @@
 
 Example: python bench/compile_kernels.py
 
-Ends with status 1 where a kernel needs more shared memory than a block of that GPU may have, or spills although it has
+Ends with status 1 if a kernel needs more shared memory than a block of that GPU may have, or spills although it has
 all 255 registers. With fewer, it is the assembler's choice: some bytes in memory, so that more blocks run at once.
 """
 
+import contextlib
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts of this folder run from anywhere
 
-import launches
-
+import fused
 from common.console import Parser, command
+from densenet import ARCHITECTURES, DenseNet
 
 # Bytes of shared memory that a block may have, by compute capability (CUDA C++ Programming Guide, technical
 # specifications): A100, RTX 3090, RTX 4090, H100, B200, RTX 5090. Below 8.0 the kernels are not used.
 SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 MOST_REGISTERS = 255  # of a thread
 NETWORKS = ("densenet_bc_100_12", "densenet_bc_250_24", "densenet_bc_190_40", "densenet_40_12")
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", int: "i32", float: "fp32"}  # in Triton's signatures
 
 
-def record_variants(architecture, target):
-    """What a training step in bf16 launches, each variant once: every layer of every block. Runs no kernel."""
-    with launches.as_on_a_gpu(divmod(target, 10)) as launched:
-        launches.training_step(architecture, "fused", batch_size=64)()
-        return sorted(set(launched), key=lambda variant: (variant[0].__name__, variant[1:]))
+class Recorder:
+    """Stands in for a Triton kernel: notes the variant that it would be compiled to instead of launching it.
+
+    That is the types of the arguments, which of them are divisible by 16, which are 1, and constants. The arguments
+    themselves are not kept: autograd would have to copy gradients that somebody else holds.
+    """
+
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        def launch(*args, **constants):
+            types = tuple(TYPES[a.dtype if isinstance(a, torch.Tensor) else type(a)] for a in args)
+            # Allocators align the beginning of memory to more than 16 bytes.
+            numbers = [a.storage_offset() * a.element_size() if isinstance(a, torch.Tensor) else a for a in args]
+            even = tuple(type(number) is int and number % 16 == 0 for number in numbers)
+            ones = tuple(type(a) is int and a == 1 for a in args)
+            self.launches.append((self.kernel, types, even, ones, tuple(sorted(constants.items()))))
+
+        return launch
+
+
+@contextlib.contextmanager
+def as_on_a_gpu(capability=(9, 0)):
+    """A context in which the fused block takes the path of CUDA, and tensors have no data. Yields the list of launches.
+
+    Whatever reads a tensor's value raises an exception.
+    """
+    from fused import kernels
+
+    launches = []
+    recorders = {name: Recorder(item, launches) for name, item in vars(kernels).items() if name.endswith("_kernel")}
+    recorders["capability"] = lambda device: capability
+    here = {"steps_for": lambda x: kernels, "passes_for": lambda x: fused.passes}
+    with mock.patch.multiple(kernels, **recorders), mock.patch.multiple(fused, **here), FakeTensorMode():
+        yield launches
+
+
+def training_step(architecture, block, batch_size=64, training=True):
+    """A function that takes a training step in bf16, or an evaluation's, of a network of the paper on 32×32 images."""
+    model = DenseNet(**ARCHITECTURES[architecture], block=block).train(training)
+    for parameter in model.parameters():
+        if parameter.dim() == 4:  # model.to cannot do it to tensors without data
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=1e-4, nesterov=True, foreach=True)
+    images = torch.empty(batch_size, 3, 32, 32).to(memory_format=torch.channels_last)
+    labels = torch.zeros(batch_size, dtype=torch.int64)
+
+    def step():
+        optimizer.zero_grad()
+        with torch.set_grad_enabled(training), torch.autocast("cpu", torch.bfloat16):
+            logits = model(images)
+        if training:
+            F.cross_entropy(logits.float(), labels).backward()
+            optimizer.step()
+
+    return step
 
 
 def compile_kernel(kernel, types, even, ones, constants, capability):
@@ -76,7 +135,9 @@ def main(argv=None):
     for name in args.networks:
         for capability in args.targets:
             found, limit = {}, SHARED[capability]
-            for kernel, *variant in record_variants(name, capability):
+            with as_on_a_gpu(divmod(capability, 10)) as launches:
+                training_step(name, "fused")()
+            for kernel, *variant in sorted(set(launches), key=lambda launch: (launch[0].__name__, launch[1:])):
                 found.setdefault(kernel.__name__, []).append(compile_kernel(kernel, *variant, capability))
             for kernel, usages in found.items():
                 fits &= all(shared <= limit and not (r == MOST_REGISTERS and stack) for r, stack, shared in usages)
