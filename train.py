@@ -190,7 +190,8 @@ def check_data(checkpoint, args, dataset):
     options = model_options(args, len(dataset.classes))
     before = options | checkpoint["config"]["model"], checkpoint["classes"], checkpoint["measured"]
     if before != (options, list(dataset.classes), dataset.normalize):
-        reason = ", or by a release that read them differently" if is_older(checkpoint) else ""
+        older = checkpoint["manifest"] == FIRST_MANIFEST
+        reason = ", or by a release that read them differently" if older else ""
         raise Mistake(
             f"the run in {args.save} was trained on other images or classes than {args.data} holds now{reason}"
         )
@@ -199,11 +200,6 @@ def check_data(checkpoint, args, dataset):
     if checkpoint["metrics"].keys() != set(logs_of(args, dataset)):
         logged, found = ", ".join(checkpoint["metrics"]), ", ".join(logs_of(args, dataset))
         raise Mistake(f"the run in {args.save} was trained with the splits {logged}, not {found}")
-
-
-def is_older(checkpoint):
-    """True if a release trained on a folder's images before manifests said which they are."""
-    return checkpoint["manifest"] == FIRST_MANIFEST
 
 
 def train_and_test(args, epoch, model, step, batches):
@@ -223,7 +219,8 @@ def train_and_test(args, epoch, model, step, batches):
     if device.type == "cuda" and not isinstance(step, GraphedStep):
         torch.cuda.reset_peak_memory_stats(device)
     start, step.skipped = time.monotonic(), 0
-    with progress_bar(args, epoch, batches["train"]) as bar:
+    hidden, label = not args.progress or distributed.rank() > 0, f"epoch {epoch}/{args.epochs}"
+    with tqdm(total=batches["train"].num_images, desc=label, unit="img", leave=False, disable=hidden) as bar:
         steps = train_epoch(step, batches["train"].shuffled(epoch_seed), schedule, bar)
     distributed.average_statistics(model)
     costs = {
@@ -241,12 +238,6 @@ def train_and_test(args, epoch, model, step, batches):
             raise NotFinite(len(steps))
         rows[name + suffix] = [log_row(epoch, loss, error)]
     return rows
-
-
-def progress_bar(args, epoch, batches):
-    label = f"epoch {epoch}/{args.epochs}"
-    hidden = not args.progress or distributed.rank() > 0
-    return tqdm(total=batches.num_images, desc=label, unit="img", leave=False, disable=hidden)
 
 
 def print_start(args, config, stage, dataset, notes):
@@ -319,7 +310,7 @@ def train(args, checkpoint, run):
     if checkpoint is None:
         checkpoint = first_checkpoint(args, dataset, model, options, stage)
     else:
-        if is_older(checkpoint):
+        if checkpoint["manifest"] == FIRST_MANIFEST:
             notes.append("an earlier release began this run: it read turned, transparent, large images differently")
         checkpoint["manifest"], checkpoint["config"]["arguments"] = dataset.manifest, vars(args)
         checkpoint["config"]["resumed"].append(stage | {"epoch": checkpoint["epoch"]})

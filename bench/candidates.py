@@ -26,7 +26,8 @@ from common.hardware import choose_device, choose_precision, peak_memory_mib, se
 from densenet import BLOCKS, FROM_TORCHVISION, DenseNet, rename
 from inputs.batches import ImageTensors, memory_format
 from inputs.splits import NORMALIZE
-from training import choice, trial
+from training import trial
+from training.choice import default_block
 from training.step import GraphedStep, Step, evaluate
 
 CHECKED_IMAGES = 4
@@ -245,7 +246,7 @@ def bamos_epochs(job, images, device):
 def our_epochs(job, images, device):
     """As train.py trains by default on this device."""
     amp, precision = choose_precision(job["precision"], device)
-    model, _ = make_model(choice.default_block(device), job["depth"], device)
+    model, _ = make_model(default_block(device), job["depth"], device)
     step = Step(model, make_optimizer(model), amp, scaled=precision == "fp16")
     options = job["batch_size"], NORMALIZE["cifar10"]
     training, testing = images.to(device).batches(*options, "mean"), images.to(device).batches(*options)

@@ -29,7 +29,7 @@ def written_whole(path, suffix=".tmp", previous=None):
     if path.exists() and not path.is_file():  # renaming would put a file in the place of a pipe or a device, too
         raise FileExistsError(errno.EEXIST, "is not a file that can be replaced", str(path))
     try:
-        with named(path), open(temporary, "wb") as file:
+        with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -37,19 +37,11 @@ def written_whole(path, suffix=".tmp", previous=None):
             replace(path, previous)
         replace(temporary, path)
         sync_names(path.parent)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError):  # that of a full disk does not say where
+            error.filename = error.filename or str(path)
         with contextlib.suppress(OSError):  # a read-only file system refuses to delete even what is not there
             temporary.unlink(missing_ok=True)
-        raise
-
-
-@contextlib.contextmanager
-def named(path):
-    """Let an OSError that does not say where, such as that of a full disk, say that it was ``path``."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
         raise
 
 
@@ -65,13 +57,10 @@ def sync_names(folder):
             os.close(descriptor)
 
 
-def replace(source, target, patience=5):
+def replace(source, target):
     """os.replace, which Windows refuses while another process reads ``target``: that is waited for, some seconds."""
-    end = time.monotonic() + patience
-    while True:
-        try:
+    for _ in range(100 if sys.platform == "win32" else 0):
+        with contextlib.suppress(PermissionError):
             return os.replace(source, target)
-        except PermissionError:
-            if sys.platform != "win32" or time.monotonic() > end:
-                raise
-            time.sleep(0.05)
+        time.sleep(0.05)
+    os.replace(source, target)

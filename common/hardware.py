@@ -69,19 +69,15 @@ def compiler_problem(device):
 def set_up_device(device):
     """What a process does once for the device that it computes on."""
     if device.type == "cpu":
-        keep_freed_memory()
+        # Let glibc keep what is freed: by default every large tensor comes from the kernel anew, page by page.
+        with contextlib.suppress(OSError, AttributeError):  # another C library, which manages memory its own way
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
+            libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: give nothing back
     if device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = False  # fp32 shall mean fp32: who wants tensor cores has bf16
         if device.index is not None:  # without one, it is the current device already
             torch.cuda.set_device(device)  # Triton launches there
-
-
-def keep_freed_memory():
-    """Let glibc keep what is freed: by default every large CPU tensor comes from the kernel anew, page by page."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library, which manages memory its own way
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: give nothing back
 
 
 def has_bf16(device):
@@ -101,10 +97,9 @@ def choose_precision(name, device):
 
     "auto" is bf16 where the hardware has it, fp16 on GPUs whose tensor cores have that alone (V100, T4, RTX 20).
     """
-    if name == "auto" and has_bf16(device):
-        name = "bf16"
-    elif name == "auto":
-        name = "fp16" if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0) else "fp32"
+    if name == "auto":
+        tensor_cores = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
+        name = "bf16" if has_bf16(device) else "fp16" if tensor_cores else "fp32"
     amp = functools.partial(torch.autocast, device.type, PRECISIONS[name], enabled=name != "fp32")
     return amp, name
 

@@ -31,6 +31,7 @@ GAIN = 0.05  # by which another block must be faster than naive, at least
 SHARE = 0.02  # of the time of all training steps, eager ones, that measuring may take
 START = {"cpu": 10, "cuda": 20}  # seconds that the start of a process and its compilers take, about
 WORK = {"cpu": 60, "cuda": 500}  # training steps that take as long as the checks and turns of three blocks, about
+PROGRAM = ["-m", "training.trial"]
 NOTHING = {"seconds": {}, "refused": {}, "graph": False, "lasting": False}  # is known
 
 
@@ -62,7 +63,8 @@ def wanted_block(args, checkpoint, dataset, device, precision, possible):
     """
     last = stages(checkpoint["config"])[-1] if checkpoint else {}
     same = (last.get("device"), last.get("precision")) == (device_name(device), precision)
-    replay = can_replay(args, device, precision)
+    # A CUDA graph holds no step that is left out, as in fp16, and none in which processes exchange gradients.
+    replay = device.type == "cuda" and precision != "fp16" and distributed.world_size() == 1 and not args.compile
     graph = replay and (same and last.get("cuda_graph", False) if args.cuda_graph is None else args.cuda_graph)
     if args.block != "auto":
         return args.block, graph, None
@@ -83,11 +85,6 @@ def wanted_block(args, checkpoint, dataset, device, precision, possible):
     }
     steps = (args.epochs - finished) * -(-len(dataset.train) // args.batch_size)
     return fastest_block(job, default, steps, graph)
-
-
-def can_replay(args, device, precision):
-    """Whether a CUDA graph can hold a training step: fp16 leaves some out, and several processes exchange gradients."""
-    return device.type == "cuda" and precision != "fp16" and distributed.world_size() == 1 and not args.compile
 
 
 def default_block(device):
@@ -167,11 +164,8 @@ def expected_seconds(job, device):
 
 
 def run_process(job, timeout):
-    return last_line([sys.executable, "-m", "training.trial", json.dumps(job)], timeout)
-
-
-def last_line(command, timeout):
-    """The last line of JSON that a process prints within so many seconds, or {}, and its exit status or None."""
+    """The last line of JSON that the process prints within so many seconds, or {}, and its exit status or None."""
+    command = [sys.executable, *PROGRAM, json.dumps(job)]
     with tempfile.TemporaryFile() as file:  # read even if the process hangs
         process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.DEVNULL)
         try:

@@ -4,7 +4,6 @@ Without torchrun there is one rank, and nothing here communicates.
 """
 
 import contextlib
-import hashlib
 import inspect
 import os
 import signal
@@ -16,7 +15,6 @@ import traceback
 from datetime import timedelta
 from pathlib import Path
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -37,34 +35,24 @@ class FailedElsewhere(Exception):
         self.status = status
 
 
-def number(name, default):
-    text = os.environ.get(name, "")
-    return int(text) if text.isdecimal() else default
+def is_launched():
+    """True if torchrun has started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def world_size():
     """The number of ranks."""
-    return number("WORLD_SIZE", 1)
+    return int(os.environ["WORLD_SIZE"]) if is_launched() else 1
 
 
 def rank():
     """This process's number, from 0, on all machines together."""
-    return number("RANK", 0)
+    return int(os.environ["RANK"]) if is_launched() else 0
 
 
 def local_rank():
     """This process's number, from 0, on its machine."""
-    return number("LOCAL_RANK", 0)
-
-
-def check_environment():
-    """Raises Mistake where RANK or WORLD_SIZE is set, but not by torchrun: nobody else would take part."""
-    given = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE") if name in os.environ}
-    alone = given.get("RANK", "0") == "0" and given.get("WORLD_SIZE", "1") == "1"
-    complete = len(given) == 2 and {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
-    if not alone and not (complete and all(map(str.isdecimal, given.values())) and rank() < world_size()):
-        found = ", ".join(f"{name}={text}" for name, text in given.items())
-        raise Mistake(f"the environment has {found}, but not all that torchrun sets: use torchrun, or unset it")
+    return int(os.environ["LOCAL_RANK"]) if is_launched() else 0
 
 
 def share():
@@ -79,10 +67,7 @@ def launch_id():
     random name for what its ranks report.
     """
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")  # FOLDER/attempt_0/0/error.json
-    if not report:
-        return None
-    launch = f"{socket.gethostname()} {os.getppid()} {Path(report).parents[2]}"
-    return hashlib.sha256(launch.encode()).hexdigest()[:16]
+    return Path(report).parents[2].name if report else None
 
 
 def end_with_launcher():
@@ -90,7 +75,7 @@ def end_with_launcher():
     launcher = os.getppid()
 
     def watch():
-        while os.getppid() == launcher and psutil.pid_exists(launcher):
+        while os.getppid() == launcher:
             time.sleep(1)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(10)  # for a last line; a thread that waits for a lost rank does not hear of signals
@@ -103,8 +88,10 @@ def end_with_launcher():
 def process_group():
     """A context in which the ranks can communicate: NCCL between GPUs, gloo between CPUs."""
     global waiting
-    check_environment()
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1")):
+        if (text := os.environ.get(name, alone)) != alone and not is_launched():  # nobody else would take part
+            raise Mistake(f"the environment has {name}={text}, which torchrun has not set: use torchrun, or unset it")
+    if is_launched():
         end_with_launcher()
     if world_size() == 1:
         yield
@@ -114,7 +101,7 @@ def process_group():
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(local_rank() % torch.cuda.device_count())  # before any rank makes a context on GPU 0
     store, *_ = next(dist.rendezvous("env://"))
-    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+    if os.environ["GROUP_WORLD_SIZE"] == "1":
         # After a restart, torchrun on one machine may serve the store of the attempt before, whose addresses are dead.
         store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=SHORT)
@@ -131,7 +118,7 @@ def device_of_rank(device):
         raise Mistake(f"--device {device.type} runs one process: leave out torchrun, or use --device cpu")
     if device.index is not None:
         raise Mistake(f"--device {device}: each of several processes takes a GPU of its own, so use --device cuda")
-    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", world_size())), torch.cuda.device_count()
+    processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
     if processes > gpus:
         raise Mistake(
             f"{processes} processes, but {gpus} GPUs on {socket.gethostname()}: use --nproc_per_node={gpus}, "
@@ -167,10 +154,7 @@ def on_every_rank(function, *args):
 
 def on_rank_0(function, *args):
     """Call a function on rank 0 alone and return its result on every rank."""
-    result = [on_every_rank(lambda: function(*args) if rank() == 0 else None)]
-    if world_size() > 1:
-        dist.broadcast_object_list(result, src=0, group=waiting)
-    return result[0]
+    return all_gather(on_every_rank(lambda: function(*args) if rank() == 0 else None))[0]
 
 
 def local_rank_0_first(function, *args):
@@ -215,7 +199,7 @@ def average_statistics(model):
 
 
 def is_lost_rank(error):
-    """Whether an exception tells that another rank cannot be reached any more."""
+    """True if an exception tells that another rank cannot be reached any more."""
     return world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
@@ -224,24 +208,22 @@ def exit_from(main):
 
     The usual end of a process waits for, or aborts, the threads that talk to ranks which have ended already.
     """
+    if world_size() == 1:
+        sys.exit(main())
     try:
         status = main()
     except SystemExit as error:
         status = error.code
     except Exception:
-        if world_size() == 1:
-            raise
         traceback.print_exc()
         status = 1
-    if world_size() == 1:
-        sys.exit(status)
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.flush()
     os._exit(status or 0)
 
 
 def reports_lost_rank():
-    """Whether this rank says that another one's end has ended the run: rank 0, and those that may have outlived it."""
+    """True if this rank says that another one's end has ended the run: rank 0, and those that may have outlived it."""
     return rank() <= 1 or local_rank() == 0
 
 
@@ -249,6 +231,6 @@ def launcher():
     """The beginning of the command that starts such a run."""
     if world_size() == 1:
         return "python"
-    machines = os.environ.get("GROUP_WORLD_SIZE", "1")
+    machines = os.environ["GROUP_WORLD_SIZE"]
     several = "" if machines == "1" else f"--nnodes={machines} … "
-    return f"torchrun {several}--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', world_size())}"
+    return f"torchrun {several}--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"

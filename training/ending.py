@@ -14,7 +14,6 @@ class NotFinite(Exception):
     """The loss became NaN or infinite in iteration ``step`` (from 1) of an epoch."""
 
     def __init__(self, step):
-        super().__init__(step)
         self.step = step
 
 
@@ -22,7 +21,6 @@ class Interrupted(BaseException):
     """SIGINT, SIGTERM or SIGHUP arrived."""
 
     def __init__(self, number):
-        super().__init__(number)
         self.number = number
 
 
@@ -65,14 +63,15 @@ def ending(error, run):
         if rank > 0:  # which do not know the epoch
             return 3, None
         where = f"epoch {run.epoch + 1}, iteration {error.step}"
-        return 3, f"error: the loss is not finite in {where}; {saved(run, slower)}"
+        slower = saved(run, lambda args: f"--lr {args['lr'] / 10:g} (at the same rate, the same would happen)")
+        return 3, f"error: the loss is not finite in {where}; {slower}"
     if isinstance(error, Interrupted):
         quiet = not distributed.reports_lost_rank() or (error.number == signal.SIGINT and rank > 0)
         return 128 + error.number, None if quiet else f"stopped; {saved(run)}"
     if (problem := memory_problem(error)) and has_begun:
         forget_workers()
         error.__traceback__ = None  # which holds on to what filled the memory
-        return 1, f"error: {problem}; {saved(run, fewer if '--workers' in problem else smaller)}"
+        return 1, f"error: {problem}; {saved(run, fewer_workers if '--workers' in problem else less_memory)}"
     if isinstance(error, OSError) and has_begun and not isinstance(error, BrokenPipeError):
         return 1, f"error: {place_of(error) or run.path}: {error.strerror or error}; {saved(run)}"
     if distributed.is_lost_rank(error):
@@ -81,22 +80,18 @@ def ending(error, run):
     raise error
 
 
-def slower(arguments):
-    return f" --lr {arguments['lr'] / 10:g} (at the same rate, the same would happen)"
+def fewer_workers(arguments):
+    return f"--workers {arguments['workers'] // 2}"
 
 
-def fewer(arguments):
-    return f" --workers {arguments['workers'] // 2}"
-
-
-def smaller(arguments):
-    return "" if arguments["block"] == "checkpoint" else " --block checkpoint (which needs less memory)"
+def less_memory(arguments):
+    return "" if arguments["block"] == "checkpoint" else "--block checkpoint (which needs less memory)"
 
 
 def saved(run, change=lambda arguments: ""):
     """What of a run that ended early is safe on disk, as found there, and how to go on.
 
-    ``change`` says what to add to the command, from the run's arguments.
+    ``change`` says which flag to add, from the run's arguments.
     """
     if run is None:
         return "nothing was written"
@@ -110,5 +105,5 @@ def saved(run, change=lambda arguments: ""):
         return f"{path} is as it was, after epoch {checkpoint['epoch']}"
     save = ("--save=" if str(run.path).startswith("-") else "--save ") + shlex.quote(str(run.path))
     resume = f"{distributed.launcher()} {shlex.quote(sys.argv[0])} {save} --resume"
-    resume += change(checkpoint["config"]["arguments"])
-    return f"epoch {checkpoint['epoch']} is saved in {path}; to go on: {resume}"
+    flag = change(checkpoint["config"]["arguments"])
+    return f"epoch {checkpoint['epoch']} is saved in {path}; to go on: {resume} {flag}".rstrip()

@@ -35,6 +35,7 @@ OLD_FLAGS = {
     "--growth_rate": "--growth-rate",
     "--valid_size": "--valid-size",
 }
+NETWORK = ("depth", "growth_rate", "reduction", "bottleneck", "drop_rate", "init_channels")  # arguments of DenseNet
 switch = argparse.BooleanOptionalAction
 rate = between(0, 1e30)  # beyond, float32 has infinity
 channels = pixels = between(1, 100_000, int)
@@ -113,16 +114,6 @@ def add_network_flags(add, depth):
         help="dropout after every convolution but the first (default: %(default)s)")
     add("--init-channels", type=channels, metavar="N",
         help="channels of the first convolution (default: 2K, or 16 without bottlenecks)")
-
-
-def network_flags():
-    """Names of the arguments of DenseNet that are flags: all that add_network_flags adds, but for --arch."""
-    names = []
-    add_network_flags(lambda flag, **_: names.append(flag.removeprefix("--").replace("-", "_")), depth="")
-    return tuple(name for name in names if name != "arch")
-
-
-NETWORK = network_flags()
 
 
 def add_optimisation_flags(add):
@@ -233,24 +224,28 @@ def resolve_defaults(defaults, given):
     photos = dataset == "folder" and ARCHITECTURES.get(given.get("arch"), {}).get("stem") == "imagenet"
     general["image_size"] = 224 if photos else 32
     args = defaults | general | BY_DATASET.get(dataset, {}) | BY_OPTIMIZER[opt] | preset | given
-    if "arch" in given:
-        preset = architecture(given)
+    if preset := architecture(given):
         args |= {"depth": None} | {name: value for name, value in preset.items() if name in args}
     return args
 
 
 def architecture(given):
     """The arguments of DenseNet that --arch stands for. Raises Mistake where another flag sets one of them, too."""
-    preset = ARCHITECTURES[given["arch"]] if "arch" in given else {}
-    for name in ("depth", *preset) if preset else ():
-        if name in given:
+    preset = ARCHITECTURES.get(given.get("arch"), {})
+    for name in ("depth", *preset):
+        if preset and name in given:
             raise Mistake(f"--arch {given['arch']} sets the {name.replace('_', ' ')}: leave out one of the two")
     return preset
 
 
 def check_args(args):
     """Raises Mistake where arguments are out of range, contradict each other, or ask for what this machine lacks."""
-    check_newer_flags(args)
+    if args.cutout > args.image_size:
+        raise Mistake(f"--cutout {args.cutout} is larger than the images, of {args.image_size} pixels: choose less")
+    if args.warmup and args.warmup >= args.epochs:
+        raise Mistake(f"--warmup {args.warmup:g} takes all of {args.epochs} epochs: choose less, 0, or more --epochs")
+    if args.decay == "weights" and args.weight_decay == 0:
+        raise Mistake("--decay weights: nothing decays with --weight-decay 0: leave out one of the two")
     if args.nesterov and args.opt == "sgd" and args.momentum == 0:
         raise Mistake("--momentum 0 excludes Nesterov momentum: add --no-nesterov")
     if args.block == "fused" and args.compile:
@@ -266,13 +261,13 @@ def check_args(args):
         raise Mistake("--cuda-graph cannot leave out an update, as fp16 needs: add --no-cuda-graph or --precision fp32")
     if args.compile and (problem := compiler_problem(device)):
         raise Mistake(f"--compile does not work here ({problem}): leave it out")
-    downloaded = args.dataset not in ("digits", "folder")  # whose images are as they are
-    if size != 32 and downloaded:
-        raise Mistake(f"--image-size {size}: the images of {args.dataset} have 32×32 pixels")
-    if downloaded and Path(args.data, "train").is_dir():
-        raise Mistake(f"{Path(args.data, 'train')} is not of {args.dataset}: for image folders, add --dataset folder")
-    if args.channels != 3 and downloaded:
-        raise Mistake(f"--channels {args.channels}: the images of {args.dataset} have 3 channels")
+    if args.dataset not in ("digits", "folder"):  # downloaded images are as they are
+        if size != 32:
+            raise Mistake(f"--image-size {size}: the images of {args.dataset} have 32×32 pixels")
+        if args.channels != 3:
+            raise Mistake(f"--channels {args.channels}: the images of {args.dataset} have 3 channels")
+        if Path(args.data, "train").is_dir():
+            raise Mistake(f"{args.data}/train is not of {args.dataset}: for image folders, add --dataset folder")
     for name in ("white", "test_size", "skip_unreadable"):
         if getattr(args, name) and args.dataset != "folder":
             raise Mistake(f"--{name.replace('_', '-')} is for --dataset folder: leave it out")
@@ -295,15 +290,6 @@ def possible(image_size):
         if "too small" in str(error):
             raise Mistake(f"{images} are too small for this network: see --image-size") from error
         raise Mistake(f"no such network can compute on {images} ({one_line(error)})") from error
-
-
-def check_newer_flags(args):
-    if args.cutout > args.image_size:
-        raise Mistake(f"--cutout {args.cutout} is larger than the images, of {args.image_size} pixels: choose less")
-    if args.warmup and args.warmup >= args.epochs:
-        raise Mistake(f"--warmup {args.warmup:g} takes all of {args.epochs} epochs: choose less, 0, or more --epochs")
-    if args.decay == "weights" and args.weight_decay == 0:
-        raise Mistake("--decay weights: nothing decays with --weight-decay 0: leave out one of the two")
 
 
 def try_out(args, batch_size):

@@ -1,8 +1,7 @@
 """What a run writes into its directory: config.json, CSV logs, checkpoints, figures. Survives a kill at any moment.
 
 The checkpoint is the truth: it holds every row of every log, and is replaced by renaming after each epoch; the one
-before it is kept, too. Only then are the new rows appended to the CSV files. A resumed run makes the CSV files agree
-with the checkpoint again.
+before it is kept, too. Only then are the CSV files written anew. A resumed run makes them agree with the checkpoint.
 """
 
 import contextlib
@@ -22,7 +21,7 @@ from filelock import FileLock, Timeout
 from common.checkpoints import Lost, read_checkpoint, write_checkpoint
 from common.config import read_config
 from common.console import Mistake
-from common.files import named, written_whole
+from common.files import written_whole
 from common.hardware import device_name
 
 ROOT = Path(__file__).parent.parent
@@ -56,10 +55,9 @@ class Run:
         """Raise Mistake unless training may start, or go on, here. Writes nothing."""
         if self.path.exists() and not self.path.is_dir():
             raise Mistake(f"{self.path} is a file: choose another directory with --save")
-        if resume and not self.can_go_on() and (self.path / "weights.pth").exists():
-            raise Mistake(f"{self.path} has only weights.pth, which is for evaluate.py: start another run with --save")
         if resume and not self.can_go_on():
-            raise Mistake(f"{self.path} has no latest.pth to resume: leave out --resume, or name the run with --save")
+            found = "only weights.pth" if (self.path / "weights.pth").exists() else "no latest.pth"
+            raise Mistake(f"{self.path} has {found} to resume: leave out --resume, or name the run with --save")
         existing = [name for name in FILES if (self.path / name).exists()]
         if existing and not self._is_ours():
             raise Mistake(f"{self.path} holds files of another program ({existing[0]}): choose another --save")
@@ -118,18 +116,13 @@ class Run:
         for name in FILES[1:] if self.epoch == 0 else ():
             (self.path / name).unlink(missing_ok=True)
         write(self.path / "config.json", json.dumps(checkpoint["config"], indent=2) + "\n")
-        for name, rows in self.rows.items():
-            write(self.path / f"{name}.csv", ",".join(COLUMNS[name]) + "\n" + csv_lines(name, rows))
+        self._write_logs()
 
     def finish_epoch(self, checkpoint, new_rows):
-        """Save the state after an epoch, its rows and those before, then append its rows to the logs."""
+        """Save the state after an epoch, its rows and those before, then write the logs."""
         self.rows = {name: [*rows, *new_rows.get(name, ())] for name, rows in self.rows.items()}
         self._write_checkpoints(checkpoint, previous=self.path / "previous.pth")
-        for name, rows in new_rows.items():
-            with named(path := self.path / f"{name}.csv"), open(path, "a", newline="") as file:
-                file.write(csv_lines(name, rows))
-                file.flush()
-                os.fsync(file.fileno())
+        self._write_logs()
 
     def _write_checkpoints(self, checkpoint, previous=None):
         """latest.pth, then best.pth if this epoch is the best; a kill in between is mended when the run is resumed."""
@@ -139,15 +132,17 @@ class Run:
         if self.rows.get("valid") and self.best("valid")["epoch"] == self.epoch:
             write_checkpoint(self.path / "best.pth", checkpoint)
 
+    def _write_logs(self):
+        for name, rows in self.rows.items():
+            text = io.StringIO()
+            log = csv.DictWriter(text, COLUMNS[name], lineterminator="\n")
+            log.writeheader()
+            log.writerows(rows)
+            write(self.path / f"{name}.csv", text.getvalue())
+
     def best(self, name):
         """The first row with the lowest error in a log."""
         return min(self.rows[name], key=lambda row: row["error"])
-
-
-def csv_lines(name, rows):
-    buffer = io.StringIO()
-    csv.DictWriter(buffer, COLUMNS[name], lineterminator="\n").writerows(rows)
-    return buffer.getvalue()
 
 
 def write(path, text):
@@ -212,16 +207,11 @@ def provenance(device, launcher="python"):
     ``launcher`` is what the command begins with: torchrun and its options where several processes share the work.
     """
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
+    commit = None
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # not a clone, or no git
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None  # not a clone, or no git
-    return {
-        "command": f"{launcher} {shlex.join(sys.argv)}",
-        "commit": commit,
-        "versions": versions(),
-        "device": device_name(device),
-    }
+    command = f"{launcher} {shlex.join(sys.argv)}"
+    return {"command": command, "commit": commit, "versions": versions(), "device": device_name(device)}
 
 
 def versions():

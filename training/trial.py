@@ -19,7 +19,7 @@ import psutil
 import torch
 import torch.nn.functional as F
 
-from common.console import Parser, command, memory_problem
+from common.console import memory_problem
 from common.hardware import choose_precision, set_up_device, synchronize
 from densenet import DenseNet
 from inputs.batches import memory_format
@@ -68,7 +68,7 @@ def errors(found, exact):
 
 
 def is_as_exact(draws, naive):
-    """Whether errors are at most twice those of naive in the same precision: their median, and roughly all."""
+    """True if errors are at most twice those of naive in the same precision: their median, and roughly all."""
     for kind in draws[0]:
         found, allowed = [draw[kind] for draw in draws], 2 * max(draw[kind] for draw in naive) + 1e-6
         if not (all(error <= 10 * allowed for error in found) and statistics.median(found) <= allowed):  # nor NaN
@@ -77,7 +77,7 @@ def is_as_exact(draws, naive):
 
 
 def is_rounding(draws, precision):
-    """Whether errors may be those of plain torch in a precision: of outputs in fp32, TF32 would make 500 times as much.
+    """True if errors may be those of plain torch in a precision: of outputs in fp32, TF32 would make 500 times as much.
 
     All are below 1, beyond which a comparison says nothing.
     """
@@ -248,14 +248,7 @@ def weights(model):
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
-@command
-def main(argv=None):
-    parser = Parser(prog="training.trial", description=__doc__)
-    parser.add_argument("job", type=json.loads, help="as JSON; train.py makes them")
-    job = parser.parse_args(argv).job
+if __name__ == "__main__":
+    job = json.loads(sys.argv[1])
     limit_memory(torch.device(job["device"]))
     say(try_blocks(job))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -145,7 +145,7 @@ def test_block_table_is_the_benchmark_s():
     table, gpu = (list(csv.DictReader((ROOT / "bench" / name).read_text().splitlines())) for name in ("epyc.csv", "h200.csv"))
     rows = {row["candidate"]: row for row in table if row["precision"] == "bf16"}
     fused = {row["precision"]: row["times_as_fast"] for row in table if row["candidate"] == "fused"}
-    measured = {row["block"]: row for row in gpu[:2]}  # DenseNet-BC-100-12, bf16, batch 64
+    measured = {row["candidate"]: row for row in gpu[:2]}  # DenseNet-BC-100-12, bf16, batch 64
     text = " ".join(section("Speed and memory").split())
     assert f"`fused` is {fused['bf16']} times as fast in bf16, and in fp32, where it saves memory only, {fused['fp32']} times" in text
     for name in densenet.BLOCKS:
@@ -161,7 +161,7 @@ def test_block_table_is_the_benchmark_s():
 
 def fused_on_gpu(rows, batch_size):
     """How many times as fast as naive fused is in bf16, DenseNet-BC-100-12."""
-    ms = {row["block"]: float(row["ms"]) for row in reversed(rows)
+    ms = {row["candidate"]: float(row["ms"]) for row in reversed(rows)
           if (row["precision"], row["depth"], row["batch_size"]) == ("bf16", "100", str(batch_size))}  # fmt: skip
     return f"{ms['naive'] / ms['fused']:.2f}"
 
@@ -207,10 +207,10 @@ def few_images_table():
     runs = pd.read_csv(ROOT / "bench/few-images.csv", keep_default_na=False)
     epochs = list(dict.fromkeys(runs.epochs))
     lines = [f"| flags | {' | '.join(f'{n} epochs' for n in epochs)} |", "|---" * (1 + len(epochs)) + "|"]
-    for flags in dict.fromkeys(runs.flags):
-        seeds = [runs.error[(runs.flags == flags) & (runs.epochs == n)] for n in epochs]
+    for given in dict.fromkeys(runs["flags"]):
+        seeds = [runs.error[(runs["flags"] == given) & (runs.epochs == n)] for n in epochs]
         cells = " | ".join(f"{errors.mean():.1f} ± {errors.std():.1f}" for errors in seeds)
-        lines.append(f"| {f'`{flags}`' if flags else 'none: from scratch'} | {cells} |")
+        lines.append(f"| {f'`{given}`' if given else 'none: from scratch'} | {cells} |")
     return "\n".join(lines)
 
 

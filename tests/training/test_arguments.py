@@ -9,6 +9,7 @@ import torch
 from conftest import status_of
 
 import train
+from common.console import nonempty
 from densenet import DenseNet
 from training import flags
 from training.arguments import parse_args
@@ -106,20 +107,14 @@ def test_presets_set_the_architecture(capsys):
         ("--drop-rate 1", "drop rate 1.0"),
         ("--epochs 0", "argument --epochs: 0 is not in 1 … 1,000,000"),
         ("--batch-size x", "argument --batch-size: invalid int value: 'x'"),
-        ("--lr nan", "argument --lr: nan is not in 0 … 1e+30"),
         ("--momentum 0", "add --no-nesterov"),
         ("--dataset imagenet", "invalid choice: 'imagenet'"),
         ("--depht 40", "unrecognized arguments: --depht 40"),
         ("--device cuda:99", "device 'cuda:99' is not available here"),
         ("--lr 1e39", "argument --lr: 1e39 is not in 0 … 1e+30"),
-        ("--weight-decay 1e39", "argument --weight-decay: 1e39 is not in 0 … 1e+30"),
-        (f"--epochs {2**31}", "argument --epochs: 2147483648 is not in 1 … 1,000,000"),
-        (f"--growth-rate {10**20}", "argument --growth-rate: 100000000000000000000 is not in 1 … 100,000"),
-        (f"--dataset digits --image-size {10**20}", "argument --image-size: 100000000000000000000 is not in 1 … 100,000"),
         ("--save=", "argument --save: needs a name, and got nothing"),
         ("--device meta", "device 'meta' is not available here"),
         ("--device privateuseone", "device 'privateuseone' is not available here"),
-        ("--device tpu9", "device 'tpu9' is not available here"),
         ("--resume --overwrite", "--resume and --overwrite exclude each other"),
         ("--block fused --compile", "--block fused leaves --compile nothing to fuse"),
         ("--cuda-graph --device cpu", "--cuda-graph is for one process on a CUDA GPU"),
@@ -132,19 +127,11 @@ def test_presets_set_the_architecture(capsys):
         ("--arch densenet_bc_100_12 --reduction 0.9", "--arch densenet_bc_100_12 sets the reduction"),
         ("--cutout 33", "--cutout 33 is larger than the images, of 32 pixels"),
         ("--dataset digits --image-size 16 --recipe modern --cutout 17", "--cutout 17 is larger than the images, of 16 pixels"),
-        ("--cutout -1", "argument --cutout: -1 is not in 0 … 1,000,000,000"),
-        ("--mixup -0.1", "argument --mixup: -0.1 is not in 0 … 1000"),
-        ("--mixup inf", "argument --mixup: inf is not in"),
         ("--epochs 5 --warmup 5", "--warmup 5 takes all of 5 epochs: choose less"),
-        ("--warmup nan", "argument --warmup: nan is not in 0 … 1e+30"),
-        ("--clip-grad -1", "argument --clip-grad: -1 is not in 0 … 1e+30"),
         ("--ema 1", "argument --ema: 1 is not in 0 … 0.999999"),
-        ("--ema nan", "argument --ema: nan is not in"),
         ("--label-smoothing 1", "argument --label-smoothing: 1 is not in 0 … 0.999"),
         ("--decay weights --weight-decay 0", "--decay weights: nothing decays with --weight-decay 0"),
         ("--accumulate 0", "argument --accumulate: 0 is not in 1 …"),
-        ("--class-weights inverse", "invalid choice: 'inverse'"),
-        ("--recipe 2017", "invalid choice: '2017'"),
         ("--seed 4294967296", "4294967296 is not in 0 … 4,294,967,295"),
         ("--resume --save nowhere", "nowhere has no latest.pth to resume"),
     ],
@@ -152,6 +139,13 @@ def test_presets_set_the_architecture(capsys):
 def test_mistakes_end_with_one_line_and_status_2(capsys, command, words):
     assert words in refused(capsys, *command.split())
     assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1", "1e39", str(10**20)])
+def test_every_number_has_its_range(capsys, value):
+    for action in make_parser()._actions:
+        if action.type not in (None, nonempty):
+            refused(capsys, f"{action.option_strings[0]}={value}")
 
 
 def test_what_else_fails_in_the_trial_is_not_blamed_on_small_images(capsys, monkeypatch):

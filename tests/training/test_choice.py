@@ -2,13 +2,11 @@
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_same_run
+from conftest import TINY, assert_same_run
+from helpers import finished, torchrun
 
 import fused
 from densenet import DenseNet
@@ -46,39 +44,33 @@ def test_every_block_that_can_run_is_checked_and_timed(capfd, precision, options
     assert [json.loads(line)["at"] for line in capfd.readouterr().out.splitlines()] == ["reference", *blocks * 5]
 
 
-@pytest.mark.parametrize("kind", ["output", "gradients", "statistics", "nan", "memory"])
-def test_a_block_that_is_not_right_is_refused(monkeypatch, kind):
-    right, calls = trial.outcome, []
+@pytest.mark.parametrize(
+    ("block", "name", "factors"),
+    [
+        ("fused", "output", [1.001] * 3),
+        ("fused", "gradients", [1.001] * 3),
+        ("fused", "statistics", [1.001] * 3),
+        ("fused", "gradients", [float("nan"), 1, 1]),  # a race, say, that shows in one draw
+        ("naive", "output", [1.0005] * 3),  # as in TF32, by which others would be allowed as much
+        ("fused", "output", []),
+    ],
+)
+def test_a_block_that_is_not_right_is_refused(monkeypatch, block, name, factors):
+    right, left = trial.outcome, iter(factors)
 
     def outcome(model, *args):
         result = right(model, *args)
-        if model.block == "fused":
-            if kind == "memory":
+        if model.block == block:
+            if not factors:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-            name = "gradients" if kind == "nan" else kind
-            calls.append(kind)
-            once = kind == "nan" and len(calls) > 1  # a race, say, that shows in one draw
-            result[name] = result[name] * (1 if once else float("nan") if kind == "nan" else 1.001)
+            result[name] = result[name] * next(left)
         return result
 
     monkeypatch.setattr(trial, "outcome", outcome)
     found = trial.try_blocks(JOB | {"checked_images": 4})
-    assert list(found["seconds"]) == ["naive", "checkpoint"]
-    assert found["refused"]["fused"].startswith("out of memory" if kind == "memory" else "computes something else")
-    assert found["lasting"] == (kind != "memory")
-
-
-def test_naive_is_no_measure_of_others_where_it_is_off_by_more_than_rounding(monkeypatch):
-    """As in TF32, which would allow every block as much."""
-    right = trial.outcome
-
-    def outcome(model, *args):
-        result = right(model, *args)
-        return result | {"output": result["output"] * (1.0005 if model.block == "naive" else 1)}
-
-    monkeypatch.setattr(trial, "outcome", outcome)
-    found = trial.try_blocks(JOB | {"checked_images": 4})
-    assert list(found["seconds"]) == ["checkpoint", "fused"] and "naive" in found["refused"]
+    assert list(found["seconds"]) == [other for other in JOB["blocks"] if other != block]
+    assert found["refused"][block].startswith("computes something else" if factors else "out of memory")
+    assert found["lasting"] == bool(factors)
 
 
 def test_an_error_that_may_leave_the_gpu_unusable_ends_the_process(monkeypatch, capfd):
@@ -107,76 +99,70 @@ def test_a_block_is_not_its_own_reference(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("fused_seconds", "best"),
+    ("seconds", "refused", "graph", "best", "line"),
     [
-        ([1.0, 1.0, 1.0, 1.0, 1.0], "fused"),
-        ([1.92, 1.92, 1.92, 1.92, 1.92], "naive"),  # 4 %
-        ([1.3, 1.8, 1.8, 2.1, 2.2], "naive"),  # 11 %, but slower in two turns
-        ([1.8, 1.8, 1.85, 1.75, 1.8], "fused"),
+        ({"naive": [2.0] * 5, "fused": [1.0] * 5}, {}, True, "fused",
+         "fused --cuda-graph, 2.00 times as fast as naive here; --block fused --cuda-graph pins it"),
+        ({"naive": [2.0] * 5, "checkpoint": [2.5] * 5, "fused": [1.92] * 5}, {}, False, "naive",  # 4 %
+         "naive, the fastest here; --block naive pins it"),
+        ({"naive": [2.0] * 5, "fused": [1.3, 1.8, 1.8, 2.1, 2.2]}, {}, False, "naive",  # 11 %, but slower in two turns
+         "naive, the fastest here; --block naive pins it"),
+        ({"naive": [2.0] * 5, "fused": [1.8, 1.8, 1.85, 1.75, 1.8]}, {}, False, "fused",
+         "fused, 1.11 times as fast as naive here; --block fused pins it"),
+        ({"checkpoint": [3.0] * 5, "fused": [2.0] * 5}, {"naive": "out of memory"}, False, "fused",
+         "fused, which runs here; naive: out of memory; --block fused pins it"),
     ],
-)
-def test_naive_stands_unless_another_one_clearly_wins(fused_seconds, best):
-    found = {"naive": [2.0] * 5, "checkpoint": [2.5] * 5, "fused": fused_seconds}
-    assert choice.fastest(found)[0] == best
+)  # fmt: skip
+def test_naive_stands_unless_another_one_clearly_wins(seconds, refused, graph, best, line):
+    found = {"seconds": seconds, "refused": refused, "graph": graph}
+    assert choice.describe(found, "naive") == (best, graph, f"--block auto took {line}")
 
 
-def test_where_naive_does_not_fit_the_fastest_that_does_is_taken():
-    found = {"seconds": {"checkpoint": [3.0] * 5, "fused": [2.0] * 5}, "refused": {"naive": "out of memory"}, "graph": False}
-    block, _, line = choice.describe(found, "naive")
-    assert block == "fused"
-    assert line == "--block auto took fused, which runs here; naive: out of memory; --block fused pins it"
+@pytest.fixture
+def process(monkeypatch):
+    """Puts a program in the place of the process of a job, which it finds as the variable ``job``."""
 
-
-def test_the_line_says_by_how_much():
-    found = {"seconds": {"naive": [2.0] * 5, "fused": [1.0] * 5}, "refused": {}, "graph": True}
-    line = "--block auto took fused --cuda-graph, 2.00 times as fast as naive here; --block fused --cuda-graph pins it"
-    assert choice.describe(found, "naive") == ("fused", True, line)
-
-
-def process(source):
-    """A stand-in for the process of a job, which finds the job as the variable ``job``."""
-
-    def run(job, timeout):
+    def replace(source):
         program = f"import json, os, sys, time\njob = json.loads(sys.argv[1])\n{source}"
-        command = [sys.executable, "-c", program, json.dumps(job)]
-        return choice.last_line(command, timeout)
+        monkeypatch.setattr(choice, "PROGRAM", ["-c", program])
 
-    return run
+    return replace
 
 
 FOUND = {"seconds": {"naive": [2.0] * 3, "checkpoint": [1.0] * 3}, "refused": {}, "graph": False, "lasting": True, "at": None}
-DIES = f"""
+HALF = {"at": "checkpoint", "seconds": {"naive": [2.0, 2.1], "checkpoint": [1.0]}}
+TRIES = """
 for block in job["blocks"]:
-    print(json.dumps({{"at": block}}), flush=True)
+    print(json.dumps({"at": block}), flush=True)
     if block == "fused":
-        os.kill(os.getpid(), 9)
-print(json.dumps({FOUND!r}))
+        END
 """
-
-
-def test_a_block_that_kills_the_process_is_left_out(monkeypatch):
-    monkeypatch.setattr(choice, "run_process", process(DIES))
-    found = choice.measure_apart(JOB, 60)
-    assert found == FOUND | {"refused": {"fused": "ended the process (-9)"}, "lasting": False}
-
-
-def test_a_reference_that_does_not_fit_is_made_of_fewer_images(monkeypatch):
-    source = f"""
-print(json.dumps({{"at": "reference"}}), flush=True)
+FEWER = """
+print(json.dumps({"at": "reference"}), flush=True)
 if job["checked_images"] > 1:
     os._exit(1)
-print(json.dumps({FOUND!r}))
 """
-    monkeypatch.setattr(choice, "run_process", process(source))
-    assert choice.measure_apart(JOB, 60) == FOUND
+GRAPH = """
+if job["graph"]:
+    print(json.dumps({"at": "--cuda-graph"}), flush=True)
+    os._exit(1)
+"""
 
 
-def test_what_was_timed_when_the_time_was_up_is_the_answer(monkeypatch):
-    seconds = {"naive": [2.0, 2.1], "checkpoint": [1.0]}
-    source = f"print(json.dumps({FOUND | {'at': 'checkpoint', 'seconds': seconds}!r}), flush=True)\ntime.sleep(60)"
-    monkeypatch.setattr(choice, "run_process", process(source))
-    expected = {"seconds": {"naive": [2.0], "checkpoint": [1.0]}, "at": "checkpoint", "lasting": False}
-    assert choice.measure_apart(JOB, 2) == FOUND | expected
+@pytest.mark.parametrize(
+    ("source", "change", "seconds"),
+    [
+        (TRIES.replace("END", "os.kill(os.getpid(), 9)"), {"refused": {"fused": "ended the process (-9)"}, "lasting": False}, 60),
+        (FEWER, {}, 60),  # a reference that does not fit is made of fewer images
+        (GRAPH, {"refused": {"--cuda-graph": "ended the process (1)"}, "lasting": False}, 60),
+        (f"print(json.dumps({FOUND | HALF!r}), flush=True)\ntime.sleep(60)",  # what was timed when the time was up
+         {"seconds": {"naive": [2.0], "checkpoint": [1.0]}, "at": "checkpoint", "lasting": False}, 2),
+    ],
+    ids=["killed", "fewer", "graph", "late"],
+)  # fmt: skip
+def test_what_hurts_the_process_is_left_out(process, source, change, seconds):
+    process(f"{source}\nprint(json.dumps({FOUND!r}))")
+    assert choice.measure_apart(JOB | {"graph": True}, seconds) == FOUND | change
 
 
 @pytest.fixture
@@ -187,68 +173,35 @@ def quick(monkeypatch):
 
 
 @pytest.mark.parametrize("source", ["time.sleep(60)", "os._exit(1)", "print('no JSON')\nprint(0)"])
-def test_without_an_answer_the_default_stands(monkeypatch, quick, cache, source):
-    monkeypatch.setattr(choice, "run_process", process(source))
+def test_without_an_answer_the_default_stands(process, quick, cache, source):
+    process(source)
     assert choice.fastest_block(JOB, "fused", 10**6) == ("fused", False, "--block auto could not measure; it takes fused")
     assert not cache.exists()
 
 
-@pytest.mark.parametrize("end", ["time.sleep(60)", "os.kill(os.getpid(), 11)", "os._exit(3)"])
-def test_a_default_that_hangs_or_dies_is_not_taken(monkeypatch, quick, end):
-    source = f"""
-for block in job["blocks"]:
-    print(json.dumps({{"at": block}}), flush=True)
-    if block == "fused":
-        {end}
-time.sleep(60)
-"""
-    monkeypatch.setattr(choice, "run_process", process(source))
+@pytest.mark.parametrize("end", ["time.sleep(60)", "os._exit(3)"])
+def test_a_default_that_hangs_or_dies_is_not_taken(process, quick, end):
+    process(TRIES.replace("END", end) + "time.sleep(60)")
     block, _, line = choice.fastest_block(JOB, "fused", 10**6)
     assert block == "naive" and "fused: " in line and line.endswith("it takes naive")
 
 
-def test_where_the_graph_fails_eager_steps_are_measured(monkeypatch):
-    source = f"""
-if job["graph"]:
-    print(json.dumps({{"at": "--cuda-graph"}}), flush=True)
-    os._exit(1)
-print(json.dumps({FOUND!r}))
-"""
-    monkeypatch.setattr(choice, "run_process", process(source))
-    reason = {"--cuda-graph": "ended the process (1)"}
-    assert choice.measure_apart(JOB | {"graph": True}, 60) == FOUND | {"refused": reason, "lasting": False}
-
-
-def test_what_may_not_happen_again_is_not_kept(monkeypatch, quick, cache):
-    found = FOUND | {"refused": {"fused": "out of memory"}, "lasting": False}
-    monkeypatch.setattr(choice, "run_process", lambda job, timeout: (found, 0))
-    assert choice.fastest_block(JOB, "fused", 10**6)[0] == "checkpoint" and not cache.exists()
-    found |= {"refused": {"fused": "computes something else (relative errors …)"}, "lasting": True}
-    assert choice.fastest_block(JOB, "fused", 10**6)[0] == "checkpoint" and cache.exists()
-
-
 def test_a_process_that_cannot_be_started_is_no_mistake(monkeypatch, quick):
-    def run(*args):
-        raise BlockingIOError(11, "Resource temporarily unavailable")
-
-    monkeypatch.setattr(choice, "run_process", run)
+    monkeypatch.setattr(choice.sys, "executable", "nowhere")
     assert choice.fastest_block(JOB, "fused", 10**6)[0] == "fused"
 
 
 def test_a_short_run_does_not_measure(monkeypatch):
-    def refuse(*args):
-        raise AssertionError
-
-    monkeypatch.setattr(choice, "run_process", refuse)
+    monkeypatch.setattr(choice, "run_process", None)
     monkeypatch.setattr(choice, "expected_seconds", lambda *args: 0.45e-3)  # 450 s: 2 % are 9 s, less than a start takes
     assert choice.fastest_block(JOB, "fused", 10**6) == ("fused", False, None)
-    monkeypatch.setattr(choice, "expected_seconds", refuse)
+    monkeypatch.setattr(choice, "expected_seconds", None)
     assert choice.fastest_block(JOB, "fused", 2000) == ("fused", False, None)  # 60 of them would be 3 %
 
 
 def test_the_answer_is_kept(monkeypatch, capsys, cache):
-    calls = []
-    monkeypatch.setattr(choice, "run_process", lambda job, timeout: calls.append(job) or (FOUND, 0))
+    calls, lasting = [], True
+    monkeypatch.setattr(choice, "run_process", lambda job, timeout: calls.append(job) or (FOUND | {"lasting": lasting}, 0))
     monkeypatch.setattr(choice, "expected_seconds", lambda *args: 1.0)
     answers = [choice.fastest_block(JOB, "naive", 10**6) for _ in range(2)]
     assert answers[0] == answers[1] and answers[0][0] == "checkpoint" and len(calls) == 1
@@ -258,17 +211,14 @@ def test_the_answer_is_kept(monkeypatch, capsys, cache):
     assert len(calls) == 3
     for path in cache.iterdir():
         path.write_text('{"seconds": {"naive": "soon"}, "refused": {}}')
+    lasting = False  # what may not happen again is not kept
+    assert choice.fastest_block(JOB, "naive", 10**6)[0] == "checkpoint"
+    lasting = True
     choice.fastest_block(JOB, "naive", 10**6)  # damaged: measured again, and mended
     choice.fastest_block(JOB, "naive", 10**6)
-    assert len(calls) == 4
-    assert capsys.readouterr().out.count("measuring which --block is fastest here") == 4
-
-
-def test_a_cache_that_cannot_be_written_is_no_mistake(monkeypatch, tmp_path):
-    (tmp_path / "file").touch()
-    monkeypatch.setattr(choice.platformdirs, "user_cache_path", lambda name: tmp_path / "file" / "cache")
-    monkeypatch.setattr(choice, "run_process", lambda job, timeout: (FOUND, 0))
-    monkeypatch.setattr(choice, "expected_seconds", lambda *args: 1.0)
+    assert len(calls) == 5 and capsys.readouterr().out.count("measuring which --block is fastest here") == 5
+    (cache.parent / "file").touch()  # no folder to keep anything in
+    monkeypatch.setattr(choice.platformdirs, "user_cache_path", lambda name: cache.parent / "file" / "cache")
     assert choice.fastest_block(JOB, "naive", 10**6)[0] == "checkpoint"
 
 
@@ -288,30 +238,25 @@ def test_a_graph_that_forgets_the_learning_rate_is_noticed():
         trial.graphed(JOB, "naive", CPU, kind=Forgetful)
 
 
-@pytest.mark.parametrize("right", [True, False])
-def test_all_steps_are_replayed_where_those_of_all_blocks_are_right(monkeypatch, right):
+@pytest.mark.parametrize(
+    ("failing", "error", "expected"),
+    [
+        (None, None, (True, True, {"naive", "checkpoint", "fused"}, set())),
+        ("fused", trial.Wrong("computes something else"), (False, True, {"naive", "checkpoint", "fused"}, {"--cuda-graph"})),
+        ("naive", torch.OutOfMemoryError("CUDA out of memory"), (True, False, {"checkpoint", "fused"}, {"naive"})),
+    ],
+)
+def test_all_steps_are_replayed_where_those_of_all_blocks_are_right(monkeypatch, failing, error, expected):
     def graphed(job, block, device):
-        if block == "fused" and not right:
-            raise trial.Wrong("computes something else with block fused")
-        return lambda: replayed.append(block)
+        if block == failing:
+            raise error
+        return lambda: replayed.add(block)
 
-    replayed = []
+    replayed = set()
     monkeypatch.setattr(trial, "graphed", graphed)
     found = trial.try_blocks(JOB | {"checked_images": 4, "graph": True})
-    assert (found["graph"], set(found["seconds"])) == (right, set(JOB["blocks"]))
-    assert set(replayed) == (set(JOB["blocks"]) if right else set())
-    assert set(found["refused"]) == (set() if right else {"--cuda-graph"}) and found["lasting"]
-
-
-def test_a_block_whose_graph_does_not_fit_leaves_the_others_theirs(monkeypatch):
-    def graphed(job, block, device):
-        if block == "naive":
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-        return lambda: None
-
-    monkeypatch.setattr(trial, "graphed", graphed)
-    found = trial.try_blocks(JOB | {"checked_images": 4, "graph": True})
-    assert (found["graph"], found["lasting"], set(found["seconds"])) == (True, False, {"checkpoint", "fused"})
+    assert (found["graph"], found["lasting"], set(found["seconds"]), set(found["refused"])) == expected
+    assert replayed == (set(found["seconds"]) if found["graph"] else set())
 
 
 @pytest.mark.parametrize(("ranks", "given", "expected"), [(1, None, True), (4, None, False), (1, False, False)])
@@ -352,7 +297,6 @@ def test_train_takes_what_was_measured_and_a_resumed_run_keeps_it(tiny, measured
     assert tiny("--save", "pinned", "--resume", "--block", "auto", "--epochs", "2", args=[]) == 0
     assert "--block auto took checkpoint" in capsys.readouterr().out  # the user asked for it
     monkeypatch.setattr(choice, "device_name", lambda device: "another processor")
-    monkeypatch.setattr(choice, "device_name", lambda device: "another processor")
     assert tiny("--save", "run", "--resume", "--epochs", "3", args=[]) == 0
     assert len(measured) == 2
 
@@ -365,19 +309,18 @@ def test_what_is_pinned_is_not_measured(tiny, measured, flag, tmp_path):
 
 
 @pytest.mark.slow
-def test_rank_0_decides_for_all(tmp_path):
+def test_rank_0_decides_for_all(tmp_path, monkeypatch):
     """Two ranks that would choose differently train with one block: that of rank 0."""
-    program = (
-        "import os, train\n"
-        "from training import choice\n"
-        "choice.SHARE = 1e9\n"
-        "block = 'checkpoint' if os.environ['RANK'] == '0' else 'naive'\n"
-        "found = {'seconds': {block: [1.0] * 3}, 'refused': {}, 'graph': False, 'lasting': True, 'at': None}\n"
-        "choice.run_process = lambda job, timeout: (found, 0)\n"
-        "train.distributed.exit_from(train.main)\n"
-    )
+    program = """
+import os, train
+from training import choice
+choice.SHARE = 1e9
+block = 'checkpoint' if os.environ['RANK'] == '0' else 'naive'
+found = {'seconds': {block: [1.0] * 3}, 'refused': {}, 'graph': False, 'lasting': True, 'at': None}
+choice.run_process = lambda job, timeout: (found, 0)
+train.distributed.exit_from(train.main)
+"""
     (tmp_path / "ranks.py").write_text(program)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "ranks.py", *TINY, "--no-plot"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path)}
-    subprocess.run([*command, "--epochs", "1", "--save", "run"], env=env, check=True, capture_output=True, timeout=240)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    finished(torchrun(2, "ranks.py", *TINY, "--no-plot", "--epochs", "1", "--save", "run"), 0)
     assert block_of(tmp_path / "run") == "checkpoint"

@@ -1,10 +1,9 @@
-"""Several gloo ranks on the CPU: they compute what one process computes, and they end together."""
+"""Several gloo ranks on the CPU end together and start again; what they compute is in test_recipe.py."""
 
 import contextlib
 import json
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,106 +11,18 @@ import pandas as pd
 import psutil
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import TINY
 from helpers import ROOT, finished, torchrun
-from tqdm import tqdm
 
 from common.console import Mistake
-from densenet import BLOCKS, DenseNet
-from inputs import datasets
-from inputs.image import Reader
-from train import train_epoch
 from training import distributed
 from training.run import Run
-from training.step import Step, evaluate
 
-BATCH_SIZE, IMAGES = 10, 31  # the last batch has one image, fewer than there are ranks
+RUN = [str(ROOT / "train.py"), *TINY, "--batch-size", "7", "--save", "run"]
 
 
 def lines_of_ours(output):
     return [line for line in output.splitlines() if line.startswith("train.py: ")]
-
-
-# One epoch of each block in float64, by several ranks or by one process that splits its batches as they do.
-
-
-def make(block):
-    torch.manual_seed(0)
-    model = DenseNet(depth=10, growth_rate=4, block=block).double()
-    return model, torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, nesterov=True)
-
-
-def dataset():
-    return datasets.load("digits", None, Reader(8)).limit(IMAGES, 101)
-
-
-def as_double(batches):
-    return ((x.double(), *rest) for x, *rest in batches)
-
-
-def train_and_evaluate():
-    """What each rank does: trains every block, evaluates, and on rank 0 writes what came out."""
-    results, digits = {}, dataset()
-    share = distributed.share()
-    no_amp, bar = contextlib.nullcontext, tqdm(disable=True)
-    with distributed.process_group():
-        for block in BLOCKS:
-            model, optimizer = make(block)
-            batches = digits.train.batches(BATCH_SIZE, digits.normalize, "mean", share)
-            step = Step(distributed.data_parallel(model), optimizer, no_amp, distributed.world_size())
-            steps = train_epoch(step, as_double(batches.shuffled(1)), lambda i: 0.1, bar)
-            test = digits.test.batches(BATCH_SIZE, digits.normalize, None, share)
-            torch.manual_seed(1)  # a model that all ranks have, whatever the statistics of their batches
-            fresh = DenseNet(depth=10, growth_rate=4)
-            statistics = model.norm.running_mean.clone()
-            distributed.average_statistics(model)
-            results[block] = {
-                "parameters": dict(model.named_parameters()),
-                "steps": steps,
-                "test": evaluate(fresh, test, no_amp),
-                "statistics": distributed.all_gather((statistics, model.norm.running_mean)),
-            }
-    if distributed.rank() == 0:
-        torch.save(results, sys.argv[1])
-
-
-def reference(block, ranks):
-    """The parameters after the same epoch in one process, whose batch norms see one share of a batch after the other."""
-    model, optimizer = make(block)
-    digits = dataset()
-    batches = digits.train.batches(BATCH_SIZE, digits.normalize, "mean")
-    for x, labels, count in as_double(batches.shuffled(1)):
-        optimizer.zero_grad()
-        for rank in range(min(ranks, count)):
-            logits = model(x[rank::ranks]).float()  # as train_epoch does
-            (F.cross_entropy(logits, labels[rank::ranks], reduction="sum") / count).backward()
-        optimizer.step()
-    return dict(model.named_parameters())
-
-
-@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_ranks_train_and_evaluate_like_one_process(ranks):
-    finished(torchrun(ranks, __file__, "results.pt"), 0)
-    results, digits = torch.load("results.pt"), dataset()
-    torch.manual_seed(1)
-    fresh = DenseNet(depth=10, growth_rate=4)
-    loss, error = evaluate(fresh, digits.test.batches(101, digits.normalize), contextlib.nullcontext)
-    for block, result in results.items():
-        for name, value in reference(block, ranks).items():
-            torch.testing.assert_close(result["parameters"][name], value, rtol=1e-5, atol=1e-6, msg=lambda m, k=f"{block} {name}": f"{k}: {m}")
-        assert result["steps"][:, 2].tolist() == [10, 10, 10, 1]
-        assert result["test"][1] == error
-        assert result["test"][0] == pytest.approx(loss, rel=1e-6)
-        own, averaged = zip(*result["statistics"], strict=True)
-        assert not torch.equal(own[0], own[1])  # each rank has seen images of its own
-        for mean in averaged:
-            torch.testing.assert_close(mean, sum(own) / ranks)
-
-
-# Whole runs of train.py.
-
-RUN = [*TINY, "--batch-size", "7", "--save", "run"]
 
 
 def wait_for_epoch(epoch, process):
@@ -141,7 +52,7 @@ def assert_logs_are_whole(epochs):
 
 
 def test_a_killed_rank_ends_the_run_and_another_number_of_ranks_resumes_it():
-    process = torchrun(2, str(ROOT / "train.py"), *RUN, "--epochs", "300", "--block", "fused")
+    process = torchrun(2, *RUN, "--epochs", "300", "--block", "fused")
     kill_rank_1_after(2, process)
     output = finished(process, 1)
     [line] = lines_of_ours(output)
@@ -179,7 +90,7 @@ def test_ranks_end_when_their_launcher_is_killed(tmp_path):
     program = """
 import os, pathlib, signal, time
 import torch
-import distributed
+from training import distributed
 
 with distributed.process_group():
     signal.signal(signal.SIGTERM, lambda *_: None)
@@ -198,19 +109,23 @@ with distributed.process_group():
 
 
 @pytest.mark.slow
-def test_torchrun_restarts_a_run_from_its_last_checkpoint():
-    process = torchrun(2, str(ROOT / "train.py"), *RUN, "--epochs", "12", options=["--max-restarts=1"])
+def test_torchrun_restarts_a_run_from_its_last_checkpoint_and_touches_no_older_one():
+    process = torchrun(2, *RUN, "--epochs", "12", options=["--max-restarts=1"])
     kill_rank_1_after(2, process)
     finished(process, 0)
     assert_logs_are_whole(12)
     assert json.loads(Path("run/config.json").read_text())["resumed"][0]["epoch"] >= 2
+    before = Path("run/latest.pth").read_bytes()
+    lines = lines_of_ours(finished(torchrun(2, *RUN, options=["--max-restarts=1"]), 1))
+    assert len(lines) == 2 and all("run holds a run" in line for line in lines)
+    assert Path("run/latest.pth").read_bytes() == before
 
 
 @pytest.mark.slow
 def test_one_command_line_serves_a_scheduler():
     """As Slurm ends a job: SIGTERM for torchrun, and SIGKILL for whatever is left ten seconds later."""
     flags = [*RUN, "--epochs", "30", "--resume", "if-any"]
-    process = torchrun(2, str(ROOT / "train.py"), *flags)
+    process = torchrun(2, *flags)
     wait_for_epoch(2, process)
     left = [process, *psutil.Process(process.pid).children(recursive=True)]
     process.terminate()
@@ -222,19 +137,9 @@ def test_one_command_line_serves_a_scheduler():
                 each.kill()
     output = process.communicate()[0]
     assert "is saved in run/latest.pth; to go on: torchrun" in output
-    finished(torchrun(2, str(ROOT / "train.py"), *flags), 0)
+    finished(torchrun(2, *flags), 0)
     assert_logs_are_whole(30)
     assert json.loads(Path("run/config.json").read_text())["resumed"][0]["epoch"] >= 2
-
-
-@pytest.mark.slow
-def test_a_restart_does_not_touch_an_older_run():
-    finished(torchrun(2, str(ROOT / "train.py"), *RUN, "--epochs", "1"), 0)
-    before = Path("run/latest.pth").read_bytes()
-    output = finished(torchrun(2, str(ROOT / "train.py"), *RUN, "--epochs", "2", options=["--max-restarts=1"]), 1)
-    lines = lines_of_ours(output)
-    assert len(lines) == 2 and all("run holds a run" in line for line in lines)
-    assert Path("run/latest.pth").read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -255,7 +160,7 @@ def test_a_mistake_is_told_once_and_ends_all_ranks(flags, message):
 
 def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(Mistake, match=r"2 processes, but 1 GPUs on .*: use --nproc_per_node=1, or --device cpu"):
         distributed.device_of_rank(torch.device("cuda"))
@@ -263,10 +168,6 @@ def test_more_processes_than_gpus(monkeypatch):
         distributed.device_of_rank(torch.device("cuda", 1))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert distributed.device_of_rank(torch.device("cuda")) == torch.device("cuda", 1)
-
-
-if __name__ == "__main__":
-    train_and_evaluate()
 
 
 def test_an_unexpected_exception_ends_a_rank_at_once(tmp_path):

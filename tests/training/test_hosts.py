@@ -1,6 +1,6 @@
 """Two machines, really: two network namespaces that a veth pair joins, each with a host name, a launcher and its ranks.
 
-They share a file system, and nothing else. Needs root and the command `ip`: pytest -m long tests/test_hosts.py -s
+They share a file system, and nothing else. Needs root and the command `ip`: pytest -m long tests/training/test_hosts.py
 """
 
 import os
@@ -25,7 +25,8 @@ PAGE = (ROOT / "docs/distributed.md").read_text()
 IMPATIENT = """
 import datetime, sys
 sys.path.insert(0, {root!r})
-import distributed, train
+import train
+from training import distributed
 distributed.SHORT = datetime.timedelta(seconds=30)
 distributed.exit_from(train.main)
 """
@@ -89,7 +90,6 @@ class Host:
         """The exit status, once the launcher has ended and no process is left on the host."""
         status = self.process.wait(seconds)
         self.lose_ranks(seconds)
-        self.show()
         return status
 
     def lose_ranks(self, seconds):
@@ -98,13 +98,6 @@ class Host:
         while set(pids(self.name)) - {self.process.pid}:
             assert time.monotonic() < end, f"{self.name} still has processes"
             time.sleep(0.2)
-
-
-    def show(self):
-        for line in self.output.read_text().splitlines():
-            if line.startswith(("train.py", "epoch")):
-                print(f"{self.name}: {line}")
-
 
 def on_both(script, *flags):
     return [Host(name, command_of_the_page(), script, *flags) for name in HOSTS]
@@ -118,9 +111,7 @@ def wait_for(epoch, *hosts):
 
 
 def finished():
-    epoch = Run("run").latest()[0]["epoch"]
-    print(f"epoch {epoch} is on the disk")
-    return epoch
+    return Run("run").latest()[0]["epoch"]
 
 
 def test_two_machines_lose_a_launcher_and_the_network_and_go_on(network, tmp_path):
@@ -140,11 +131,9 @@ def test_two_machines_lose_a_launcher_and_the_network_and_go_on(network, tmp_pat
     a, b = on_both(impatient, *resume, "100000")
     wait_for(epoch + 4, a, b)
     ip(f"-n {b.name} link set eth0 down")
-    print("the link is cut")
     assert a.ended(120) == 1
     b.lose_ranks(120)
     ip(f"-n {b.name} link set eth0 up")
-    print("the link is back")
     assert b.ended(240) != 0  # the other's launcher has gone
 
     epoch = finished()

@@ -6,9 +6,6 @@ shares nothing with train.py but the network. Every draw of an epoch comes from 
 
 import copy
 import math
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, TINY
+from helpers import finished, torchrun
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
@@ -36,13 +34,13 @@ TOLERANCE = 1e-5
 
 
 def digits(fill):
-    """All training images, normalised, with 4 pixels of border (1437, 1, 16, 16), their labels, and what fills the border."""
+    """Training images, normalised, with 4 pixels of border (1437, 1, 16, 16), their labels, what fills the border; nine for a test."""
     images, labels = (torch.tensor(array) for array in load_digits(return_X_y=True))
-    train, _ = train_test_split(range(1797), test_size=360, random_state=0)
-    x = (images[train] * (255 / 16)).round().view(-1, 1, 8, 8)
-    mean, std = x.mean(), x.std(correction=0)
-    value = 0.0 if fill == "mean" else float(-mean / std)
-    return F.pad((x - mean) / std, (4, 4, 4, 4), value=value), labels[train], value
+    train, test = train_test_split(range(1797), test_size=360, random_state=0)
+    images = (images * (255 / 16)).round().view(-1, 1, 8, 8)
+    mean, std = images[train].mean(), images[train].std(correction=0)
+    value, x = 0.0 if fill == "mean" else float(-mean / std), (images - mean) / std
+    return F.pad(x[train], (4, 4, 4, 4), value=value), labels[train], value, (x[test[:9]].expand(-1, 3, -1, -1), labels[test[:9]])
 
 
 def batches_of(epoch, x, labels, value, o):
@@ -101,7 +99,7 @@ def update(w, state, t, lr, o):
 
 
 def recipe(options, ranks=1):
-    """State of the network and of its average, and the rows (loss, error) of train.csv, as ``ranks`` processes get there."""
+    """State of the network and of its average, and the rows (loss, error) of train.csv and test.csv's last, by ``ranks`` processes."""
     opt = options.get("opt", "sgd")
     o = SimpleNamespace(**PAPER | OFF | SMALL | RATES[opt] | options)
     torch.manual_seed(o.seed)
@@ -110,7 +108,7 @@ def recipe(options, ranks=1):
     weights = list(model.parameters())
     models = [copy.deepcopy(model, {id(w): w for w in weights}) for _ in range(ranks)]  # shared weights, own statistics
     averages = [copy.deepcopy(model) for _ in range(ranks)]
-    *images_and_labels, value = digits(o.crop_fill)
+    *images_and_labels, value, (test_images, test_labels) = digits(o.crop_fill)
     state, rows, t = {}, [], 0
     for epoch in range(1, o.epochs + 1):
         masks = [torch.manual_seed(o.seed * 1_000_003 + epoch + 2_654_435_761 * rank).get_state() for rank in range(ranks)]
@@ -120,13 +118,14 @@ def recipe(options, ranks=1):
             model.zero_grad()
             for rank in range(ranks):
                 torch.set_rng_state(masks[rank])
-                share = [part[rank::ranks] for part in batch]
+                counted = rank < len(batch[0])  # where none is left, the first image of the epoch keeps a rank in step
+                share = [part[rank::ranks] for part in batch] if counted else [part[:1] for part in batches[0]]
                 passes = math.ceil(len(share[0]) / math.ceil(o.batch_size / ranks))
                 for x, y, target in zip(*(part.tensor_split(passes) for part in share), strict=True):
                     logits = models[rank](x.contiguous(memory_format=torch.channels_last))
-                    (-(target * logits.log_softmax(1)).sum() / len(batch[0])).backward()
-                    loss_sum += F.cross_entropy(logits, y, reduction="sum").item()
-                    wrong += (logits.argmax(1) != y).sum().item()
+                    (-counted * (target * logits.log_softmax(1)).sum() / len(batch[0])).backward()
+                    loss_sum += counted * F.cross_entropy(logits, y, reduction="sum").item()
+                    wrong += counted * (logits.argmax(1) != y).sum().item()
                 masks[rank] = torch.get_rng_state()
             ema = min(o.ema, (1 + t) / (10 + t))
             t += 1
@@ -145,6 +144,9 @@ def recipe(options, ranks=1):
             mean = sum(statistics) / ranks
             for statistic in statistics:
                 statistic.copy_(mean)
+    with torch.no_grad():
+        logits = models[0].eval()(test_images.contiguous(memory_format=torch.channels_last))
+    rows.append((F.cross_entropy(logits, test_labels).item(), 100 * (logits.argmax(1) != test_labels).double().mean().item()))
     return models[0].state_dict(), averages[0].state_dict(), rows
 
 
@@ -198,7 +200,7 @@ def flags(options):
     for key, value in (SMALL | options).items():
         flag = key.replace("_", "-")
         yield from [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
-    yield from "--precision fp32 --limit-test 10 --save run".split()
+    yield from "--precision fp32 --limit-test 9 --save run".split()
 
 
 def assert_follows(state, average, rows):
@@ -208,7 +210,7 @@ def assert_follows(state, average, rows):
         averaged = {name: value for name, value in average.items() if value.is_floating_point()}
         found = {name: found["ema"]["model"][name] for name in averaged}
         torch.testing.assert_close(found, averaged, rtol=TOLERANCE, atol=TOLERANCE, check_dtype=False)
-    log = pd.read_csv("run/train.csv")
+    log = pd.concat([pd.read_csv("run/train.csv"), pd.read_csv("run/test.csv").tail(1)])
     assert log["loss"].tolist() == pytest.approx([loss for loss, _ in rows], abs=TOLERANCE)
     assert log["error"].tolist() == pytest.approx([error for _, error in rows], abs=1e-4)
 
@@ -219,11 +221,13 @@ def test_one_process(tiny, options):
     assert_follows(*recipe(options))
 
 
-def test_two_processes():
-    """Shares of 5 images in passes of 3 and 2, in the last update of 2 and 1; statistics are the mean of both processes'."""
-    options = CONSTANT | dict(drop_rate=0.2, block="naive", weight_decay=0.02)
+@pytest.mark.parametrize("limit_train", [13, 11])
+def test_two_processes(limit_train):
+    """Shares of 5 images in passes of 3 and 2, in the last update of 2 and 1, or 1 and 0; statistics are the mean of both processes'.
+
+    Of the test images, one has five, the other four.
+    """
+    options = CONSTANT | dict(drop_rate=0.2, block="naive", weight_decay=0.02, limit_train=limit_train)
     options |= dict(label_smoothing=0.1, cutout=3, mixup=0.5, ema=0.2, accumulate=2, clip_grad=0.5, class_weights="balanced")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", ROOT / "train.py", *TINY, *flags(options), "--no-plot"]
-    process = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240)
-    assert process.returncode == 0, process.stderr
+    finished(torchrun(2, str(ROOT / "train.py"), *TINY, *flags(options), "--no-plot"), 0)
     assert_follows(*recipe(options, ranks=2))

@@ -68,7 +68,7 @@ def test_a_replacement_that_is_cut_short_leaves_the_old_run_or_the_new(tiny, mon
     assert not list(Path("run").glob("*.tmp")) or deleted == "latest.pth.tmp"
 
 
-@pytest.mark.parametrize(("write", "epoch"), [(13, 1), (15, 2)])  # the second epoch's checkpoint, its row of train.csv
+@pytest.mark.parametrize(("write", "epoch"), [(15, 1), (17, 2)])  # the second epoch's checkpoint, its train.csv
 def test_a_full_disk_keeps_the_last_epoch(tiny, capsys, monkeypatch, write, epoch):
     assert tiny("--save", "whole") == 0
     real, calls = os.fsync, []
@@ -165,8 +165,9 @@ def test_what_was_saved_is_told_from_the_disk(tiny, capsys, monkeypatch):
     def interrupted(*args):
         raise train.Interrupted(signal.SIGTERM)
 
+    write = run.write
     with monkeypatch.context() as patch:
-        patch.setattr(run, "csv_lines", lambda name, rows: interrupted() if rows else "")
+        patch.setattr(run, "write", lambda path, text: interrupted() if "\n1," in text else write(path, text))
         assert tiny("--save", "run") == 143
     assert "stopped; epoch 1 is saved in run/latest.pth; to go on: " in capsys.readouterr().err
     with monkeypatch.context() as patch:
@@ -209,16 +210,16 @@ KILLED = {
         real = run.os.fsync
         def fsync(descriptor):
             steps.append(1)
-            if len(steps) == 17:
+            if len(steps) == 21:
                 os.truncate(descriptor, 3000)
                 kill()
             real(descriptor)
         run.os.fsync = fsync""",
-    "between checkpoint and CSV row": """
-        real = run.csv_lines
-        def csv_lines(name, rows):
-            return kill() if rows and rows[0]["epoch"] == 3 and name == "test" else real(name, rows)
-        run.csv_lines = csv_lines""",
+    "between checkpoint and log": """
+        real = run.write
+        def write(path, text):
+            return kill() if path.name == "test.csv" and text.count("\\n") == 4 else real(path, text)
+        run.write = write""",
 }
 
 
@@ -243,7 +244,7 @@ sys.exit(train.main(sys.argv[1:]))"""
     command = [sys.executable, "-c", program, *TINY, "--save", "run", "--no-progress"]
     assert subprocess.run(command, timeout=120).returncode == -signal.SIGKILL
     saved = torch.load("run/latest.pth", weights_only=True)["epoch"]
-    assert saved == (3 if "row" in moment else 2)
+    assert saved == (3 if "log" in moment else 2)
     if "written" in moment:
         assert Path("run/latest.pth.tmp").stat().st_size == 3000
     assert train.main(["--resume", "--save", "run", "--no-progress"]) == 0
