@@ -27,7 +27,7 @@ def assert_same(result, expected, rtol=1e-9):
         if value is None:
             assert result[name] is None, name
         else:
-            scale = value.double().abs().max().item()
+            scale = max(value.double().abs().max().item(), 1e-4)  # a gradient may be 0 but for rounding
             torch.testing.assert_close(result[name], value, rtol=0, atol=rtol * scale, msg=lambda m, name=name: f"{name}: {m}")
 
 
@@ -237,7 +237,7 @@ def test_a_graph_can_be_gone_through_twice(block):
 
 
 
-@pytest.mark.parametrize("block", OTHERS)
+@pytest.mark.parametrize("block", ["checkpoint", FUSED])
 @pytest.mark.parametrize("amp", [False, True])
 def test_rounding_errors(block, amp):
     """In float32 and under bf16 autocast."""
