@@ -105,26 +105,10 @@ def evaluate_split(args, checkpoint, device, amp):
     images, notes = load_split(checkpoint, split, args.data, reader)
     for note in notes:
         print(note)
-    labels, predicted, confidence = predict_split(args, checkpoint, images, device, amp)
-    matrix = scores.confusion_matrix(labels, predicted, len(classes))
-    title = f"{Path(*Path(args.checkpoint).parts[-3:])}\n{scores.headline(matrix, KINDS[split])}"
-    if args.confusion:
-        scores.draw_confusion(args.confusion, matrix, classes, title)
-    worst = scores.most_confident(labels != predicted, confidence, DRAWN)
-    if args.mistakes and len(worst):
-        captions = [(classes[labels[i]], classes[predicted[i]], float(confidence[i])) for i in worst]
-        scores.draw_mistakes(args.mistakes, images.select(worst), captions, title)
-    scores.print_scores(matrix, classes, KINDS[split])
-    if args.mistakes and not len(worst):
-        print(f"no image is wrong: {args.mistakes} is not written")
-
-
-def predict_split(args, checkpoint, images, device, amp):
-    """Labels, predicted classes and their probabilities, (images,) each; writes a row of each image to --csv."""
     names, answers = iter(images.names), []
     column = "path" if isinstance(images.names[0], str) else "index"
     bar = tqdm(total=len(images), desc="classifying images", unit="img", leave=False, disable=not args.progress)
-    with bar, scores.csv_table(args.csv, column, checkpoint["classes"], labelled=True) as write:
+    with bar, scores.csv_table(args.csv, column, classes, labelled=True) as write:
         for logits, labels in predictions(checkpoint, images, device, amp, args.batch_size):
             probabilities, predicted, labels = logits.softmax(1).cpu(), logits.argmax(1).cpu(), labels.cpu()
             answers.append((labels, predicted, probabilities.amax(1)))
@@ -132,7 +116,19 @@ def predict_split(args, checkpoint, images, device, amp):
             for row in rows if write else ():
                 write(*row)
             bar.update(len(labels))
-    return [torch.cat(part) for part in zip(*answers, strict=True)]
+    labels, predicted, confidence = map(torch.cat, zip(*answers, strict=True))
+    matrix = scores.confusion_matrix(labels, predicted, len(classes))
+    title = f"{Path(*Path(args.checkpoint).parts[-3:])}\n{scores.headline(matrix, KINDS[split])}"
+    if args.confusion:
+        scores.draw_confusion(args.confusion, matrix, classes, title)
+    wrong = (labels != predicted).nonzero()[:, 0]
+    if args.mistakes and len(wrong):
+        worst = wrong[confidence[wrong].argsort(descending=True, stable=True)[:DRAWN]]
+        captions = [(classes[labels[i]], classes[predicted[i]], float(confidence[i])) for i in worst]
+        scores.draw_mistakes(args.mistakes, images.select(worst), captions, title)
+    scores.print_scores(matrix, classes, KINDS[split])
+    if args.mistakes and not len(wrong):
+        print(f"no image is wrong: {args.mistakes} is not written")
 
 
 @command

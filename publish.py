@@ -54,12 +54,8 @@ def test_log(checkpoint):
     return "test-ema" if checkpoint["averaged"] else "test"
 
 
-def publish(directory, checkpoint, device, folder=None):
-    """Write weights.pth of a finished run. Raises Mistake where the weights have another error than was logged.
-
-    ``folder`` says where the data set lives, if not where it was in training.
-    """
-    images, _ = load_split(checkpoint, directory=folder)
+def publish(directory, checkpoint, images, device):
+    """Write and return weights.pth of a finished run. Raises Mistake where the test images have another error now."""
     wrong = misclassified(checkpoint, images, device)
     count, error = len(wrong), checkpoint["metrics"][test_log(checkpoint)][-1]["error"]
     if abs(int(wrong.sum()) - error * count / 100) > 1 + count / 5000:  # close cases depend on the hardware
@@ -69,7 +65,9 @@ def publish(directory, checkpoint, device, folder=None):
         )
     sample = wrong[:SAMPLE]
     test = {"images": count, "error": error, "sample": len(sample), "wrong_in_sample": int(sample.sum())}
-    write_checkpoint(directory / "weights.pth", {name: checkpoint[name] for name in KEPT} | {"test": test})
+    weights = {name: checkpoint[name] for name in KEPT} | {"test": test}
+    write_checkpoint(directory / "weights.pth", weights)
+    return weights
 
 
 def misclassified(checkpoint, images, device):
@@ -77,21 +75,6 @@ def misclassified(checkpoint, images, device):
     amp, _ = choose_precision(stages(checkpoint["config"])[-1]["precision"], device)
     found = predictions(checkpoint, images, device, amp)
     return torch.cat([(logits.argmax(1) != labels).cpu() for logits, labels in found])
-
-
-def export_weights(directory, suffix, folder=None):
-    """Export the network in weights.pth, and say how close its logits are. ``folder`` as in ``publish``."""
-    path, checkpoint = directory / f"weights{suffix}", read_checkpoint(directory / "weights.pth")
-    images, _ = load_split(checkpoint, directory=folder)
-    [(batch, _)] = images.select(slice(max(SIZES))).batches(max(SIZES), checkpoint["normalize"]).in_order()
-    difference = export(checkpoint, path, batch)
-    print(f"{path}: on {len(batch)} test images, logits differ from torch's by {difference:.1e} at most")
-
-
-def error_cell(error, count):
-    """An error in percent with its 95 % interval (Wilson): the uncertainty from the number of test images alone."""
-    low, high = wilson(error, count)
-    return f"{error:.2f} ({low:.2f} … {high:.2f})"
 
 
 def table_row(directory):
@@ -108,14 +91,15 @@ def table_row(directory):
         return dict.fromkeys(stage[name] or "unknown" for stage in stages(config))
 
     name = Path(os.path.relpath(directory, Path(__file__).with_name("work"))).as_posix()  # as seen from work/README.md
-    best = test.loc[test.error.idxmin()]
+    best, error = test.loc[test.error.idxmin()], weights["test"]["error"]
+    low, high = wilson(error, weights["test"]["images"])
     return (
         f"[{name}]({name})",
         ", then ".join(f"`{command}`" for command in each("command")),
         ", then ".join(each("device")) + f", {stages(config)[-1]['precision']}",
         str(datetime.timedelta(seconds=round(weights["seconds"]))),
         f"{train.images_per_second.median():.0f}",
-        error_cell(weights["test"]["error"], weights["test"]["images"]) + (", averaged" if weights["averaged"] else ""),
+        f"{error:.2f} ({low:.2f} … {high:.2f})" + (", averaged" if weights["averaged"] else ""),
         f"{best.error:.2f} (epoch {best.epoch:.0f})",
         ", then ".join(f"`{commit[:7]}{commit[40:]}`" for commit in each("commit")),  # 40: where -dirty begins
     )
@@ -135,10 +119,15 @@ def main(argv=None):
     device = choose_device(args.device)
     set_up_device(device)
     for directory, checkpoint in [(directory, finished(directory, args.ema)) for directory in args.runs]:
+        if "optimizer" in checkpoint or args.export:
+            images, _ = load_split(checkpoint, directory=args.data)
         if "optimizer" in checkpoint:
-            publish(directory, checkpoint, device, args.data)
+            checkpoint = publish(directory, checkpoint, images, device)
         for name in args.export:
-            export_weights(directory, f".{name}", args.data)
+            path = directory / f"weights.{name}"
+            [(batch, _)] = images.select(slice(max(SIZES))).batches(max(SIZES), checkpoint["normalize"]).in_order()
+            difference = export(checkpoint, path, batch)
+            print(f"{path}: on {len(batch)} test images, logits differ from torch's by {difference:.1e} at most")
     print(formatted(COLUMNS, [table_row(directory) for directory in args.runs], "markdown"))
 
 

@@ -4,10 +4,9 @@ Example: python attic/compare_grads.py               (DenseNet-121)
          python attic/compare_grads.py --small       (two blocks of two and three layers)
          python attic/compare_grads.py --with-bug --small
 
-One training step on random images, in float64 and float32. A row is a layer; --modules makes a row of each of its
-modules. |…| is the norm of torchvision's tensors in float64; the columns after it are relative differences between this
-repository and torchvision. A float32 result may differ by rounding: its error against torchvision's float64 is to be at
-most twice that of torchvision's own float32.
+One training step on random images, in float64 and float32. A row is a layer: the norm of torchvision's tensors in
+float64, and relative differences between this repository and torchvision. A float32 result may differ by rounding: its
+error against torchvision's float64 is to be at most twice that of torchvision's own float32.
 """
 
 import copy
@@ -15,6 +14,7 @@ import re
 import sys
 
 import checks
+import pandas as pd
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -22,7 +22,6 @@ import torchvision
 from common.console import command
 from densenet import BLOCKS, TO_TORCHVISION, DenseNet, rename
 
-KINDS = ("hidden state", "gradient", "statistics")
 TOLERANCE = 1e-9  # of relative differences in float64
 # Modules that a state_dict does not know: dense blocks, ReLU and pooling of the stem, and the stem, which ends with it.
 MODULES = (
@@ -49,11 +48,13 @@ def training_step(model, images, labels, name_of):
     model, found = copy.deepcopy(model), {}
     for name, module in model.named_modules():
         key = "hidden state", name_of(name)
+        # Not the network itself, nor its last ReLU, which torchvision lacks; with hooks a block would run as naive.
+        hidden = getattr(model, "block", "naive") != "naive" and re.match(r"blocks\.\d+\.", name)
 
         def record(module, inputs, output, key=key):
             found[key] = output.detach().clone()  # torchvision's ReLU works in place
 
-        if is_compared(name, getattr(model, "block", "naive")):
+        if name not in ("", "relu") and not hidden:
             module.register_forward_hook(record)
     images = images.clone().requires_grad_()
     F.cross_entropy(model(images), labels).backward()
@@ -62,74 +63,52 @@ def training_step(model, images, labels, name_of):
     return found | {("statistics", name_of(name)): value for name, value in model.named_buffers()}
 
 
-def is_compared(name, block):
-    """Whether to hook into a module: not within a block that would run as naive then, nor into what torchvision lacks.
-
-    That is a module for its last ReLU.
-    """
-    return name not in ("", "relu") and (block == "naive" or not re.match(r"blocks\.\d+\.", name))
-
-
 def our_name(name):
     return rename(rename(name + ".", MODULES), TO_TORCHVISION).removesuffix(".")
 
 
-def row_of(name, modules):
+def row_of(name):
     """The name of the row that a module, parameter or buffer belongs to."""
-    name = re.sub(r"\.(weight|bias|running_mean|running_var|num_batches_tracked)$", "", name)
-    name = name.removeprefix("features.")
-    return name if modules else re.sub(r"^(denseblock\d+\.denselayer\d+|transition\d+)\..*", r"\1", name)
+    name = re.sub(r"\.(weight|bias|running_mean|running_var|num_batches_tracked)$", "", name).removeprefix("features.")
+    return re.sub(r"^(denseblock\d+\.denselayer\d+|transition\d+)\..*", r"\1", name)
 
 
-def comparison(steps, keys):
-    """Norm, difference in float64 and in float32, of the tensors with these keys."""
-    if not keys:
-        return ["–"] * 3
-    ours, theirs, ours_float, theirs_float = ([step[key] for key in keys] for step in steps)
-    return [checks.norm(theirs), checks.relative(ours, theirs), checks.relative(ours_float, theirs_float)]
+def compare(steps):
+    """Print norms and relative differences by layer, and of all tensors of a kind; returns the failures."""
+    rows = []
+    for kind, name in [key for key in steps[1] if key in steps[0]]:
+        ours, theirs, ours_float, theirs_float = (step[kind, name].double().cpu() for step in steps)
+        pairs = {"norm": (theirs, 0), "float64": (ours, theirs), "float32": (ours_float, theirs_float),
+                 "error": (ours_float, theirs), "their error": (theirs_float, theirs)}  # fmt: skip
+        squares = {column: (a - b).square().sum().item() for column, (a, b) in pairs.items()}
+        rows.append({"layer": row_of(name), "kind": kind} | squares)
 
+    def norms(by):
+        sums = pd.DataFrame(rows).groupby(by, sort=False).sum(numeric_only=True) ** 0.5
+        return sums.div(sums["norm"], axis=0).assign(norm=sums["norm"])
 
-def print_layers(steps, common, modules):
-    """The table, layer by layer in forward order; returns the failures."""
-    rows, failures = {row_of(name, modules): {} for _, name in common}, []
-    for kind, name in common:
-        rows[row_of(name, modules)].setdefault(kind, []).append((kind, name))
-    cells = {name: [comparison(steps, keys.get(kind)) for kind in KINDS] for name, keys in rows.items()}
-    header = ["layer", *(part for kind in KINDS for part in (f"|{kind}|", "float64", "float32"))]
-    checks.table(header, [[name, *(cell for part in parts for cell in part)] for name, parts in cells.items()])
-    for name, parts in cells.items():
-        for kind, (_, difference, _) in zip(KINDS, parts, strict=True):
-            if difference != "–" and not difference <= TOLERANCE:
-                failures.append(f"{kind} of {name}: relative difference {difference:.1e} in float64")
-    return failures
-
-
-def print_summary(steps, common):
-    """All tensors of a kind together, and rounding errors against float64; returns the failures."""
-    rows, failures = [], []
-    for kind in KINDS:
-        keys = [key for key in common if key[0] == kind]
-        ours, theirs, ours_float, theirs_float = ([step[key] for key in keys] for step in steps)
-        error, allowed = checks.relative(ours_float, theirs), 2 * checks.relative(theirs_float, theirs) + 1e-6
-        rows.append([f"{kind}: {len(keys)} tensors", checks.relative(ours, theirs), error, allowed])
-        if not error <= allowed:
-            failures.append(f"{kind} in float32: error {error:.1e}, more than twice torchvision's")
-    checks.table(["all layers", "float64", "error in float32", "allowed"], rows)
-    return failures
-
-
-def parse_args(argv=None):
-    parser = checks.make_parser("compare_grads.py", __doc__)
-    parser.add_argument("--small", action="store_true", help="a small network in place of DenseNet-121")
-    parser.add_argument("--modules", action="store_true", help="a row for each batch norm and convolution")
-    parser.add_argument("--block", choices=BLOCKS, default="naive", help="of our network (default: %(default)s)")
-    checks.add_device_flag(parser)
-    return parser.parse_args(argv)
+    layers, kinds = norms(["layer", "kind"]), norms("kind")
+    print(layers[["norm", "float64", "float32"]].to_string(float_format="{:.2e}".format), end="\n\n")
+    print(kinds.to_string(float_format="{:.2e}".format), end="\n\n")
+    failures = [
+        f"{kind} of {name}: relative difference {difference:.1e} in float64"
+        for (name, kind), difference in layers.float64.items()
+        if not difference <= TOLERANCE
+    ]
+    return failures + [
+        f"{kind} in float32: error {row.error:.1e}, more than twice torchvision's"
+        for kind, row in kinds.iterrows()
+        if not row.error <= 2 * row["their error"] + 1e-6
+    ]
 
 
 @command
 def main(argv=None):
-    args = parse_args(argv)
+    parser = checks.make_parser(__doc__)
+    parser.add_argument("--small", action="store_true", help="a small network in place of DenseNet-121")
+    parser.add_argument("--block", choices=BLOCKS, default="naive", help="of our network (default: %(default)s)")
+    checks.add_device_flag(parser)
+    args = parser.parse_args(argv)
     device = checks.device_of(args)
     ours, theirs = (model.to(device) for model in make_pair(args))
     images = torch.randn(4, 3, 64, 64, dtype=torch.float64).to(device)
@@ -139,12 +118,9 @@ def main(argv=None):
         with checks.bug_of_2017(args.with_bug):
             steps.append(training_step(ours.to(dtype), images.to(dtype), labels, our_name))
         steps.append(training_step(theirs.to(dtype), images.to(dtype), labels, str))
-    # Of ours, those within blocks other than naive are not looked at.
-    missing = [f"{kind} of {name}" for kind, name in steps[0] if (kind, name) not in steps[1]]
-    common = [key for key in steps[1] if key in steps[0]]
+    missing = [f"{kind} of {name}: torchvision has none" for kind, name in steps[0] if (kind, name) not in steps[1]]
     print("one training step, this repository and torchvision: norms and relative differences\n")
-    failures = print_layers(steps, common, args.modules) + print_summary(steps, common)
-    return checks.verdict([f"{name}: torchvision has none" for name in missing] + failures)
+    return checks.verdict(missing + compare(steps))
 
 
 if __name__ == "__main__":

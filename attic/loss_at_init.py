@@ -26,17 +26,15 @@ SPREAD = 1e3  # between the largest and the smallest number of a column
 
 def check_images(dataset, batches):
     """Print mean and standard deviation of the normalised training images and the classes; returns the failures."""
-    parts = [(images, labels) for images, labels, *_ in batches.in_order()]
-    pixels = torch.cat([images.float().permute(1, 0, 2, 3).flatten(1) for images, _ in parts], 1)  # (3, pixels)
-    mean, std = pixels.mean(1), pixels.std(1)
-    counts = torch.cat([labels for _, labels in parts]).bincount(minlength=len(dataset.classes)).tolist()
+    pixels = torch.cat([images.transpose(0, 1).flatten(1) for images, *_ in batches.in_order()], 1)  # (C, pixels)
+    mean, std, counts = pixels.mean(1), pixels.std(1), dataset.train.labels.bincount(minlength=len(dataset.classes))
     print("training images, normalised: mean", *(f"{m:.3f}" for m in mean), " standard deviation", end=" ")
     print(*(f"{s:.3f}" for s in std))
-    print(f"images per class: {min(counts)} to {max(counts)}, in {len(counts)} classes\n")
+    print(f"images per class: {counts.min()} to {counts.max()}, in {len(counts)} classes\n")
     failures = []
-    if dataset.normalize[0] != (0.0, 0.0, 0.0) and not (mean.abs().max() < 0.2 and (std - 1).abs().max() < 0.2):
+    if any(dataset.normalize[0]) and not (mean.abs().max() < 0.2 and (std - 1).abs().max() < 0.2):
         failures.append("the images are not normalised to mean 0 and standard deviation 1")
-    return failures + ([f"class {dataset.classes[counts.index(0)]} has no image"] if 0 in counts else [])
+    return failures + [f"class {name} has no image" for name, n in zip(dataset.classes, counts, strict=True) if n == 0]
 
 
 def layer_rows(model, images, labels):
@@ -74,29 +72,22 @@ def check_network(name, model, images, labels, classes):
     return failures
 
 
-def parse_args(argv=None):
-    parser = checks.make_parser("loss_at_init.py", __doc__)
-    checks.add_data_flags(parser)
-    return parser.parse_args(argv)
-
-
 @command
 def main(argv=None):
-    args = parse_args(argv)
+    parser = checks.make_parser(__doc__)
+    checks.add_data_flags(parser)
+    args = parser.parse_args(argv)
     device = checks.device_of(args)
     dataset, batches = checks.load(args, device)
     torch.manual_seed(args.seed)
     classes = len(dataset.classes)
-    networks = {
-        "VGG-style network": checks.vgg(classes),
-        f"DenseNet-BC-{args.depth}": checks.densenet(args, classes, "naive"),
-    }
+    vgg, densenet = checks.vgg(classes).to(device), checks.densenet(args, classes, "naive").to(device)
     failures = check_images(dataset, batches)
     images, labels, *_ = next(batches.shuffled(args.seed))
     images = images.contiguous()  # (N, C, H, W) in memory too, as everything was in 2017
     with checks.bug_of_2017(args.with_bug):
-        for name, model in networks.items():
-            failures += check_network(name, model.to(device), images, labels, classes)
+        failures += check_network("VGG-style network", vgg, images, labels, classes)
+        failures += check_network(f"DenseNet-BC-{args.depth}", densenet, images, labels, classes)
     return checks.verdict(failures)
 
 

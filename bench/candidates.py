@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts of this folder run from anywhere
 
-from common.console import Parser, command
+from common.console import command
 from common.hardware import choose_device, choose_precision, peak_memory_mib, set_up_device
 from densenet import BLOCKS, FROM_TORCHVISION, DenseNet, rename
 from inputs.batches import ImageTensors, memory_format
@@ -260,6 +260,7 @@ def our_epochs(job, images, device):
     return epoch, lambda: evaluate(model, testing, amp)
 
 
+@command
 def serve(job):
     """A candidate's process: answers each word on its standard input, "train" or "infer", with seconds and MiB.
 
@@ -283,12 +284,5 @@ def serve(job):
         print(json.dumps([spent, peak_memory_mib(device)]), flush=True)
 
 
-@command
-def main(argv=None):
-    parser = Parser(prog="candidates.py", description=__doc__)
-    parser.add_argument("job", type=json.loads, help="as JSON; speed.py makes them")
-    serve(parser.parse_args(argv).job)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(serve(json.loads(sys.argv[1])))

@@ -61,12 +61,12 @@ def as_on_a_gpu(capability=(9, 0)):
 
     Whatever reads a tensor's value raises an exception.
     """
-    from fused import kernels
+    from fused import kernels, passes
 
     launches = []
     recorders = {name: Recorder(item, launches) for name, item in vars(kernels).items() if name.endswith("_kernel")}
     recorders["capability"] = lambda device: capability
-    here = {"steps_for": lambda x: kernels, "passes_for": lambda x: fused.passes}
+    here = {"steps_for": lambda x: kernels, "passes_for": lambda x: passes}
     with mock.patch.multiple(kernels, **recorders), mock.patch.multiple(fused, **here), FakeTensorMode():
         yield launches
 

@@ -7,6 +7,7 @@ import itertools
 import re
 from typing import NamedTuple
 
+import graphviz
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -20,7 +21,6 @@ INPUT, CONCATENATION = "input", "concatenation"
 SHOWN = 4  # layers of a dense block that get boxes of their own
 FORMATS = ("svg", "png", "pdf", "dot")
 FONT = "Helvetica,Arial,sans-serif"
-RANKDIR = {"down": "TB", "right": "LR"}
 SIDES = {"down": "we", "right": "sn"}  # compass points to the left and right of the way
 GREY, LINE = "#EDEDED", "#555555"
 FILLS = {"image": "#FFFFFF", "stem": "#FFF3CF", "transitions": "#FFF3CF", "classifier": "#FFF3CF"}
@@ -183,12 +183,9 @@ def html(title, lines, align="center"):
 
 
 def new_graph(name, direction):
-    try:
-        import graphviz
-    except ImportError as error:
-        raise Mistake("the Python package graphviz is missing: pip install graphviz") from error
     graph = graphviz.Digraph(name)
-    graph.attr(rankdir=RANKDIR[direction], bgcolor="white", fontname=FONT, nodesep="0.3", ranksep="0.24")
+    rankdir = "TB" if direction == "down" else "LR"
+    graph.attr(rankdir=rankdir, bgcolor="white", fontname=FONT, nodesep="0.3", ranksep="0.24")
     graph.attr("node", shape="box", style="filled,rounded", fontname=FONT, fontsize="13", margin="0.15,0.05")
     graph.attr("edge", color=LINE, penwidth="1.3", arrowsize="0.7")
     return graph
@@ -283,8 +280,6 @@ def save(graph, path):
 
     Without the program dot that is a .dot file beside it.
     """
-    import graphviz
-
     kind = path.suffix[1:]
     if kind == "png":
         graph.attr(dpi="108")  # finer than the 96 of screens: stays sharp when a page scales it

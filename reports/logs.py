@@ -183,15 +183,12 @@ def mean_log(logs, unlike=False):
         raise Mistake(f"--mean {names}: they differ in {', '.join(different)}: leave some out, or add --unlike")
     tables, deviations = {}, {}
     for split in LOGS:
-        if not all(split in log.tables for log in logs):
-            continue
-        parts = [log.tables[split].set_index("epoch") for log in logs]
-        epochs = [epoch for epoch in parts[0].index if all(epoch in part.index for part in parts)]
-        columns = [name for name in ("loss", "error", "lr") if all(name in part for part in parts)]
-        if epochs:
-            values = np.stack([part.loc[epochs, columns] for part in parts])  # (runs, epochs, columns)
-            tables[split] = pd.DataFrame(values.mean(0), epochs, columns).reset_index(names="epoch")
-            deviations[split] = pd.DataFrame(values.std(0, ddof=1), epochs, columns).reset_index(names="epoch")
+        parts = [log.tables[split] for log in logs if split in log.tables]
+        epochs = pd.concat(parts, join="inner").groupby("epoch") if parts else None
+        if len(parts) == len(logs) and (common := epochs.size() == len(logs)).any():
+            known = epochs.count() == len(logs)  # a loss that one run lacks has no mean
+            tables[split] = epochs.mean().where(known)[common].reset_index()
+            deviations[split] = epochs.std().where(known)[common].reset_index()
     if not tables:
         raise Mistake(f"--mean {names}: they have no epochs in common")
     config = logs[0].config if len({log.title for log in logs}) == 1 else {}

@@ -139,12 +139,6 @@ def shortened(name, length=20):
     return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
-def most_confident(wrong, confidence, count):
-    """Positions of the ``count`` highest confidences (N,) among the images that are ``wrong`` (N,) bool."""
-    positions = wrong.nonzero()[:, 0]
-    return positions[confidence[positions].argsort(descending=True, stable=True)[:count]]
-
-
 def confusion_matrix(labels, predicted, count):
     """(count, count) int64: images of class row that were taken for class column."""
     return torch.bincount(labels * count + predicted, minlength=count * count).view(count, count)

@@ -7,7 +7,8 @@ import pandas as pd
 from reports.logs import differing, recipe
 
 FORMATS = ("text", "markdown", "csv")
-ALWAYS = ("epoch", "test error (%)", "95 % low", "95 % high")  # other columns only where a run has them
+ALWAYS = ("epoch", "test error (%)", "95 % low", "95 % high")
+COLUMNS = (*ALWAYS, "sd", "averaged weights (%)", "best valid (%)", "training time")  # others only where a run has them
 # Training and test images of the data sets: earlier releases did not write how many a run had.
 IMAGES = {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000), "svhn": (604_388, 26_032), "digits": (1_437, 360)}
 
@@ -22,42 +23,35 @@ def comparison(logs):
         if log.config and log.runs == 1:
             each["seed"] = log.config["arguments"].get("seed")
     columns, outcomes = {"run": list(logs)} | differing(recipes), [outcome(log) for log in logs.values()]
-    for name in outcomes[0]:
-        values = [each[name] for each in outcomes]
+    for name in COLUMNS:
+        values = [each.get(name) for each in outcomes]
         if any(values) or name in ALWAYS:
             columns[name] = [value or "–" for value in values]
     return list(columns), [list(row) for row in zip(*columns.values(), strict=True)]
 
 
 def outcome(log):
-    """{column: text, or None} of a run: errors in percent, the time of training."""
-    errors = {split: table.error for split, table in log.tables.items()}
-    error, (train, test) = final(errors.get("test")), images_of(log)
-    low, high = wilson(error, test) if test and error is not None else (None, None)
-    return {
-        "epoch": f"{log.tables['test'].epoch.iloc[-1]:.0f}" if "test" in errors else None,
-        "test error (%)": number(error),
-        "95 % low": number(low),
-        "95 % high": number(high),
-        "sd": number(final(log.deviations["test"].error)) if "test" in log.deviations else None,
-        "averaged weights (%)": number(final(errors.get("test-ema"))),
-        "best valid (%)": number(errors["valid"].min()) if "valid" in errors else None,
-        "training time": training_time(log, train),
-    }
-
-
-def final(values):
-    return None if values is None else values.iloc[-1]
-
-
-def number(value):
-    return None if value is None else f"{value:.2f}"
+    """{column: text} of what is known of a run: errors in percent, the time of training."""
+    numbers, (train, test) = {}, images_of(log)
+    if "test" in log.tables:
+        numbers["test error (%)"] = error = log.tables["test"].error.iloc[-1]
+        if test:
+            numbers["95 % low"], numbers["95 % high"] = wilson(error, test)
+    if "test" in log.deviations:
+        numbers["sd"] = log.deviations["test"].error.iloc[-1]
+    if "test-ema" in log.tables:
+        numbers["averaged weights (%)"] = log.tables["test-ema"].error.iloc[-1]
+    if "valid" in log.tables:
+        numbers["best valid (%)"] = log.tables["valid"].error.min()
+    texts = {name: f"{value:.2f}" for name, value in numbers.items()}
+    epoch = f"{log.tables['test'].epoch.iloc[-1]:.0f}" if "test" in log.tables else None
+    return {"epoch": epoch} | texts | {"training time": training_time(log, train)}
 
 
 def images_of(log):
-    """Training and test images of a run, each None where it is not known."""
+    """Training and test images of a run, each 0 where it is not known."""
     if not log.config or log.runs > 1:
-        return None, None
+        return 0, 0
     arguments = log.config["arguments"]
     train, test = IMAGES.get(str(arguments.get("dataset")), (0, 0))
     limited = {
@@ -65,7 +59,7 @@ def images_of(log):
         "test": min(test, count_of(arguments, "limit_test") or test),
     }
     images = log.config.get("images", limited)  # what the run itself has counted
-    return count_of(images, "train") or None, count_of(images, "test") or None
+    return count_of(images, "train"), count_of(images, "test")
 
 
 def count_of(values, name):

@@ -5,6 +5,7 @@ import errno
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -20,6 +21,7 @@ from PIL import Image
 
 import densenet
 import evaluate
+from common.checkpoints import read_checkpoint
 from common.console import Mistake
 from inference import network
 from inputs import datasets, folders
@@ -53,57 +55,23 @@ def evaluated(capsys, *flags, status=0):
     return capsys.readouterr()
 
 
-def answering(monkeypatch, answers):
-    """Let the network predict class answers[i] of image i, the less surely the later it comes."""
-    logits = torch.nn.functional.one_hot(torch.tensor(answers)) * (20 - 0.05 * torch.arange(len(answers))[:, None])
-
-    def predictions(checkpoint, images, *_):
-        yield logits[:3], images.labels[:3]
-        yield logits[3 : len(images)], images.labels[3:]
-
-    monkeypatch.setattr(evaluate, "predictions", predictions)
-
-
-def test_the_logged_error_is_that_of_the_saved_weights(tiny, capsys):
-    assert tiny("--save", "run") == 0
-    logged = pd.read_csv("run/test.csv").error.iloc[-1]
-    capsys.readouterr()
-    assert evaluate.main(["run/latest.pth"]) == 0
-    out = capsys.readouterr().out
-    assert f"test error {logged:.2f} % (95 % interval" in out and f"{round(logged)} of 100 images wrong" in out
-
-
 # Splits.
 
 
 def test_the_images_that_a_run_held_out_are_found_again(tiny, capsys):
     assert tiny("--save", "run", "--valid-size", "60", "--seed", "3", "--precision", "fp32", "--augment", "--limit-test", "50") == 0
-    logged, errors = pd.read_csv("run/valid.csv").error.iloc[-1], {}
+    errors = {}
     for split, kind in (("train", "training"), ("valid", "validation"), ("test", "test")):
         out = evaluated(capsys, "run/latest.pth", "--split", split, "--csv", f"{split}.csv").out
-        errors[kind] = float(re.match(rf"{kind} error (\S+) %", out)[1])
-    assert errors["validation"] == pytest.approx(logged, abs=0.01)
+        errors[split] = float(re.match(rf"{kind} error (\S+) %", out)[1])
+    for split in ("valid", "test"):
+        assert errors[split] == pytest.approx(pd.read_csv(f"run/{split}.csv").error.iloc[-1], abs=0.01)
     digits = datasets.load("digits", None, Reader(8)).hold_out(60, 3)
     tables = {split: pd.read_csv(f"{split}.csv") for split in ("train", "valid", "test")}
     assert tables["valid"]["index"].tolist() == digits.valid.names[:50] and len(tables["train"]) == 200
     assert not set(tables["valid"]["index"]) & (set(tables["train"]["index"]) | set(tables["test"]["index"]))
-    checkpoint = torch.load("run/latest.pth", weights_only=True)
-    images, _ = network.load_split(checkpoint, "train")
-    plain = network.classifier(checkpoint)(digits.train.pixels[:200])  # neither shifted nor mirrored
-    assert torch.equal(images.pixels, digits.train.pixels[:200])
+    plain = network.classifier(read_checkpoint("run/latest.pth"))(digits.train.pixels[:200])  # neither shifted nor mirrored
     np.testing.assert_allclose(tables["train"].iloc[:, 5:], plain, rtol=1e-4, atol=1e-7)
-
-
-def test_a_folder_s_validation_images_need_not_be_held_out(tmp_path, capsys):
-    root = write_folder(tmp_path / "images")
-    (root / "test").rename(root / "val")
-    write_folder(root / "more", train=0)
-    (root / "more/test").rename(root / "test")
-    checkpoint = write_checkpoint(root)
-    checkpoint["layout"] = {"folders": {"train": "train", "valid": "val", "test": "test"}, "test_files": []}
-    torch.save(checkpoint, "run.pth")
-    assert "of 4 images wrong" in evaluated(capsys, "run.pth", "--split", "valid", "--csv", "valid.csv").out
-    assert {Path(path).parent.parent for path in pd.read_csv("valid.csv").path} == {root / "val"}
 
 
 def test_splits_that_are_not_the_run_s(tmp_path, capsys):
@@ -113,8 +81,12 @@ def test_splits_that_are_not_the_run_s(tmp_path, capsys):
         err = evaluated(capsys, "run.pth", "--split", "valid", status=2).err
         assert words in err and err.count("\n") == 1
 
-    write_checkpoint(root)
+    checkpoint = write_checkpoint(root)
     refused("the run held out no images for validation: choose --split train or test")
+    shutil.copytree(root / "train", root / "val")  # these need not be held out
+    torch.save(checkpoint | {"layout": {"folders": {"train": "train", "valid": "val", "test": "test"}, "test_files": []}}, "run.pth")
+    assert "of 6 images wrong" in evaluated(capsys, "run.pth", "--split", "valid").out
+    shutil.rmtree(root / "val")
     dataset = datasets.load("folder", root, Reader(8))
     checkpoint = write_checkpoint(root, valid_size=2) | {"normalize": [*map(list, dataset.normalize)]}  # as of JSON
     torch.save(checkpoint | {"layout": dataset.manifest | {"fingerprints": {"train": "of others"}}}, "run.pth")
@@ -155,9 +127,9 @@ def test_what_is_printed_of_files(tmp_path, capsys):
     for flags, count in (((), 3), (("--top", 2), 2), (("--top", 1), 1)):
         out = evaluated(capsys, "run.pth", *flags, image).out
         assert re.fullmatch(rf"{image}: (\w+ \d+\.\d %(, )?){{{count}}}\n", out), out
-    out = evaluated(capsys, "run.pth", root, "--csv", "made/files.csv").out
-    assert re.fullmatch(r"made/files.csv: 10 images, predicted: (\w+ \d+(, )?)+\n", out)
-    assert evaluated(capsys, "run.pth", root, "--csv", "made/files.csv", "--top", 1).out.count("\n") == 11
+    for flags, count in (((), 0), (("--top", 1), 10)):
+        *lines, last = evaluated(capsys, "run.pth", root, "--csv", "made/files.csv", *flags).out.splitlines()
+        assert len(lines) == count and re.fullmatch(r"made/files.csv: 10 images, predicted: (\w+ \d+(, )?)+", last)
     assert list(Path("made").iterdir()) == [Path("made/files.csv")]
 
 
@@ -221,23 +193,10 @@ def test_csv_of_any_names(tmp_path, capsys):
         assert sum(values) == pytest.approx(1, abs=1e-5) and classes[values.index(float(probability))] == taken
 
 
-def test_csv_of_a_split(tmp_path, capsys, monkeypatch):
-    root = write_folder(tmp_path / "images")
-    write_checkpoint(root)
-    answering(monkeypatch, [0, 0, 1, 1])
-    out = evaluated(capsys, "run.pth", "--csv", "test.csv").out
-    assert out.startswith("test error 50.00 %")
-    table = pd.read_csv("test.csv")
-    assert table.columns.tolist() == ["path", "class", "probability", "true", "right", "cat", "dog"]
-    assert table.path.tolist() == [str(root / "test" / name) for name in ("cat/0.png", "dog/0.png", "cat/1.png", "dog/1.png")]
-    assert table["class"].tolist() == ["cat", "cat", "dog", "dog"] and table.true.tolist() == ["cat", "dog"] * 2
-    assert table.right.tolist() == [1, 0, 0, 1] and table.dog.tolist() == pytest.approx([0, 0, 1, 1], abs=1e-6)
-
-
 def test_a_table_is_written_whole_or_not_at_all(tmp_path, capsys, monkeypatch):
     root = write_folder(tmp_path / "images")
     write_checkpoint(root)
-    evaluated(capsys, "run.pth", "--csv", "files.csv")  # whose images are cached now
+    evaluated(capsys, "run.pth")  # whose images are cached now
     Path("files.csv").write_text("old")
 
     def full(descriptor):
@@ -254,19 +213,35 @@ def test_a_table_is_written_whole_or_not_at_all(tmp_path, capsys, monkeypatch):
 # Pictures.
 
 
+def answering(monkeypatch, answers):
+    """Let the network predict class answers[i] of image i, the more surely the later it comes."""
+    logits = torch.nn.functional.one_hot(torch.tensor(answers)) * (1 + 0.03 * torch.arange(len(answers))[:, None])
+
+    def predictions(checkpoint, images, *_):
+        yield logits[:3], images.labels[:3]
+        yield logits[3 : len(images)], images.labels[3:]
+
+    monkeypatch.setattr(evaluate, "predictions", predictions)
+
+
 def texts(axes):
     return [text.get_text() for text in axes.texts]
 
 
 @pytest.mark.parametrize("image_size", [8, 128])
-def test_pictures_of_mistakes(tmp_path, capsys, monkeypatch, figures, image_size):
+def test_rows_and_pictures_of_a_split(tmp_path, capsys, monkeypatch, figures, image_size):
     root = write_folder(tmp_path / "images", test=3)
-    write_checkpoint(root, image_size, classes=["cat", "dog"])
+    write_checkpoint(root, image_size)
     answering(monkeypatch, [0, 0, 1, 1, 1, 0])  # wrong: dog/0, cat/1, cat/2, dog/2
-    evaluated(capsys, "run.pth", "--mistakes", "made/mistakes.png", "--confusion", "confusion.svg")
+    evaluated(capsys, "run.pth", "--csv", "test.csv", "--mistakes", "made/mistakes.png", "--confusion", "confusion.svg")
+    table = pd.read_csv("test.csv")
+    assert table.columns.tolist() == ["path", "class", "probability", "true", "right", "cat", "dog"]
+    assert table.path.tolist() == [str(root / f"test/{name}/{i}.png") for i in range(3) for name in ("cat", "dog")]
+    assert table["class"].tolist() == ["cat", "cat", "dog", "dog", "dog", "cat"] and table.true.tolist() == ["cat", "dog"] * 3
+    assert table.right.tolist() == [1, 0, 0, 1, 0, 0] and table.dog.tolist() == pytest.approx([0.27, 0.26, 0.74, 0.75, 0.75, 0.24], abs=0.01)
     drawn = [axes for axes in figures["mistakes.png"].axes if axes.images]
-    assert [axes.get_title() for axes in drawn] == ["dog\n→ cat\n100.0 %", *["cat\n→ dog\n100.0 %"] * 2, "dog\n→ cat\n100.0 %"]
-    for axes, name in zip(drawn, ("dog/0.png", "cat/1.png", "cat/2.png", "dog/2.png"), strict=True):
+    assert [axes.get_title() for axes in drawn[:2]] == ["dog\n→ cat\n76.0 %", "cat\n→ dog\n75.4 %"]  # the surest come first
+    for axes, name in zip(drawn, ("dog/2.png", "cat/2.png", "cat/1.png", "dog/0.png"), strict=True):
         assert texts(axes) == [os.path.basename(name)]
         assert np.array_equal(axes.images[0].get_array(), Reader(image_size).read(root / "test" / name))
     assert "4 of 6 images wrong" in figures["mistakes.png"].get_suptitle()
@@ -274,6 +249,8 @@ def test_pictures_of_mistakes(tmp_path, capsys, monkeypatch, figures, image_size
     assert texts(matrix) == ["1", "2", "2", "1"]
     assert [label.get_text() for label in matrix.get_yticklabels()] == ["cat", "dog"]
     assert Image.open("made/mistakes.png").width > 500 and "<svg" in Path("confusion.svg").read_text()
+    answering(monkeypatch, [0, 1] * 3)
+    assert "no image is wrong: none.png is not written" in evaluated(capsys, "run.pth", "--mistakes", "none.png").out
 
 
 def test_the_surest_32_are_drawn(monkeypatch, capsys, figures):
@@ -281,17 +258,8 @@ def test_the_surest_32_are_drawn(monkeypatch, capsys, figures):
     answering(monkeypatch, [9] * len(digits))
     evaluated(capsys, DIGITS, "--mistakes", "mistakes.png")
     drawn = [axes for axes in figures["mistakes.png"].axes if axes.images]
-    expected = [i for i in range(360) if digits.labels[i] != 9][:32]
+    expected = [i for i in reversed(range(360)) if digits.labels[i] != 9][:32]
     assert [texts(axes) for axes in drawn] == [[f"index {digits.names[i]}"] for i in expected]
-
-
-def test_without_a_mistake_there_is_nothing_to_draw(tmp_path, capsys, monkeypatch):
-    root = write_folder(tmp_path / "images")
-    write_checkpoint(root)
-    answering(monkeypatch, [0, 1, 0, 1])
-    out = evaluated(capsys, "run.pth", "--mistakes", "mistakes.png", "--confusion", "confusion.png").out
-    assert "no image is wrong: mistakes.png is not written" in out and not Path("mistakes.png").exists()
-    assert Path("confusion.png").exists()
 
 
 def test_matplotlib_is_imported_for_pictures_only():
@@ -325,19 +293,6 @@ def test_mistakes_are_one_line_before_anything_is_computed(tmp_path, capsys, mon
     monkeypatch.setattr(network, "load_model", None)
     err = evaluated(capsys, *flags.split(), status=2).err
     assert err.startswith("evaluate.py: error: ") and words in err and err.count("\n") == 1
-
-
-def test_too_large_a_batch_is_one_line(tmp_path, capsys, monkeypatch):
-    root = write_folder(tmp_path / "images")
-    write_checkpoint(root)
-
-    def forward(model, images):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(densenet.DenseNet, "forward", forward)
-    for paths in ([], [root]):
-        err = evaluated(capsys, "run.pth", *paths, status=1).err
-        assert err == "evaluate.py: error: too little memory: use smaller batches, smaller images or a smaller network\n"
 
 
 def test_folders_are_searched_like_those_of_training(tmp_path):

@@ -1,6 +1,5 @@
 """What publish.py makes of a run, and that the published runs are what work/README.md says of them."""
 
-import functools
 import re
 import shutil
 import subprocess
@@ -44,7 +43,7 @@ def test_publish_keeps_the_network_and_its_numbers(tiny, capsys, monkeypatch):
     low, high = tables.wilson(test.iloc[-1], 100)
     assert cells["final test error (%), 95 % interval"] == f"{test.iloc[-1]:.2f} ({low:.2f} … {high:.2f})"
     assert cells["best on test (%), not a result"] == f"{test.min():.2f} (epoch {test.idxmin() + 1})"
-    assert cells["command"].startswith("`python ") and cells["hardware"].endswith(f", {choose_precision('auto', CPU)[1]}")
+    assert cells["hardware"].endswith(f", {choose_precision('auto', CPU)[1]}")
     assert re.fullmatch(r"0:00:\d\d", cells["wall time"])
     weights, latest = (read_checkpoint(Path("run", name)) for name in ("weights.pth", "latest.pth"))
     assert set(weights) == {*publish.KEPT, "test"} and weights["averaged"] is False
@@ -99,9 +98,7 @@ def test_averaged_weights_are_published_instead(tiny, capsys):
     latest, logs = read_checkpoint("run/latest.pth"), [pd.read_csv(f"run/{name}.csv").error for name in ("test", "test-ema")]
     capsys.readouterr()
     assert publish.main(["run", "--ema"]) == 0
-    low, high = tables.wilson(logs[1].iloc[-1], 100)
-    row = capsys.readouterr().out.splitlines()[-1]
-    assert f"| {logs[1].iloc[-1]:.2f} ({low:.2f} … {high:.2f}), averaged | {logs[1].min():.2f} (epoch " in row
+    assert f"), averaged | {logs[1].min():.2f} (epoch " in capsys.readouterr().out.splitlines()[-1]
     weights = read_checkpoint("run/weights.pth")
     assert all(torch.equal(weights["model"][name], value) for name, value in latest["ema"]["model"].items())
     assert "ema" not in weights and weights["test"]["error"] == logs[1].iloc[-1]
@@ -138,30 +135,15 @@ def test_what_is_committed_of_published_runs():
     assert committed == dict.fromkeys(RUNS, names)
 
 
-@functools.cache
-def load_test_images(dataset, folder):
-    """The test images of a published run, which is named by its data set; all such runs were tested on all images."""
-    if dataset != "digits" and not (ROOT / folder).exists():
-        pytest.skip(f"{folder} is not here")
-    run = next(run for run in RUNS if data_of(run) == (dataset, folder))
-    return load_split(read_checkpoint(run / "weights.pth"), directory=ROOT / folder)[0]
-
-
-def data_of(run):
-    arguments = read_checkpoint(run / "weights.pth")["config"]["arguments"]
-    return arguments["dataset"], arguments["data"]
-
-
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("run", RUNS, ids=NAMES)
-def test_published_weights_misclassify_what_was_counted(run):
-    weights, images = read_checkpoint(run / "weights.pth"), load_test_images(*data_of(run))
-    wrong = publish.misclassified(weights, images.select(slice(weights["test"]["sample"])), CPU)
-    assert abs(int(wrong.sum()) - weights["test"]["wrong_in_sample"]) <= 1  # other hardware may decide a close case otherwise
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("run", RUNS, ids=NAMES)
-def test_published_weights_have_the_error_of_their_log(run):
-    wrong = publish.misclassified(read_checkpoint(run / "weights.pth"), load_test_images(*data_of(run)), CPU)
-    error = pd.read_csv(run / "test.csv").error.iloc[-1]
-    assert abs(int(wrong.sum()) - error * len(wrong) / 100) <= 1 + len(wrong) / 5000
+def test_published_weights_misclassify_what_was_counted(run, whole):
+    """Among the first test images, or all; other hardware may decide close cases otherwise."""
+    weights = read_checkpoint(run / "weights.pth")
+    arguments, test = weights["config"]["arguments"], weights["test"]
+    if arguments["dataset"] != "digits" and not (ROOT / arguments["data"]).exists():
+        pytest.skip(f"{arguments['data']} is not here")
+    images, _ = load_split(weights, directory=ROOT / arguments["data"])
+    wrong = publish.misclassified(weights, images if whole else images.select(slice(test["sample"])), CPU)
+    expected = test["error"] * test["images"] / 100 if whole else test["wrong_in_sample"]
+    assert abs(int(wrong.sum()) - expected) <= 1 + len(wrong) / 5000

@@ -38,13 +38,6 @@ def test_smoothing_is_a_rolling_mean_over_epochs():
     assert curves.smooth(table, 1e-9).loss.tolist() == table.loss.tolist()
     assert curves.smooth(table, 1e6).loss.tolist() == [4, 3, 4, 5]
     assert curves.smooth(table, 0) is table
-    assert curves.smooth(table[table.epoch > 2], 2).epoch.tolist() == [3, 4]
-
-
-@pytest.mark.parametrize(("first", "scale"), [(0.9, "linear"), (1.1, "log")])
-def test_the_loss_axis_is_logarithmic_from_a_decade_on(tmp_path, first, scale):
-    (tmp_path / "test.csv").write_text(f"epoch,loss,error\n1,{first},50\n2,0.1,5\n")
-    assert figure_of({"run": tmp_path}).axes[0].get_yscale() == scale
 
 
 def test_a_run_has_its_network_and_data_as_title(tmp_path):
@@ -61,10 +54,8 @@ def test_a_run_has_its_network_and_data_as_title(tmp_path):
     ("paths", "expected"),
     [
         (["work/sgd", "work/adam"], ["sgd", "adam"]),
-        (["A/run1", "B/run1"], ["A", "B"]),
         (["a/1/run", "b/2/run", "b/3/run"], ["a/1", "b/2", "b/3"]),
         (["a", "a/b"], ["a", "a/b"]),
-        (["a/run", "run"], ["a/run", "run"]),
         (["x/./a/", "x/y/../b"], ["a", "b"]),
         (["x/run"], ["run"]),
     ],
@@ -73,25 +64,21 @@ def test_labels_are_what_differs_in_the_paths(paths, expected):
     assert curves.labels(paths) == expected
 
 
-@pytest.mark.parametrize("count", [2, 7, 15])
-def test_a_legend_tells_any_number_of_runs_apart(tmp_path, count):
-    run = write_ours(tmp_path / "run")
-    figure = figure_of({f"r{i}": run for i in range(count)})
-    styles, runs = figure.legends
-    assert [text.partition(":")[0] for text in texts(runs)] == [f"r{i}" for i in range(count)]
-    assert texts(styles) == ["train", "test", "learning rate drops"]
-    looks = {(line.get_color(), line.get_marker()) for line in runs.get_lines()}
-    assert len(looks) == count
-    drawn = {(line.get_color(), line.get_marker()) for line in figure.axes[0].lines if line.get_linestyle() == "-"}
-    assert drawn == looks
-
-
 @pytest.mark.parametrize("size", [None, (5, 3), (20, 3)])
-@pytest.mark.parametrize(("count", "quantities"), [(1, ("loss",)), (2, ("loss", "error")), (3, ("error",))])
-def test_legends_are_whole_and_cover_no_curve(tmp_path, size, count, quantities):
+@pytest.mark.parametrize(("count", "quantities"), [(1, ("loss",)), (2, ("loss", "error")), (15, ("error",))])
+def test_legends_tell_runs_apart_are_whole_and_cover_no_curve(tmp_path, size, count, quantities):
     run = write_ours(tmp_path / "run")
     (run / "valid.csv").write_text((run / "test.csv").read_text())
-    figure = figure_of({f"run-{i}": run for i in range(count)}, quantities, size)
+    figure = figure_of({f"r{i}": run for i in range(count)}, quantities, size)
+    styles, *below = figure.legends
+    assert texts(styles) == ["train", "valid", "test", "learning rate drops"]
+    for runs in below:
+        assert [text.partition(":")[0] for text in texts(runs)] == [f"r{i}" for i in range(count)]
+        looks = {(line.get_color(), line.get_marker()) for line in runs.get_lines()}
+        drawn = {(line.get_color(), line.get_marker()) for line in figure.axes[0].lines if line.get_linestyle() == "-"}
+        assert len(looks) == count and drawn == looks
+    if count == 15 and size:  # has no room for them
+        return
     curves.save(figure, tmp_path / "figure.png")
     for legend in figure.legends:
         box = legend.get_window_extent()
@@ -122,6 +109,9 @@ def test_shows_what_is_asked_for(tmp_path):
     assert list(line.get_xdata()) == [2, 3, 4, 5] and texts(figure.legends[0]) == ["test", "learning rate drops"]
     assert loss.get_xlim() == error.get_xlim() == (2, 5)
     assert error.get_ylim() == (0.5, 20) and loss.get_ylim()[1] < 1.2
+    for first, scale in ((0.9, "linear"), (1.1, "log")):  # from a decade on
+        (tmp_path / "test.csv").write_text(f"epoch,loss,error\n1,{first},50\n2,0.1,5\n")
+        assert figure_of({"run": tmp_path}).axes[0].get_yscale() == scale
 
 
 @pytest.mark.parametrize("scale", ["linear", "log"])

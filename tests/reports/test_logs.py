@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,33 +19,26 @@ from reports import curves, logs, tables
 from training import arguments, flags
 
 
-def test_reads_the_logs_of_train(tmp_path):
-    log = logs.read_log(write_ours(tmp_path / "run", fine=True))
-    assert log.tables["train"].epoch.tolist() == list(range(1, 9))
-    assert len(log.fine) == 8
-    assert curves.drops(log) == [3]  # epoch 4 is the first at a tenth; it begins at 3
-    assert curves.summary(log) == "test error: final 9.50 % (epoch 8), best on test 6.43 % (epoch 7)"
-
-
-def test_reads_the_logs_of_bamos(tmp_path):
-    log = logs.read_log(write_bamos(tmp_path / "seed"))
-    assert len(log.fine) == 40
-    assert log.tables["train"].epoch.tolist() == [1, 2, 3, 4]
-    assert log.tables["train"].error[0] == pytest.approx(90 - 9 * 0.45)  # the mean of the steps 0 … 0.9
-    assert curves.summary(log) == "test error: final 15.00 % (epoch 4), best on test 15.00 % (epoch 4)"
-
-
-def test_reads_the_logs_of_gpleiss(tmp_path):
-    log = logs.read_log(write_gpleiss(tmp_path / "seed"))
-    assert log.tables["train"].error.tolist() == [50, 30]
-    assert log.tables["valid"].error.tolist() == [45, 33]
-    assert curves.summary(log) == "valid error: final 33.00 % (epoch 2), best 33.00 % (epoch 2); test 34.00 %"
+@pytest.mark.parametrize(
+    ("write", "fine", "split", "errors", "summary"),
+    [
+        (partial(write_ours, epochs=4, fine=True), 4, "train", [40, 20, 40 / 3, 10], "test error: final 9.50 % (epoch 4), best on test 9.50 % (epoch 4)"),
+        (write_bamos, 40, "train", [85.95, 76.95, 67.95, 58.95], "test error: final 15.00 % (epoch 4), best on test 15.00 % (epoch 4)"),
+        (write_gpleiss, 0, "valid", [45, 33], "valid error: final 33.00 % (epoch 2), best 33.00 % (epoch 2); test 34.00 %"),
+    ],
+)
+def test_reads_logs_of_three_repositories(tmp_path, write, fine, split, errors, summary):
+    """Of bamos, an epoch has the mean of its iterations."""
+    log = logs.read_log(write(tmp_path / "run"))
+    assert log.tables[split].epoch.tolist() == list(range(1, len(errors) + 1))
+    assert log.tables[split].error.tolist() == pytest.approx(errors)
+    assert len(log.fine if fine else ()) == fine and curves.summary(log) == summary
 
 
 @pytest.mark.parametrize(
     ("arguments", "model", "title"),
     [
-        ({"dataset": "digits"}, {}, "DenseNet-BC-16 (k = 12), digits"),
+        ({"dataset": "digits"}, {"activation": "gelu", "scaled": False}, "DenseNet-BC-16 (k = 12, activation = gelu), digits"),
         ({"dataset": "cifar100", "limit_train": 10000}, {"depth": 100}, "DenseNet-BC-100 (k = 12), CIFAR-100, 10,000 training images"),
         ({"dataset": "svhn"}, {"depth": 40, "bottleneck": False, "reduction": 1.0}, "DenseNet-40 (k = 12), SVHN"),
         ({"dataset": "folder", "data": "data/birds", "arch": "densenet161"}, {"depth": None, "growth_rate": 48}, "DenseNet-161 (k = 48), birds"),
@@ -63,14 +57,6 @@ def test_a_row_counts_when_it_is_whole(tmp_path):
         assert logs.read_log(run).tables["test"].epoch.max() == last
 
 
-def test_a_missing_log_is_left_out(tmp_path):
-    run = write_ours(tmp_path / "run")
-    (run / "test.csv").write_text("")
-    (run / "train.csv").write_text(HEADER + "1,2.0,80,0.1,100,900\n")
-    assert list(logs.read_log(run).tables) == ["train"]
-    assert plot.main([str(run)]) == 0
-
-
 @pytest.mark.parametrize(
     "text",
     [
@@ -82,8 +68,10 @@ def test_a_missing_log_is_left_out(tmp_path):
 )
 def test_logs_that_others_have_touched(tmp_path, text):
     (tmp_path / "test.csv").write_bytes(text.encode())
-    table = logs.read_log(tmp_path).tables["test"]
-    assert table[["epoch", "loss", "error"]].to_numpy().tolist() == [[1, 2, 30], [2, 1, 20]]
+    (tmp_path / "train.csv").write_text("")
+    (tmp_path / "results.csv").write_text("name;score\nbest;3\n")  # one's own
+    [(split, table)] = logs.read_log(tmp_path).tables.items()
+    assert split == "test" and table[["epoch", "loss", "error"]].to_numpy().tolist() == [[1, 2, 30], [2, 1, 20]]
 
 
 def test_an_infinite_loss_is_a_gap_and_numbers_are_exact(tmp_path):
@@ -93,23 +81,15 @@ def test_an_infinite_loss_is_a_gap_and_numbers_are_exact(tmp_path):
     assert table.error.tolist() == [30, 20, 100 / 3]
 
 
-def test_a_table_of_ones_own_beside_the_logs(tmp_path):
-    (write_ours(tmp_path) / "results.csv").write_text("name;score\nbest;3\n")
-    assert set(logs.read_log(tmp_path).tables) == {"train", "test"}
-
-
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("train", None, "has no log with a row"),
         ("train", "", "has no log with a row"),
         ("train", HEADER, "has no log with a row"),
         ("train", "epoch,loss,error\n1,x,3\n", "train.csv is not a log: could not convert string to float: 'x'"),
         ("train", "epoch,time\n1,2\n", "train.csv is not a log: it has no column loss"),
         ("train", "\x00\xff\n", "train.csv is not a log"),
         ("train", "epoch,loss,error\n1,2,3,4\n", "train.csv is not a log: the first row has more cells than there are columns"),
-        ("train", "epoch,loss,error\n1,2,3\n1,2,3,4\n", "train.csv is not a log: Error tokenizing data. C error: Expected 3 fields in line 3, saw 4"),
-        ("test", "epoch,loss,error\n,2,3\n", "test: a damaged log: epoch nan is not in 0 … 1e+06"),
         ("test", "epoch,loss,error\n1,2,3\n1e20,2,3\n", "a damaged log: epoch 1e+20 is not in 0 … 1e+06"),
         ("test", "epoch,loss,error\n1,2,300\n", "a damaged log: error 300 is not in 0 … 100"),
         ("results", RESULTS.replace("valid_error", "v"), "results.csv is not a log: it has no column valid_error"),
@@ -121,8 +101,7 @@ def test_a_table_of_ones_own_beside_the_logs(tmp_path):
 def test_what_cannot_be_drawn_is_said_in_one_line(tmp_path, capsys, name, content, words):
     if name == "config":
         write_ours(tmp_path)
-    if content is not None:
-        (tmp_path / f"{name}.{'json' if name == 'config' else 'csv'}").write_text(content)
+    (tmp_path / f"{name}.{'json' if name == 'config' else 'csv'}").write_text(content)
     assert plot.main([str(tmp_path)]) == 2
     err = capsys.readouterr().err
     assert err.startswith("plot.py: error: ") and err.count("\n") == 1
@@ -231,10 +210,3 @@ def test_a_damaged_log_is_drawn_or_is_one_line(tmp_path, write, examples):
             assert len(tables.formatted(*tables.comparison({"run": log}), "text").splitlines()) == 2
 
     check()
-
-
-def test_a_network_with_arguments_of_its_own_is_not_called_the_plain_one():
-    model = {"depth": 16, "growth_rate": 12, "reduction": 0.5, "bottleneck": True, "drop_rate": 0.2, "num_classes": 10}
-    assert logs.network_name({"model": model, "arguments": {}}) == "DenseNet-BC-16 (k = 12)"
-    changed = {"model": model | {"activation": "gelu", "scaled": False}, "arguments": {}}
-    assert logs.network_name(changed) == "DenseNet-BC-16 (k = 12, activation = gelu)"

@@ -46,9 +46,9 @@ def test_a_wrong_candidate_is_not_timed(ours, naive, words):
         speed.assert_right(JOB, ours, naive)
 
 
-# Stands for candidates.py: one candidate dies, one is wrong, naive takes twice as long as the others.
+# Stands for candidates.py: one candidate dies, one is wrong; fused is twice as fast, if naive's row is written by then.
 STAND_IN = """
-import json, sys
+import json, os, sys
 job = json.loads(sys.argv[1])
 draws = [{"output": 1e-6, "gradients": 1e-5}] * 5
 if job["candidate"] == "checkpoint":
@@ -57,11 +57,11 @@ if job["task"] == "check":
     sys.exit(print(json.dumps({"float64": {"output": job["candidate"] == "gpleiss"}, "draws": draws})))
 print(json.dumps(job | {"saved_mib": 3.5}), flush=True)
 for word in sys.stdin:
-    print(json.dumps([0.5 if job["candidate"] == "naive" else 0.25, 100]), flush=True)
+    print(json.dumps([0.25 if job["candidate"] == "fused" and os.path.exists("of/b.csv") else 0.5, 100]), flush=True)
 """
 
 
-def test_rows_of_candidates_that_fail_are_missing(monkeypatch, capsys):
+def test_rows_are_written_as_they_come_and_those_of_candidates_that_fail_are_missing(monkeypatch, capsys):
     Path("stand_in.py").write_text(STAND_IN)
     monkeypatch.setattr(candidates, "__file__", "stand_in.py")
     flags = "--device cpu --depths 10 --batch-size 2 --candidates checkpoint gpleiss naive fused --reference naive --precisions fp32"
@@ -86,10 +86,9 @@ def test_candidates_take_turns_with_the_reference(capfd):
     assert speed.main([*flags, "--profile"]) == 0 and "SharedBufferBackward" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "bench").glob("*.csv")), ids=lambda path: path.name)
-def test_what_was_measured_can_be_drawn(path):
-    if "images_per_second" in pd.read_csv(path):
-        assert speed.main(["--from", str(path), "--plot", "b.png"]) == 0 and Path("b.png").stat().st_size > 1000
+@pytest.mark.parametrize("name", ["cpu-depths", "epyc", "epyc-epochs", "h200"])
+def test_what_was_measured_can_be_drawn(name):
+    assert speed.main(["--from", str(ROOT / f"bench/{name}.csv"), "--plot", "b.png"]) == 0 and Path("b.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize(
@@ -100,18 +99,6 @@ def test_mistakes_end_with_one_line_and_status_2(capsys, flags, words):
     assert status_of(speed.main, flags.split()) == 2
     err = capsys.readouterr().err
     assert err.startswith("speed.py: error: ") and words in err and err.count("\n") == 1
-
-
-def test_rows_are_written_as_they_come():
-    row = dict.fromkeys(("ms", "ms_20", "ms_80", "images_per_second", "times_as_fast", "infer_images_per_second",
-                         "infer_times_as_fast", "peak_mib"), 1.5) | {"candidate": "fused", "depth": 10, "precision": "fp32", "graph": False}  # fmt: skip
-
-    def rows():
-        yield row
-        assert len(pd.read_csv("b.csv")) == 1
-        yield row
-
-    assert speed.finish(rows(), "b.csv", {"commit": "c"}) == [row | {"commit": "c"}] * 2 == pd.read_csv("b.csv").to_dict("records")
 
 
 def test_recipes_are_compared_by_seed(capsys):

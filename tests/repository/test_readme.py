@@ -1,7 +1,5 @@
 """What README.md and the other pages say about flags, networks, commands and results is what the code does."""
 
-import csv
-import itertools
 import json
 import os
 import re
@@ -16,6 +14,7 @@ import pandas as pd
 import pytest
 import scipy.stats
 import torch
+from conftest import ROOT
 from PIL import Image
 
 import densenet
@@ -24,11 +23,10 @@ from common.checkpoints import read_checkpoint
 from publish import error_cell
 from training import arguments, flags
 
-ROOT = Path(__file__).parents[2]
 PAGES = {  # whose commands are checked
     path.relative_to(ROOT).as_posix(): path.read_text()
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "bench/README.md")
-    if path.name != "extending.md"  # whose commands are of changed copies: tests/test_extending.py
+    if path.name != "extending.md"  # whose commands are of changed copies: test_extending.py
 }
 MORE = ("docs/extending.md", "work/README.md", "attic/debugging-discussion.md")
 LINKING = PAGES | {name: (ROOT / name).read_text() for name in MORE}
@@ -43,12 +41,16 @@ def blocks(text, language):
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
+def table(header, rows):
+    rule = "|---" * header.count("|") + "|"
+    return "\n".join([f"| {header}", rule, *(f"| {' | '.join(map(str, row))} |" for row in rows)])
+
+
 def flag_table():
     """The table of flags as Markdown, from the parser's own help texts."""
-    lines = ["| flag | default | meaning |", "|---|---|---|"]
+    rows = []
     for action in flags.make_parser()._actions[1:]:
-        values = {"default": action.default, "prog": "train.py"}
-        text = action.help.replace("%%", "%").replace("%(default)s", str(values["default"]))
+        text = action.help.replace("%%", "%").replace("%(default)s", str(action.default))
         meaning, _, rest = text.partition(" (default: ")
         default, _, more = rest.partition(")")
         name = " ".join(action.option_strings).replace(" --no-", "/--no-")
@@ -56,13 +58,8 @@ def flag_table():
             meaning = f"{', '.join(map(str, action.choices))}: {meaning}"
         elif action.metavar:
             name += f" [{action.metavar}]" if action.nargs == "?" else f" {action.metavar}"
-        lines.append(f"| `{name}` | {default or '–'} | {meaning}{more} |")
-    return "\n".join(lines).replace("<", "&lt;").replace(">", "&gt;")
-
-
-def test_flag_table_is_the_parsers():
-    assert flag_table() in PAGES["docs/flags.md"], f"put this table into docs/flags.md:\n{flag_table()}"
-    assert "](docs/flags.md)" in section("Flags")
+        rows.append((f"`{name}`", default or "–", meaning + more))
+    return table("flag | default | meaning |", rows).replace("<", "&lt;").replace(">", "&gt;")
 
 
 def commands():
@@ -73,25 +70,23 @@ def commands():
 
 
 @pytest.mark.parametrize("command", sorted(set(commands())))
-def test_every_training_command_is_valid(command, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_every_training_command_is_valid(command, monkeypatch):
     monkeypatch.setattr(arguments, "read_source", lambda *_: None)  # which another command writes, or a download
-    flags = [flag for flag in shlex.split(command.replace("$seed", "1"))[1:] if flag not in ("--resume", "if-any", "--help")]
-    arguments.parse_args(flags)
+    given = shlex.split(command.replace("$seed", "1"))[1:]
+    arguments.parse_args([flag for flag in given if flag not in ("--resume", "if-any", "--help")])
 
 
 def test_table_of_networks_has_the_code_s_parameter_counts():
     rows = re.findall(r"^\| `--arch (\w+)`[^|\n]* \| ([\d,]+) \|", section("Reproduce the paper"), re.MULTILINE)
     assert {name for name, _ in rows} == set(densenet.ARCHITECTURES)
     for name, count in rows:
-        classes = 1000 if "bc" not in name and "_" not in name else 10
         with torch.device("meta"):
-            model = densenet.DenseNet(**densenet.ARCHITECTURES[name], num_classes=classes)
+            model = densenet.DenseNet(**densenet.ARCHITECTURES[name], num_classes=10 if "_" in name else 1000)
         assert f"{sum(p.numel() for p in model.parameters()):,}" == count, name
 
 
 def links(name):
-    """(path, anchor) of every link and picture of a page that is not on another site; paths relative to the page."""
+    """(path, anchor) of every link and picture of a page that is not on another site."""
     page = ROOT / name
     for target in re.findall(r'\]\(([^)\s]+)\)|<img src="([^"]+)"', LINKING[name]):
         path, _, anchor = "".join(target).partition("#")
@@ -107,163 +102,129 @@ def anchors(path):
 
 
 @pytest.mark.parametrize("name", LINKING)
-def test_links_and_pictures_exist(name):
+def test_what_is_linked_or_named_exists(name):
     for path, anchor in links(name):
         assert path.exists(), path
         assert not anchor or anchor in anchors(path), f"{path}#{anchor}"
-
-
-@pytest.mark.parametrize("name", LINKING)
-def test_files_that_are_named_exist(name):
-    folders = "attic|bench|common|fused|inference|inputs|reports|tests|training"
-    for path in re.findall(rf"(?<![\w/])(?:{folders})/[\w/-]+\.\w+(?!`?\s+of\s+commit)\b", LINKING[name]):
+    for path in re.findall(r"(?<![\w/])(?:attic|bench|common|fused|inputs|tests|training)/[\w/-]+\.\w+(?!`\s+of\s+commit)\b", LINKING[name]):
         assert (ROOT / path).exists(), path
 
 
-def test_every_page_is_linked_from_the_readme():
-    assert {ROOT / name for name in LINKING} <= {ROOT / "README.md", *(path for path, _ in links("README.md"))}
-
-
-def test_table_of_contents_is_complete():
-    headings = re.findall(r"^## (.*)$", README, re.MULTILINE)
-    linked = [anchor for path, anchor in links("README.md") if path == ROOT / "README.md"]
-    assert {heading.lower().replace(" ", "-") for heading in headings} <= set(linked)
-
-
-def test_layout_lists_every_command_and_folder():
-    linked = {path for path, _ in re.findall(r"\[\S+\]\(([\w.]+)(/README\.md)?\)", section("Layout"))}
-    here = {path.name for path in (*ROOT.glob("*.py"), *ROOT.glob("*/")) if not path.name.startswith((".", "_"))}
-    assert here - {"data"} == linked - {"docs/extending.md"}
-
-
-def test_every_figure_is_shown_or_linked():
+def test_all_is_reached_from_the_readme():
+    """Pages by a link, sections by the table of contents, commands and folders by the layout, figures by any page."""
+    linked = list(links("README.md"))
+    assert {ROOT / name for name in LINKING} <= {ROOT / "README.md", *(path for path, _ in linked)}
+    assert {title.lower().replace(" ", "-") for title in re.findall(r"^## (.*)$", README, re.MULTILINE)} <= {anchor for _, anchor in linked}
+    parts = {path.name for path in ROOT.glob("*.py")} | {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert parts <= {os.path.relpath(path, ROOT) for path, _ in linked}
     assert set((ROOT / "images").iterdir()) <= {path for name in PAGES for path, _ in links(name)}
 
 
+def measured(name, **values):
+    """Rows of a benchmark's CSV that have these values, by candidate."""
+    rows = pd.read_csv(ROOT / "bench" / name)
+    return rows[(rows[list(values)] == pd.Series(values)).all(axis=1)].set_index("candidate")
+
+
 def test_block_table_is_the_benchmark_s():
-    """What the README says of memory and time stands in bench/epyc.csv and bench/h200.csv."""
-    table, gpu = (list(csv.DictReader((ROOT / "bench" / name).read_text().splitlines())) for name in ("epyc.csv", "h200.csv"))
-    rows = {row["candidate"]: row for row in table if row["precision"] == "bf16"}
-    fused = {row["precision"]: row["times_as_fast"] for row in table if row["candidate"] == "fused"}
-    measured = {row["candidate"]: row for row in gpu[:2]}  # DenseNet-BC-100-12, bf16, batch 64
-    text = " ".join(section("Speed and memory").split())
-    assert f"`fused` is {fused['bf16']} times as fast in bf16, and in fp32, where it saves memory only, {fused['fp32']} times" in text
+    cpu, gpu = measured("epyc.csv", precision="bf16"), measured("h200.csv", precision="bf16", depth=100, batch_size=64)
     for name in densenet.BLOCKS:
-        line = re.search(rf"^\| `{name}` \|.*$", README, re.MULTILINE)[0]
-        *_, on_gpu, on_cpu = line.removesuffix(" |").split(" | ")
-        ms, peak = (int(value.replace(",", "")) for value in on_cpu.split(", "))
-        assert (ms, peak) == tuple(round(float(rows[name][column])) for column in ("ms", "peak_mib"))
-        if name in measured:
-            ms, peak = (float(measured[name][column]) for column in ("ms", "peak_mib"))
-            assert on_gpu.startswith(f"{ms:.2f}, ") and on_gpu.endswith(f"{peak:,.0f}")
-    assert fused_on_gpu(gpu, 64) == "2.03" and f"| {fused_on_gpu(gpu, 256)} |" in PAGES["bench/README.md"]
-
-
-def fused_on_gpu(rows, batch_size):
-    """How many times as fast as naive fused is in bf16, DenseNet-BC-100-12."""
-    ms = {row["candidate"]: float(row["ms"]) for row in reversed(rows)
-          if (row["precision"], row["depth"], row["batch_size"]) == ("bf16", "100", str(batch_size))}  # fmt: skip
-    return f"{ms['naive'] / ms['fused']:.2f}"
+        on_gpu, on_cpu = re.search(rf"^\| `{name}` \|.* \| (.*) \| (.*) \|$", README, re.MULTILINE).groups()
+        assert on_cpu == f"{cpu.ms[name]:,.0f}, {cpu.peak_mib[name]:,.0f}"
+        assert on_gpu == (f"{gpu.ms[name]:.2f}, {gpu.peak_mib[name]:,.0f}" if name in gpu.index else "not measured")
+    times, in_fp32 = cpu.times_as_fast["fused"], measured("epyc.csv", precision="fp32").times_as_fast["fused"]
+    words = f"`fused` is {times:.2f} times as fast in bf16, and in fp32, where it saves memory only, {in_fp32:.2f} times"
+    assert words in " ".join(section("Speed and memory").split())
+    for batch_size in (64, 256):
+        ms = measured("h200.csv", precision="bf16", depth=100, batch_size=batch_size).ms
+        assert f"| {ms['naive'] / ms['fused']:.2f} |" in PAGES["bench/README.md"]
 
 
 def published(name):
-    """config.json, train.csv and test.csv of a published run."""
+    """config.json, train.csv, test.csv and the weights of a published run."""
     run = ROOT / "work" / name
-    return json.loads((run / "config.json").read_text()), *(pd.read_csv(run / f"{log}.csv") for log in ("train", "test"))
+    logs = (pd.read_csv(run / f"{log}.csv") for log in ("train", "test"))
+    return json.loads((run / "config.json").read_text()), *logs, read_checkpoint(run / "weights.pth")
 
 
 def final_error(name):
     """The error after the last epoch and its 95 % interval, as work/README.md writes it."""
-    test = read_checkpoint(ROOT / "work" / name / "weights.pth")["test"]
+    test = published(name)[-1]["test"]
     return error_cell(test["error"], test["images"])
 
 
 def result_rows():
-    return "\n".join(map(result_row, ("cifar10-jpeg.bc100", "cifar10-jpeg.bc40")))
-
-
-def result_row(name):
-    config, train_log, _ = published(name)
-    network = f"DenseNet-BC, L = {config['model']['depth']}, {config['parameters']:,} parameters"
-    link = f"[work/{name}](work/{name})"
-    return f"| CIFAR-10, JPEG re-encoding | {network} | {len(train_log)} | {final_error(name)} | {link} |"
+    rows = []
+    for name in ("cifar10-jpeg.bc100", "cifar10-jpeg.bc40"):
+        config, log, *_ = published(name)
+        network = f"DenseNet-BC, L = {config['model']['depth']}, {config['parameters']:,} parameters"
+        rows.append(("CIFAR-10, JPEG re-encoding", network, len(log), final_error(name), f"[work/{name}](work/{name})"))
+    return table("data | network (k = 12) | epochs | test error (%), 95 % interval | source |", rows)
 
 
 def optimizer_table():
-    lines = [
-        "| run | learning rate | test error (%), 95 % interval | best on test (%), not a result | training error (%) |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     for name in ("sgd", "adam", "adam-step"):
-        _, train_log, test = published(f"optimizers/{name}")
-        rates = " → ".join(f"{rate:g}" for rate in train_log.lr.unique())
-        lowest, training = f"{test.error.min():.2f}", f"{train_log.error.iloc[-1]:.2f}"
-        cells = (f"[{name}](../work/optimizers/{name})", rates, final_error(f"optimizers/{name}"), lowest, training)
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        _, log, test, _ = published(f"optimizers/{name}")
+        rates = " → ".join(f"{rate:g}" for rate in log.lr.unique())
+        errors = final_error(f"optimizers/{name}"), f"{test.error.min():.2f}", f"{log.error.iloc[-1]:.2f}"
+        rows.append((f"[{name}](../work/optimizers/{name})", rates, *errors))
+    return table("run | learning rate | test error (%), 95 % interval | best on test (%), not a result | training error (%) |", rows)
+
+
+def spread(errors, digits):
+    return f"{np.mean(errors):.{digits}f} ± {np.std(errors, ddof=1):.{digits}f}"
 
 
 def few_images_table():
-    runs = pd.read_csv(ROOT / "bench/few-images.csv", keep_default_na=False)
-    epochs = list(dict.fromkeys(runs.epochs))
-    lines = [f"| flags | {' | '.join(f'{n} epochs' for n in epochs)} |", "|---" * (1 + len(epochs)) + "|"]
-    for given in dict.fromkeys(runs["flags"]):
-        seeds = [runs.error[(runs["flags"] == given) & (runs.epochs == n)] for n in epochs]
-        cells = " | ".join(f"{errors.mean():.1f} ± {errors.std():.1f}" for errors in seeds)
-        lines.append(f"| {f'`{given}`' if given else 'none: from scratch'} | {cells} |")
-    return "\n".join(lines)
+    errors = pd.read_csv(ROOT / "bench/few-images.csv", keep_default_na=False)
+    rows = [
+        (f"`{name}`" if name else "none: from scratch", *(spread(group.error, 1) for _, group in of_flags.groupby("epochs")))
+        for name, of_flags in errors.groupby("flags", sort=False)
+    ]
+    return table("flags | 5 epochs | 10 epochs | 30 epochs |", rows)
 
 
-def ablation_errors():
-    """{(fill, momentum): final test errors of the seeds}."""
-    cells = itertools.product(("mean", "black"), ("nesterov", "plain"))
-    return {
-        (fill, momentum): [published(f"ablation/{fill}-{momentum}-seed{seed}")[2].error.iloc[-1] for seed in (1, 2, 3)]
-        for fill, momentum in cells
-    }
+def ablation_errors(fill, momentum):
+    """Final test errors of the seeds."""
+    return [published(f"ablation/{fill}-{momentum}-seed{seed}")[2].error.iloc[-1] for seed in (1, 2, 3)]
 
 
 def ablation_table():
-    errors = ablation_errors()
-    lines = ["| | mean colour beyond the border | black |", "|---|---|---|"]
-    for momentum, name in (("nesterov", "Nesterov momentum"), ("plain", "plain momentum")):
-        cells = [f"{np.mean(e):.2f} ± {np.std(e, ddof=1):.2f}" for e in (errors["mean", momentum], errors["black", momentum])]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    names = {"nesterov": "Nesterov momentum", "plain": "plain momentum"}
+    rows = [(name, *(spread(ablation_errors(fill, key), 2) for fill in ("mean", "black"))) for key, name in names.items()]
+    return table("| mean colour beyond the border | black |", rows)
 
 
-def effect(errors, one, other):
+def effect(one, other):
     """Mean difference between two settings, all else equal, seed included, with the 95 % interval of a paired t-test."""
-    one, other = ([error for cell, values in errors.items() if name in cell for error in values] for name in (one, other))
     low, high = scipy.stats.ttest_rel(one, other).confidence_interval(0.95)
-    difference = np.mean(one) - np.mean(other)
-    return f"{difference:+.2f} points (95 % interval {low:+.2f} … {high:+.2f})".replace("-", "−")
+    return f"{np.mean(one) - np.mean(other):+.2f} points (95 % interval {low:+.2f} … {high:+.2f})".replace("-", "−")
 
 
 @pytest.mark.parametrize(
-    ("page", "table"),
-    [("README.md", result_rows), ("README.md", few_images_table), ("docs/adam.md", optimizer_table), ("docs/implementations.md", ablation_table)],
+    ("page", "made"),
+    [
+        ("docs/flags.md", flag_table),
+        ("README.md", result_rows),
+        ("README.md", few_images_table),
+        ("docs/adam.md", optimizer_table),
+        ("docs/implementations.md", ablation_table),
+    ],
 )
-def test_tables_of_results_are_the_published_runs(page, table):
-    assert table() in PAGES[page], f"put this table into {page}:\n{table()}"
+def test_tables_are_those_of_the_code_and_the_published_runs(page, made):
+    assert made() in PAGES[page], f"put this table into {page}:\n{made()}"
 
 
-def test_headline_is_the_published_one():
+def test_numbers_in_the_text_are_those_of_the_published_runs():
+    readme, more = (" ".join(PAGES[name].split()) for name in ("README.md", "docs/implementations.md"))
     error, _, interval = final_error("cifar10-jpeg.bc100").partition(" ")
-    text = " ".join(README[: README.index("\n## ")].split())
-    assert f"**{error} % test error** (95 % interval {interval.strip('()')})" in text
-
-
-def test_effects_are_those_of_the_published_runs():
-    errors, text = ablation_errors(), " ".join(PAGES["docs/implementations.md"].split())
-    for one, other in (("black", "mean"), ("plain", "nesterov")):
-        assert effect(errors, one, other) in text, f"{one} against {other}: {effect(errors, one, other)}"
-
-
-def test_first_run_s_error_is_the_published_one():
-    error = published("digits.bc16")[2].error.iloc[-1]
-    text, seconds = " ".join(README.split()), read_checkpoint(ROOT / "work/digits.bc16/weights.pth")["seconds"]
-    assert f"a test error of {error:.2f} %" in text and f"epochs took {seconds:.0f} seconds" in text
+    assert f"**{error} % test error** (95 % interval {interval.strip('()')})" in readme
+    *_, test, weights = published("digits.bc16")
+    assert f"its 20 epochs took {weights['seconds']:.0f} seconds and ended with a test error of {test.error.iloc[-1]:.2f} %" in readme
+    errors = np.array([[ablation_errors(fill, momentum) for momentum in ("nesterov", "plain")] for fill in ("mean", "black")])
+    for found in (effect(errors[1].ravel(), errors[0].ravel()), effect(errors[:, 1].ravel(), errors[:, 0].ravel())):
+        assert found in more, found
 
 
 def test_scores_of_the_published_digits_are_what_evaluate_prints(capsys):
@@ -293,8 +254,6 @@ if "train.py" in args:
     args += ["--warmup", "1", "--cutout", "4"] if "--recipe" in args else []
 if args[0] == "bench/recipes.py":
     args = ["bench/recipes.py", "--help"]
-if args[0] == "data.py" and "--check" not in args:
-    args += ["--dataset", "digits"]
 if args[0] == "bench/speed.py":
     args += "--device cpu --depths 10 --batch-size 2 --precisions fp32 --candidates fused".split()
 if tool == "torchrun":
