@@ -39,8 +39,6 @@ def make_parser():
 def check_args(args, given):
     if args.out.suffix[1:] not in FORMATS:
         raise Mistake(f"--out {args.out}: needs one of the suffixes {', '.join('.' + name for name in FORMATS)}")
-    if args.out.is_dir():
-        raise Mistake(f"--out {args.out}: is a directory, needs the name of a file")
     if args.autograd and "part" in given:
         raise Mistake("--autograd draws every function: leave out --part")
 

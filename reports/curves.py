@@ -153,21 +153,6 @@ def wrapped(text, inches, size):
     return drawable("\n".join(lines))
 
 
-def split_entries(logs, view):
-    """What a legend says of the styles of lines: [(text, style)]."""
-    shown, grey = {split for log in logs for split in view.splits(log)}, {"color": "0.3"} if len(logs) > 1 else {}
-    entries = [(split, SPLIT_STYLES[split] | grey) for split in SPLITS if split in shown]
-    return entries + [("learning rate drops", DROP_STYLE)] * any(map(drops, logs))
-
-
-def run_entries(logs):
-    """What a legend says of several runs: label, errors, and network and data unless these are the same for all."""
-    titled = len({log.title for log in logs.values()}) > 1
-    names = [f"{label}, {log.title}" if titled and log.title else label for label, log in logs.items()]
-    texts = [f"{name}: {summary(log)}" for name, log in zip(names, logs.values(), strict=True)]
-    return [(text, line_style("test", i, len(logs))) for i, text in enumerate(texts)]
-
-
 def add_legend(figure, entries, width, **options):
     """A legend of (text, style of its line) in as many columns as fit into ``width`` inches. Returns its rows."""
     texts = [wrapped(text, width - 0.6, 9) for text, _ in entries]
@@ -179,25 +164,32 @@ def add_legend(figure, entries, width, **options):
     return sum(text.count("\n") + 1 for text in texts) / columns
 
 
-def heading(logs, title):
-    """The lines above a figure: its title, or else network and data if all runs share them; of a single run, errors."""
-    titles = {log.title for log in logs.values()}
-    shared = titles.pop() if len(titles) == 1 else ""
-    if len(logs) > 1:
-        return title or shared
-    [(label, log)] = logs.items()
-    return f"{title or ': '.join(filter(None, (label, shared)))}\n{summary(log)}"
-
-
 def make_figure(logs, quantities, view, title=None, size=None):
-    """A figure with a panel per quantity. ``logs``: label → Log; ``size``: (width, height) in inches."""
+    """A figure with a panel per quantity. ``logs``: label → Log; ``size``: (width, height) in inches.
+
+    Above stand its title, or else network and data if all runs share them, and what the styles of lines mean; below,
+    errors of several runs, and network and data where they differ.
+    """
     runs, width = list(logs.values()), size[0] if size else 5.6 * len(quantities)
     figure = Figure(figsize=(width, 4), layout="constrained")
     for axes, quantity in zip(figure.subplots(1, len(quantities), squeeze=False)[0], quantities, strict=True):
         draw(axes, runs, quantity, view)
-    title = wrapped(heading(logs, title), width, 10)
-    add_legend(figure, split_entries(runs, view), width, title=title, loc="outside upper center")
-    below = add_legend(figure, run_entries(logs), width, loc="outside lower center") if len(runs) > 1 else 0
+    several, titles = len(runs) > 1, {log.title for log in runs}
+    names = [f"{label}, {log.title}" if len(titles) > 1 and log.title else label for label, log in logs.items()]
+    if not several:
+        title = f"{title or ': '.join(filter(None, (*names, *titles)))}\n{summary(runs[0])}"
+    elif len(titles) == 1:
+        title = title or runs[0].title
+    shown = [split for split in SPLITS if any(split in view.splits(log) for log in runs)]
+    entries = [(split, SPLIT_STYLES[split] | ({"color": "0.3"} if several else {})) for split in shown]
+    if any(map(drops, runs)):
+        entries.append(("learning rate drops", DROP_STYLE))
+    add_legend(figure, entries, width, title=wrapped(title or "", width, 10), loc="outside upper center")
+    below = 0
+    if several:
+        texts = [f"{name}: {summary(log)}" for name, log in zip(names, runs, strict=True)]
+        entries = [(text, line_style("test", i, len(runs))) for i, text in enumerate(texts)]
+        below = add_legend(figure, entries, width, loc="outside lower center")
     figure.set_figheight(size[1] if size else min(4 + 0.2 * below, 50))
     return figure
 

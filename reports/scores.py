@@ -31,24 +31,24 @@ def print_scores(matrix, classes, kind="test"):
     A score that is zero by zero is shown as – and left out of the average over the classes.
     """
     print(headline(matrix, kind))
-    width, scores = max(map(len, (*classes, "macro average"))), class_scores(matrix)
+    scores = class_scores(matrix)
+    rows = torch.cat((100 - scores[1:2], scores))  # error, precision, recall and F1, (4, classes), in percent
+
+    def cells(values):
+        texts = ("–" if math.isnan(value) else f"{value:.2f}" for value in values.tolist())
+        return "  ".join(map(str.rjust, texts, (7, 11, 8, 6)))
+
+    width = max(map(len, (*classes, "macro average")))
     print(f"\n{'class':{width}}  images  error %  precision %  recall %    F1 %  taken for")
     for i, name in enumerate(classes):
         order = matrix[i].argsort(descending=True)[:4].tolist()
         confused = [f"{classes[j]} {int(matrix[i, j])}" for j in order if j != i and matrix[i, j]][:3]
-        print(f"{name:{width}}  {int(matrix[i].sum()):6}  {cells(scores[:, i])}  {', '.join(confused)}".rstrip())
-    print(f"{'macro average':{width}}  {int(matrix.sum()):6}  {cells(scores.nanmean(1))}")
+        print(f"{name:{width}}  {int(matrix[i].sum()):6}  {cells(rows[:, i])}  {', '.join(confused)}".rstrip())
+    print(f"{'macro average':{width}}  {int(matrix.sum()):6}  {cells(rows.nanmean(1))}")
     if len(classes) <= 20:
         print("\nconfusion matrix (row: class, column: taken for)")
         for name, row in zip(classes, matrix.tolist(), strict=True):
             print(f"{name:{width}}", *(f"{value:5}" for value in row))
-
-
-def cells(scores):
-    """Error, precision, recall and F1 of a class, in percent, for its line of the table."""
-    precision, recall, f1 = scores.tolist()
-    columns = ((100 - recall, 7), (precision, 11), (recall, 8), (f1, 6))
-    return "  ".join(f"{'–' if math.isnan(value) else f'{value:.2f}':>{width}}" for value, width in columns)
 
 
 def likeliest(probabilities, classes, count):

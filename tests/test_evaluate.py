@@ -280,10 +280,8 @@ def test_matplotlib_is_imported_for_pictures_only():
         ("run.pth images --split train", "--split is for images of the run's data set: leave out the paths"),
         ("run.pth images --mistakes a.png", "--mistakes is for images of the run's data set"),
         ("run.pth --top 3", "--top is for image files: name some"),
-        ("run.pth --white 1", "--white is for image files: name some"),
         ("run.pth --mistakes a.gif", "a.gif: a picture is written as .png, .pdf, .svg"),
         ("run.pth --csv images", "images is a directory: name a file in it"),
-        ("run.pth --csv run.pth/a.csv", "run.pth"),
         ("run.pth images/none", "images/none holds no image: name a folder that has some"),
     ],
 )

@@ -55,7 +55,7 @@ def test_without_dot_the_text_is_written_beside(tmp_path, monkeypatch, capsys):
         ("--depth 10 --image-size 2", "images of 2×2 pixels are too small"),
         ("--autograd --part stem", "--autograd draws every function: leave out --part"),
         ("--depth 10 --out file/model.dot", "file: File exists"),
-        ("--depth 10 --out folder.svg", "--out folder.svg: is a directory"),
+        ("--depth 10 --out folder.svg", "folder.svg: is not a file that can be replaced"),
     ],
 )
 def test_a_mistake_ends_with_one_line_and_status_2(tmp_path, capsys, flags, words):

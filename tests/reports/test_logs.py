@@ -116,11 +116,15 @@ def test_a_named_pipe_is_no_log(tmp_path):
 
 
 def test_mean_and_standard_deviation_over_seeds(tmp_path):
-    log = logs.mean_log([logs.read_log(run) for run in write_seeds(tmp_path)])
+    runs = write_seeds(tmp_path)
+    (runs[0] / "test.csv").write_text((runs[0] / "test.csv").read_text().replace("3,1,", "3,inf,"))
+    log = logs.mean_log([logs.read_log(run) for run in runs])
     assert (log.path, log.title) == (tmp_path / "sgd", "DenseNet-BC-16 (k = 12), digits")
     assert log.tables["test"].epoch.tolist() == [1, 2, 3, 4, 5]
     assert log.tables["test"].error.tolist() == pytest.approx([20 / e for e in range(1, 6)])
     assert log.deviations["test"].error.tolist() == pytest.approx([10 / e for e in range(1, 6)])
+    for table in (log.tables["test"], log.deviations["test"]):  # of two losses out of three there is no mean
+        assert table.loss.isna().tolist() == [False, False, True, False, False]
     assert curves.drops(log) == [2]
     assert curves.summary(log) == "test error, mean of 3: final 4.00 ± 2.00 % (epoch 5)"
 

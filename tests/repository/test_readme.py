@@ -20,7 +20,7 @@ from PIL import Image
 import densenet
 import evaluate
 from common.checkpoints import read_checkpoint
-from publish import error_cell
+from publish import table_row
 from training import arguments, flags
 
 PAGES = {  # whose commands are checked
@@ -141,16 +141,14 @@ def test_block_table_is_the_benchmark_s():
 
 
 def published(name):
-    """config.json, train.csv, test.csv and the weights of a published run."""
+    """config.json, train.csv and test.csv of a published run."""
     run = ROOT / "work" / name
-    logs = (pd.read_csv(run / f"{log}.csv") for log in ("train", "test"))
-    return json.loads((run / "config.json").read_text()), *logs, read_checkpoint(run / "weights.pth")
+    return json.loads((run / "config.json").read_text()), *(pd.read_csv(run / f"{log}.csv") for log in ("train", "test"))
 
 
 def final_error(name):
     """The error after the last epoch and its 95 % interval, as work/README.md writes it."""
-    test = published(name)[-1]["test"]
-    return error_cell(test["error"], test["images"])
+    return table_row(ROOT / "work" / name)[5]
 
 
 def result_rows():
@@ -165,7 +163,7 @@ def result_rows():
 def optimizer_table():
     rows = []
     for name in ("sgd", "adam", "adam-step"):
-        _, log, test, _ = published(f"optimizers/{name}")
+        _, log, test = published(f"optimizers/{name}")
         rates = " → ".join(f"{rate:g}" for rate in log.lr.unique())
         errors = final_error(f"optimizers/{name}"), f"{test.error.min():.2f}", f"{log.error.iloc[-1]:.2f}"
         rows.append((f"[{name}](../work/optimizers/{name})", rates, *errors))
@@ -220,8 +218,8 @@ def test_numbers_in_the_text_are_those_of_the_published_runs():
     readme, more = (" ".join(PAGES[name].split()) for name in ("README.md", "docs/implementations.md"))
     error, _, interval = final_error("cifar10-jpeg.bc100").partition(" ")
     assert f"**{error} % test error** (95 % interval {interval.strip('()')})" in readme
-    *_, test, weights = published("digits.bc16")
-    assert f"its 20 epochs took {weights['seconds']:.0f} seconds and ended with a test error of {test.error.iloc[-1]:.2f} %" in readme
+    test, seconds = published("digits.bc16")[2], read_checkpoint(ROOT / "work/digits.bc16/weights.pth")["seconds"]
+    assert f"its 20 epochs took {seconds:.0f} seconds and ended with a test error of {test.error.iloc[-1]:.2f} %" in readme
     errors = np.array([[ablation_errors(fill, momentum) for momentum in ("nesterov", "plain")] for fill in ("mean", "black")])
     for found in (effect(errors[1].ravel(), errors[0].ravel()), effect(errors[:, 1].ravel(), errors[:, 0].ravel())):
         assert found in more, found
