@@ -28,6 +28,14 @@ class ImageTensors:
     def __len__(self):
         return len(self.labels)
 
+    @property
+    def device(self):
+        return self.pixels.device
+
+    @property
+    def size(self):
+        return self.pixels.shape[1:3]
+
     def select(self, index):
         """The images at ``index``, a slice or a tensor of positions."""
         names = range(len(self)) if self.names is None else self.names
@@ -49,21 +57,20 @@ class Batches:
     ``cutout``: pixels of the side of a square that is filled likewise; ``mixup``: α of Beta(α, α).
     """
 
-    def __init__(self, tensors, batch_size, normalize, crop_fill=None, share=(0, 1), cutout=0, mixup=0.0):
-        self.tensors, self.batch_size, self.crop_fill, self.share = tensors, batch_size, crop_fill, share
+    def __init__(self, images, batch_size, normalize, crop_fill=None, share=(0, 1), cutout=0, mixup=0.0):
+        self.images, self.batch_size, self.crop_fill, self.share = images, batch_size, crop_fill, share
         self.cutout, self.mixup = cutout, mixup
-        self.normalized = normalizer(normalize, tensors.pixels.device)
-        self.num_images = len(tensors)
+        self.normalized = normalizer(normalize, images.device)
+        self.num_images = len(images)
 
     def __len__(self):
         return -(-self.num_images // self.batch_size)
 
     def in_order(self):
         """Yield every image once, in order and unaugmented: ((B, C, H, W) float32 channels last, (B,) int64)."""
-        for part, _ in batch_positions(self.num_images, self.batch_size, self.share):
-            if part:
-                batch = self.tensors.select(slice(part.start, part.stop, part.step))
-                yield self.normalized(batch.pixels), batch.labels
+        order = torch.arange(self.num_images, device=self.images.labels.device)
+        parts = [part for part, _ in batch_positions(self.num_images, self.batch_size, self.share) if part]
+        yield from self.load([{"order": order[part.start : part.stop : part.step]} for part in parts])
 
     def shuffled(self, seed):
         """Yield every image once, shuffled and, with ``crop_fill``, augmented. ``seed`` alone decides both.
@@ -71,37 +78,60 @@ class Batches:
         With each batch comes the number of images that all ranks together have in it, and what ``mix`` adds. A rank
         whose share is empty gets an image labelled IGNORE_INDEX, since it has to take part in the step.
         """
-        draws = {name: values.to(self.tensors.labels.device) for name, values in self.draw(seed).items()}
-        for part, batch_length in batch_positions(self.num_images, self.batch_size, self.share):
+        draws = {name: values.to(self.images.labels.device) for name, values in self.draw(seed).items()}
+        parts, plan = list(batch_positions(self.num_images, self.batch_size, self.share)), []
+        for part, _ in parts:
             i = slice(part.start, part.stop, part.step) if part else slice(1)
             shown = {name: values[i] for name, values in draws.items()}
             if self.mixup:  # images and their partners, of which each looks as it does in its own turn
                 shown = {name: torch.cat((values, draws[name][shown["partners"]])) for name, values in shown.items()}
-            images, labels = self.augmented(**shown), self.tensors.labels[shown["order"]]
+            plan.append(shown)
+        for (part, count), shown, (images, labels) in zip(parts, plan, self.load(plan, seed), strict=True):
             labels = labels if part else torch.full_like(labels, IGNORE_INDEX)
-            yield mix(images, labels, batch_length, shown.get("lam"))
+            yield mix(images, labels, count, shown.get("lam"))
 
     def draw(self, seed):
-        """All draws of an epoch, made at once and on the CPU: they do not depend on device or batch size."""
-        generator, count = torch.Generator().manual_seed(seed), self.num_images
-        draws = {
-            "order": torch.randperm(count, generator=generator),
-            "offsets": torch.randint(-PAD, PAD + 1, (count, 2), generator=generator),  # rows, columns
-            "flips": torch.randint(0, 2, (count,), generator=generator).bool(),
-        }
-        return draws | draw_cutout_and_mixup(count, self.tensors.pixels.shape[1:3], self.cutout, self.mixup, generator)
+        """All draws of an epoch, made at once and on the CPU: they do not depend on device or batch size.
 
-    def augmented(self, order, offsets, flips, centres=None, **_):
+        "centres" of squares are rows and columns, each pixel as likely as another. "partners" is a permutation: every
+        image is once another's partner. "lam", λ, is the weight of an image in its mixture, from Beta(α, α), or one
+        minus that if that is more: i with a little of j is j with much of i.
+        """
+        generator, count = torch.Generator().manual_seed(seed), self.num_images
+        draws = {"order": torch.randperm(count, generator=generator)} | self.draw_crops(generator)
+        if self.cutout:
+            centres = [torch.randint(side, (count,), generator=generator) for side in self.images.size]
+            draws["centres"] = torch.stack(centres, 1)
+        if self.mixup:
+            draws["partners"] = torch.randperm(count, generator=generator)
+            seed = int(torch.randint(2**62, (), generator=generator))
+            lam = torch.from_numpy(np.random.default_rng(seed).beta(self.mixup, self.mixup, count))
+            draws["lam"] = torch.maximum(lam, 1 - lam).float()
+        return draws
+
+    def draw_crops(self, generator):
+        offsets = torch.randint(-PAD, PAD + 1, (self.num_images, 2), generator=generator)  # rows, columns
+        flips = torch.randint(0, 2, (self.num_images,), generator=generator).bool()
+        return {"offsets": offsets, "flips": flips} if self.crop_fill else {}
+
+    def load(self, plan, seed=None):
+        """Yield (images, labels) for the draws of each batch, of which "order" says which images they are."""
+        for shown in plan:
+            yield self.augmented(**shown), self.images.labels[shown["order"]]
+
+    def augmented(self, order, offsets=None, flips=None, centres=None, **_):
         """The images at ``order`` (B,) as the other draws say, normalised: (B, C, H, W).
 
-        With ``crop_fill``, they are shifted by ``offsets`` (B, 2), then mirrored where ``flips`` (B,) says. Shuffling,
-        cropping and flipping are one gather of pixels: image i shows at (row, column) its source pixel (row + offset,
-        ±column + offset). The fill shows where that lies outside, or in a square around ``centres`` (B, 2).
+        They are shifted by ``offsets`` (B, 2), then mirrored where ``flips`` (B,) says. Shuffling, cropping and
+        flipping are one gather of pixels: image i shows at (row, column) its source pixel (row + offset, ±column +
+        offset). The fill shows where that lies outside, or in a square around ``centres`` (B, 2).
         """
-        pixels = self.tensors.pixels
+        pixels = self.images.pixels
         _, height, width, channels = pixels.shape
         seen = None if centres is None else outside(centres, self.cutout, (height, width))  # (B, H, W); None: all
-        if self.crop_fill:
+        if offsets is None:
+            pixels = pixels[order]
+        else:
             columns = torch.arange(width, device=pixels.device)
             rows = torch.arange(height, device=pixels.device) + offsets[:, :1]  # (B, H)
             columns = torch.where(flips[:, None], columns.flip(0), columns) + offsets[:, 1:]  # (B, W)
@@ -109,31 +139,11 @@ class Batches:
             source = (order[:, None] * height + rows.clamp(0, height - 1))[:, :, None] * width
             source = source + columns.clamp(0, width - 1)[:, None, :]  # (B, H, W), into rows of pixels
             pixels, seen = pixels.view(-1, channels)[source], inside if seen is None else inside & seen
-        else:
-            pixels = pixels[order]
         if seen is None:
             return self.normalized(pixels)
         if self.crop_fill == "black":
             return self.normalized(pixels * seen[..., None])
         return self.normalized(pixels) * seen[:, None]
-
-
-def draw_cutout_and_mixup(count, size, cutout, mixup, generator):
-    """The draws of an epoch for cutout and mixup, as far as they are on: {name: (count, …)}.
-
-    "centres" of squares are rows and columns, each pixel of ``size``, (H, W), as likely as another. "partners" is a
-    permutation: every image is once another's partner. "lam", λ, is the weight of an image in its mixture, from
-    Beta(α, α), or one minus that if that is more: i with a little of j is j with much of i.
-    """
-    draws = {}
-    if cutout:
-        draws["centres"] = torch.stack([torch.randint(side, (count,), generator=generator) for side in size], 1)
-    if mixup:
-        draws["partners"] = torch.randperm(count, generator=generator)
-        seed = int(torch.randint(2**62, (), generator=generator))
-        lam = torch.from_numpy(np.random.default_rng(seed).beta(mixup, mixup, count))
-        draws["lam"] = torch.maximum(lam, 1 - lam).float()
-    return draws
 
 
 def outside(centres, side, size):
@@ -156,7 +166,7 @@ def mix(images, labels, count, lam=None):
     """
     if lam is None:
         return images, labels, count
-    (images, partners), (labels, other_labels), (lam, _) = (x.chunk(2) for x in (images, labels, lam))
+    (images, partners), (labels, other_labels), (lam, _) = (x.chunk(2) for x in (images, labels, lam.to(images.device)))
     return torch.lerp(partners, images, lam[:, None, None, None]), labels, count, other_labels, lam
 
 

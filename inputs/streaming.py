@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from common.console import Mistake
-from inputs.batches import IGNORE_INDEX, batch_positions, chosen, draw_cutout_and_mixup, mix, normalizer, outside
+from inputs.batches import Batches, chosen, outside
 from inputs.decoding import make_loader, read_all, unreadable
 from inputs.image import Reader, Unreadable, random_box
 
@@ -28,6 +28,10 @@ class ImageFiles:
         return replace(self, names=chosen(self.names, index), labels=self.labels[index])
 
     @property
+    def size(self):
+        return (self.reader.image_size,) * 2
+
+    @property
     def pixels(self):
         """(N, S, S, C) uint8, as in evaluation, decoded anew."""
         return read_all(self.names, self.reader)[0]
@@ -39,58 +43,39 @@ class ImageFiles:
         return StreamedBatches(self, *args, **options)
 
 
-class StreamedBatches:
-    """Batches decoded from files by a DataLoader, whose workers live on; the same interface as Batches.
+class StreamedBatches(Batches):
+    """Batches decoded from files by a DataLoader, whose workers live on.
 
     Augmentation, on with any ``crop_fill``, and evaluation follow ImageNet practice: RandomResizedCrop and a flip;
     resize to 8/7 and centre crop. With mixup, every image is decoded twice: once more as a partner.
     """
 
-    def __init__(self, files, batch_size, normalize, crop_fill=None, share=(0, 1), cutout=0, mixup=0.0):
-        self.files, self.batch_size, self.augment, self.share = files, batch_size, bool(crop_fill), share
-        self.cutout, self.mixup = cutout, mixup
-        self.normalized = normalizer(normalize, files.device)
-        self.num_images = len(files)
+    def __init__(self, files, *args, **options):
+        super().__init__(files, *args, **options)
         self.plan = []  # positions and seed of each batch of a pass
         workers, pin = files.reader.workers, "cuda" in str(files.device)
         self.loader = make_loader(
             DecodedFiles(files), workers, sampler=self.plan, persistent_workers=workers > 0, pin_memory=pin
         )
-        if self.augment:  # before there are workers, which would each take seconds to import it
+        if self.crop_fill:  # before there are workers, which would each take seconds to import it
             import torchvision.transforms  # noqa: F401
 
-    def __len__(self):
-        return -(-self.num_images // self.batch_size)
+    def draw_crops(self, generator):  # DecodedFiles draws them
+        return {}
 
-    def in_order(self):
-        parts = [part for part, _ in batch_positions(self.num_images, self.batch_size, self.share) if part]
-        yield from self._load([(list(part), None) for part in parts])
-
-    def shuffled(self, seed):
-        generator, size = torch.Generator().manual_seed(seed), (self.files.reader.image_size,) * 2
-        order = torch.randperm(self.num_images, generator=generator)
-        draws = draw_cutout_and_mixup(self.num_images, size, self.cutout, self.mixup, generator)
-        parts = list(batch_positions(len(order), self.batch_size, self.share))
-        shown = [torch.tensor(part or [0]) for part, _ in parts]
-        if self.mixup:
-            shown = [torch.cat((i, draws["partners"][i])) for i in shown]
-        batches = self._load([(order[i].tolist(), seed if self.augment else None) for i in shown])
-        for (part, batch_length), i, (images, labels) in zip(parts, shown, batches, strict=True):
-            drawn = {name: values[i].to(images.device) for name, values in draws.items()}
-            if self.cutout:
-                images = images * outside(drawn["centres"], self.cutout, size)[:, None]
-            labels = labels if part else torch.full_like(labels, IGNORE_INDEX)
-            yield mix(images, labels, batch_length, drawn.get("lam"))
-
-    def _load(self, plan):
-        self.plan[:], files = plan, self.files
-        for batch in self.loader:
+    def load(self, plan, seed=None):
+        files, seed = self.images, seed if self.crop_fill else None
+        self.plan[:] = [(shown["order"].tolist(), seed) for shown in plan]
+        for shown, batch in zip(plan, self.loader, strict=True):
             if isinstance(batch, Unreadable):  # name all of them, not only the first
                 raise unreadable(read_all(files.names, files.reader, keep=False)[1].values() or [str(batch)])
             if isinstance(batch, Mistake):
                 raise batch
             pixels, labels = (part.to(files.device, non_blocking=True) for part in batch)
-            yield self.normalized(pixels), labels
+            images = self.normalized(pixels)
+            if "centres" in shown:
+                images = images * outside(shown["centres"].to(images.device), self.cutout, files.size)[:, None]
+            yield images, labels
 
 
 class DecodedFiles(torch.utils.data.Dataset):
