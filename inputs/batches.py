@@ -75,8 +75,9 @@ class Batches:
     def shuffled(self, seed):
         """Yield every image once, shuffled and, with ``crop_fill``, augmented. ``seed`` alone decides both.
 
-        With each batch comes the number of images that all ranks together have in it, and what ``mix`` adds. A rank
-        whose share is empty gets an image labelled IGNORE_INDEX, since it has to take part in the step.
+        With each batch comes the number of images that all ranks together have in it. A rank whose share is empty gets
+        an image labelled IGNORE_INDEX, since it has to take part in the step. With mixup, each image is λ of itself,
+        and the rest its partner (arXiv 1710.09412); the partners' labels (B,) and λ (B,) come on top.
         """
         draws = {name: values.to(self.images.labels.device) for name, values in self.draw(seed).items()}
         parts, plan = list(batch_positions(self.num_images, self.batch_size, self.share)), []
@@ -88,7 +89,12 @@ class Batches:
             plan.append(shown)
         for (part, count), shown, (images, labels) in zip(parts, plan, self.load(plan, seed), strict=True):
             labels = labels if part else torch.full_like(labels, IGNORE_INDEX)
-            yield mix(images, labels, count, shown.get("lam"))
+            if self.mixup:
+                lam = shown["lam"].to(images.device)
+                (images, partners), (labels, others), (lam, _) = (x.chunk(2) for x in (images, labels, lam))
+                yield torch.lerp(partners, images, lam[:, None, None, None]), labels, count, others, lam
+            else:
+                yield images, labels, count
 
     def draw(self, seed):
         """All draws of an epoch, made at once and on the CPU: they do not depend on device or batch size.
@@ -155,19 +161,6 @@ def outside(centres, side, size):
     rows, columns = (torch.arange(n, device=first.device) - first[:, i, None] for i, n in enumerate(size))
     within = [(distance >= 0) & (distance < side) for distance in (rows, columns)]  # (B, H), (B, W)
     return ~(within[0][:, :, None] & within[1][:, None, :])
-
-
-def mix(images, labels, count, lam=None):
-    """A batch for the step: images (B, C, H, W), labels (B,), ``count``, the images of all ranks; what mixup adds.
-
-    With ``lam`` (2B,), the second halves of images (2B, C, H, W) and labels (2B,) are the first ones' partners: each
-    image becomes λ of itself, and the rest its partner (arXiv 1710.09412). The partners' labels (B,) and λ (B,) come on
-    top.
-    """
-    if lam is None:
-        return images, labels, count
-    (images, partners), (labels, other_labels), (lam, _) = (x.chunk(2) for x in (images, labels, lam.to(images.device)))
-    return torch.lerp(partners, images, lam[:, None, None, None]), labels, count, other_labels, lam
 
 
 def memory_format(device):

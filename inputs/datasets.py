@@ -1,7 +1,6 @@
 """Data sets by name: CIFAR-10 and -100, SVHN, digits, folders of images."""
 
 import contextlib
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -77,10 +76,7 @@ def load_cifar(name, root):
     from torchvision import datasets
 
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-    files = [*kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])]
-    unpacked = [(f"{kind.base_folder}/{file}", md5) for file, md5 in files]
-    make = [partial(kind, root, train=part) for part in (True, False)]
-    train, test = download(name, root, [(kind.filename, kind.tgz_md5)], unpacked, make)
+    train, test = download(name, root, [kind.filename], [partial(kind, root, train=part) for part in (True, False)])
     splits = (  # torchvision's pixels are a transposed view
         ImageTensors(torch.from_numpy(split.data).contiguous(), torch.tensor(split.targets)) for split in (train, test)
     )
@@ -91,40 +87,27 @@ def load_svhn(root, *splits):
     """The named splits of SVHN, as ImageTensors."""
     from torchvision.datasets import SVHN
 
-    archives = [SVHN.split_list[split][1:] for split in splits]
+    archives = [SVHN.split_list[split][1] for split in splits]
     return [
         ImageTensors(torch.from_numpy(part.data).permute(0, 2, 3, 1).contiguous(), torch.from_numpy(part.labels).long())
-        for part in download("svhn", root, archives, [], [partial(SVHN, root, split) for split in splits])
+        for part in download("svhn", root, archives, [partial(SVHN, root, split) for split in splits])
     ]
 
 
-def download(name, root, archives, unpacked, make):
-    """Call every function of ``make``, torchvision's data sets, which compare MD5s and download what is missing.
+def download(name, root, archives, make):
+    """Call every function of ``make``, torchvision's data sets, which compare MD5s; download what is not whole.
 
-    ``archives`` and ``unpacked``: (name below ``root``, MD5) of each file. Raises Mistake.
+    ``archives`` are names below ``root``. Raises Mistake.
     """
     with contextlib.suppress(RuntimeError):  # the data set is not there, not unpacked, or damaged
         return [make_split() for make_split in make]
-    names = ", ".join(archive for archive, _ in archives)
     try:
         Path(root).mkdir(parents=True, exist_ok=True)
         with FileLock(Path(root, ".download.lock")):  # others may need the same archives
-            if not all(Path(root, archive).exists() for archive, _ in archives):
-                for path in damaged(root, unpacked):
-                    raise Mistake(f"{path} is damaged: restore a copy, or delete it to download {names}")
-            for path in damaged(root, archives):
-                print(f"{path} is damaged, or was cut short: downloading it again", file=sys.stderr)
             return [make_split(download=True) for make_split in make]
     except (OSError, RuntimeError) as error:
         raise Mistake(
-            f"cannot download {name} ({str(error).strip().splitlines()[-1]}): put {names} into {root}/ by hand, "
-            "or try --dataset digits, which needs no download"
+            f"cannot download {name}, which is missing or damaged in {root}/ ({str(error).strip().splitlines()[-1]}): "
+            f"put {', '.join(archives)} there by hand, in place of what is there, or try --dataset digits, which "
+            "needs no download"
         ) from error
-
-
-def damaged(root, files):
-    """The paths of the files that are there, but have another MD5."""
-    from torchvision.datasets.utils import check_integrity
-
-    paths = [(Path(root, name), md5) for name, md5 in files]
-    return [path for path, md5 in paths if path.exists() and not check_integrity(path, md5)]

@@ -34,33 +34,21 @@ def read_cached(cache, paths, reader):
     and were decoded in the same way.
     """
     key = cache_key(paths, cache.parent, reader)
-    cached = load_cache(cache, key)
-    if cached:
-        problems = {i: str(read_or_problem(paths[i], reader)) for i in cached["unreadable"]}
-        return cached["pixels"], problems
-    pixels, problems = read_all(paths, reader, keep=not reader.streams)
-    save_cache(cache, {"key": key, "pixels": pixels, "unreadable": list(problems)})
-    return pixels, problems
-
-
-def load_cache(cache, key):
-    """What ``save_cache`` wrote under this key, or None."""
     try:
         cached = load_file(cache)
-        return cached if cached["key"] == key else None
+        if cached["key"] == key:
+            return cached["pixels"], {i: str(read_or_problem(paths[i], reader)) for i in cached["unreadable"]}
     except (Mistake, KeyError, TypeError) as error:  # the images are still there
         if cache.exists():
             print(f"{cache} cannot be read ({type(error).__name__}): decoding the images again", file=sys.stderr)
-        return None
-
-
-def save_cache(cache, content):
+    pixels, problems = read_all(paths, reader, keep=not reader.streams)
     try:
         with FileLock(cache.with_name(".cache.lock")), written_whole(cache) as file:  # others may decode this folder
-            torch.save(content, file)
+            torch.save({"key": key, "pixels": pixels, "unreadable": list(problems)}, file)
     except (OSError, RuntimeError) as error:  # RuntimeError: how torch.save reports a full disk
         reason = f"[Errno {error.errno}] {error.strerror}" if isinstance(error, OSError) else error
         print(f"{cache} cannot be written ({reason}): the next run will decode the images again", file=sys.stderr)
+    return pixels, problems
 
 
 def cache_key(paths, root, reader):
@@ -68,24 +56,20 @@ def cache_key(paths, root, reader):
     key = hashlib.sha256(Path(__file__).read_bytes() + Path(__file__).with_name("image.py").read_bytes())
     key.update(f"{PIL.__version__} {reader.image_size} {reader.channels} {reader.white}".encode())
     with ThreadPoolExecutor(8) as threads:
-        states = threads.map(times if reader.streams else contents, paths)
-        for path, state in zip(paths, states, strict=True):
+        for path, state in zip(paths, threads.map(partial(state_of, reader=reader), paths), strict=True):
             key.update(os.fsencode(os.path.relpath(path, root)) + b"\0" + state)
     return key.hexdigest()
 
 
-def contents(path):
-    """A digest of a file's bytes: its times and its size can be those of other bytes."""
+def state_of(path, reader):
+    """A digest of a file's bytes; of one that is streamed, which would take minutes to read, its size and times."""
+    if reader.streams:
+        status = os.stat(path)
+        return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}".encode()
     try:
         return hashlib.blake2b(Path(path).read_bytes()).digest()
     except OSError:
         return b"unreadable"
-
-
-def times(path):
-    """Size and times of a file: enough where its bytes would take minutes to read."""
-    status = os.stat(path)
-    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}".encode()
 
 
 def read_all(paths, reader, keep=True):

@@ -26,26 +26,24 @@ def load_folder(root, reader, test_size=0, manifest=None):
     found = {split: list_images(folder, passed) for split, folder in folders.items()}
     classes = list(found["train"])
     if len(classes) < 2:
-        names = f"one class, {classes[0]}" if classes else "no class folder"
-        raise Mistake(f"{train}: found {names}; a classifier needs at least two class folders")
+        raise Mistake(f"a classifier needs at least two class folders, and {train} has {', '.join(classes) or 'none'}")
     if empty := [name for name in classes if not found["train"][name]]:
         raise Mistake(f"{train / empty[0]} holds no image that can be read: fill it or delete it")
     notes += passed_over(passed)
-    files = {split: interleave(folders[split], by_class, classes) for split, by_class in found.items()}
+    files = {split: interleave(folders[split], found[split], classes, reader) for split in folders}
     if not reader.streams:
-        count = sum(len(paths) for paths, _ in files.values())
-        check_memory(count, reader, reader.channels, f", or one of {STREAM_FROM} or more, which streams from disk")
+        instead = f", or one of {STREAM_FROM} or more, which streams from disk"
+        check_memory(sum(map(len, files.values())), reader, reader.channels, instead)
     test_files = manifest["test_files"] if manifest else []
-    if test_files or test_size:
-        paths, labels = files["train"]
-        names = [Path(path).relative_to(root).as_posix() for path in paths]
-        if not test_files:  # always the same ones, whatever the seed
-            test_files = [names[i] for i in stratified(labels, test_size, seed=0, flag="--test-size")[1]]
-        apart = set(test_files)
-        kept = [i for i, name in enumerate(names) if name not in apart]
-        files["train"] = [paths[i] for i in kept], labels[kept]
-        files["test"] = set_apart(root, test_files, train, classes)
-    images = read_splits(root, files, classes, reader, notes)
+    if test_size and not test_files:  # always the same ones, whatever the seed
+        drawn = stratified(files["train"].labels, test_size, seed=0, flag="--test-size")[1]
+        test_files = [Path(files["train"].names[i]).relative_to(root).as_posix() for i in drawn]
+    if test_files:
+        files["test"] = set_apart(root, test_files, train, classes, reader)
+        apart = set(files["test"].names)
+        kept = [i for i, name in enumerate(files["train"].names) if name not in apart]
+        files["train"] = files["train"].select(torch.tensor(kept))
+    images = read_splits(root, files, classes, notes)
     notes += [line for split in images for line in absent_classes(split, images[split], classes)]
     notes += check_range(images["train"])
     if reader.streams:
@@ -65,12 +63,12 @@ def load_test_folder(root, reader, classes, manifest):
     """The test images of a folder, in the order of training, and lines to print. Needs no training images."""
     passed = Counter()
     if manifest["test_files"]:
-        files = set_apart(root, manifest["test_files"], root / manifest["folders"]["train"], classes)
+        files = set_apart(root, manifest["test_files"], root / manifest["folders"]["train"], classes, reader)
     else:
         folder = existing(root / manifest["folders"]["test"])
-        files = interleave(folder, list_images(folder, passed), classes)
+        files = interleave(folder, list_images(folder, passed), classes, reader)
     notes = passed_over(passed)
-    images = read_splits(root, {"test": files}, classes, reader, notes)["test"]
+    images = read_splits(root, {"test": files}, classes, notes)["test"]
     return images, notes + absent_classes("test", images, classes)
 
 
@@ -162,53 +160,52 @@ def passed_over(passed):
     return [f"passed over {sum(passed.values())} files: {kinds}"] if passed else []
 
 
-def interleave(folder, found, classes):
-    """Paths and labels from {class: paths} of a folder: the first path of each class, then the second of each, …
+def interleave(folder, found, classes, reader):
+    """ImageFiles from {class: paths} of a folder: the first path of each class, then the second of each, …
 
     The first N images are then a fair sample of the classes. Raises Mistake if ``classes`` lack one of the folder's.
     """
     if unknown := [name for name in found if name not in classes]:
         raise Mistake(f"{folder} has class folders that the training images have not: {', '.join(unknown[:5])}")
     entries = sorted((i, label, p) for label, name in enumerate(classes) for i, p in enumerate(found.get(name, [])))
-    return [path for _, _, path in entries], torch.tensor([label for _, label, _ in entries], dtype=torch.int64)
+    labels = torch.tensor([label for _, label, _ in entries], dtype=torch.int64)
+    return ImageFiles([path for _, _, path in entries], labels, reader)
 
 
-def set_apart(root, names, train, classes):
-    """Paths and labels of the files that are set apart for testing, by their names. Raises Mistake."""
-    if missing := [name for name in names if not (root / name).exists()]:
-        count = f"{len(missing)} of the run's {len(names)}"
-        raise Mistake(f"{root}: {count} test images are missing, such as {missing[0]}")
+def set_apart(root, names, train, classes, reader):
+    """ImageFiles of the files that are set apart for testing, by their names. Raises Mistake."""
     paths = [root / name for name in names]
-    labels = [classes.index(path.relative_to(train).parts[0]) for path in paths]
-    return [str(path) for path in paths], torch.tensor(labels)
+    if missing := [path for path in paths if not path.exists()]:
+        raise Mistake(f"{len(missing)} of the run's {len(names)} test images are missing, such as {missing[0]}")
+    labels = torch.tensor([classes.index(path.relative_to(train).parts[0]) for path in paths])
+    return ImageFiles(list(map(str, paths)), labels, reader)
 
 
 # From files to pixels.
 
 
-def read_splits(root, files, classes, reader, notes):
-    """{split: ImageTensors or, to be streamed, ImageFiles} from {split: (paths, labels)}.
+def read_splits(root, files, classes, notes):
+    """{split: ImageTensors or, to be streamed, ImageFiles} from {split: ImageFiles}.
 
     Images that are unreadable are left out with --skip-unreadable, which adds a line to ``notes``. Without it, streamed
     images are not looked at beforehand. Raises Mistake.
     """
-    images, problems = {}, {}
-    for split, (paths, labels) in files.items():
-        images[split], problems[split] = ImageFiles(paths, labels, reader), {}
-        if not reader.streams or reader.skip_unreadable:
-            kind = "unreadable" if reader.streams else f"{reader.image_size}{'-grey' if reader.channels == 1 else ''}"
-            pixels, problems[split] = read_cached(root / f".{split}-{kind}.cache", paths, reader)
-            images[split] = images[split] if reader.streams else ImageTensors(pixels, labels, paths)
+    images, problems, reader = dict(files), {}, files["test"].reader
+    if not reader.streams or reader.skip_unreadable:
+        kind = "unreadable" if reader.streams else f"{reader.image_size}{'-grey' if reader.channels == 1 else ''}"
+        for split, part in files.items():
+            pixels, problems[split] = read_cached(root / f".{split}-{kind}.cache", part.names, reader)
+            images[split] = part if reader.streams else ImageTensors(pixels, part.labels, part.names)
     every = [problem for of_split in problems.values() for problem in of_split.values()]
     if every and not reader.skip_unreadable:
         raise unreadable(every)
-    for split, skipped in problems.items():
-        if skipped:
-            counts = Counter(classes[images[split].labels[i]] for i in sorted(skipped))
-            by_class = ", ".join(f"{name} {counts[name]}" for name in classes if counts[name])
+    for split, part in images.items():
+        if skipped := problems.get(split):
+            counts = Counter(classes[label] for label in part.labels[list(skipped)])
+            by_class = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
             notes.append(f"skipped {len(skipped)} unreadable {KINDS[split]} images: {by_class}")
-            kept = [i for i in range(len(images[split])) if i not in skipped]
-            images[split] = images[split].select(torch.tensor(kept, dtype=torch.int64))
+            kept = [i for i in range(len(part)) if i not in skipped]
+            images[split] = part.select(torch.tensor(kept, dtype=torch.int64))
         if not len(images[split]):
             raise Mistake(f"{root}: no {KINDS[split]} image in a class folder can be read: add some")
     return images
@@ -223,13 +220,13 @@ def absent_classes(split, images, classes):
 
 def check_range(images):
     """A line to print where training images use less than an eighth of their range: their white may be elsewhere."""
-    if isinstance(images, ImageFiles):  # about 64 of them, small, without those that cannot be read
-        reader = replace(images.reader, image_size=32, progress=False)
-        pixels, problems = read_all(images.names[:: max(1, len(images) // 64)], reader)
-        pixels = pixels[[i for i in range(len(pixels)) if i not in problems]]
+    if isinstance(images, ImageFiles):  # about 64 of them, small
+        images = images.select(slice(None, None, max(1, len(images) // 64)))
+        pixels, problems = read_all(images.names, replace(images.reader, image_size=32, progress=False))
     else:
-        pixels = images.pixels
-    if not len(pixels) or int(pixels.max()) - int(pixels.min()) >= 32:
+        pixels, problems = images.pixels, {}
+    low, high = int(pixels.min()), int(pixels.max())
+    if problems or high - low >= 32:
         return []
-    used = f"{int(pixels.min())} … {int(pixels.max())} of 0 … 255"
+    used = f"{low} … {high} of 0 … 255"
     return [f"the training images use only {used}: if their files have over 8 bits, say with --white what is white"]

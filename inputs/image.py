@@ -73,7 +73,7 @@ class Reader:
 
     def pixels(self, image, name, choose_box=None):
         """The same from an image that Pillow has opened, whose ``name`` is for messages."""
-        choose_box = choose_box or (centre(self.image_size) if self.streams else whole)
+        choose_box = choose_box or (centre(self.image_size) if self.streams else lambda size: (0, 0, *size))
         box = decode_reduced(image, choose_box(image.size), self.image_size)
         turn = UPRIGHT.get(orientation(image))
         image = in_8_bits(image, self.channels, self.white, name)
@@ -162,10 +162,6 @@ def in_8_bits(image, channels, white, path):
         image = image.convert("RGB")
     mode = "RGB" if channels == 3 else "L"
     return image if image.mode == mode else image.convert(mode)
-
-
-def whole(size):
-    return 0, 0, *size
 
 
 def centre(image_size):

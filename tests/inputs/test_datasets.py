@@ -30,15 +30,15 @@ def test_statistics_equal_numpy_in_float64():
     np.testing.assert_allclose(std, pixels.std((0, 1, 2)), rtol=1e-12)
 
 
-PUBLISHED = {  # fb.resnet.torch's, of 1
-    "cifar10": ((0.49139968, 0.48215827, 0.44653124), (0.24703233, 0.24348505, 0.26158768)),
-    "cifar100": ((0.50707516, 0.48654887, 0.44091784), (0.26733429, 0.25643846, 0.27615047)),
-}
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_constants_are_the_published_ones_and_those_of_the_data(name):
-    np.testing.assert_allclose(splits.NORMALIZE[name], np.array(PUBLISHED[name]) * 255, atol=0.06)
+@pytest.mark.parametrize(
+    ("name", "published"),  # fb.resnet.torch's, of 1
+    [
+        ("cifar10", ((0.49139968, 0.48215827, 0.44653124), (0.24703233, 0.24348505, 0.26158768))),
+        ("cifar100", ((0.50707516, 0.48654887, 0.44091784), (0.26733429, 0.25643846, 0.27615047))),
+    ],
+)
+def test_constants_are_the_published_ones_and_those_of_the_data(name, published):
+    np.testing.assert_allclose(splits.NORMALIZE[name], np.array(published) * 255, atol=0.06)
     if list((ROOT / "data").glob(f"{name[:5]}-{name[5:]}-*")):
         pixels = datasets.load(name, ROOT / "data").train.pixels
         np.testing.assert_allclose(splits.channel_statistics(pixels), splits.NORMALIZE[name], atol=0.06)
@@ -53,40 +53,24 @@ def test_hold_out_is_stratified_and_follows_the_seed():
     images = random_images(200, size=8)
     images.pixels[:, 0, 0, 0] = torch.arange(200)
     dataset = Dataset(images, images, list("abcd"), NORMALIZE)
-    held = dataset.hold_out(40, seed=1)
-    assert (len(held.train), len(held.valid)) == (160, 40)
+    held, same, other = (dataset.hold_out(40, seed) for seed in (1, 1, 2))
     assert [len(split) for split in held.limit(30, 7).splits.values()] == [30, 7, 7]
     assert held.valid.labels.bincount().tolist() == [10, 10, 10, 10]
-    ids = torch.cat((held.train.pixels, held.valid.pixels))[:, 0, 0, 0]
-    assert sorted(ids.tolist()) == list(range(200))
-    assert torch.equal(held.valid.pixels, dataset.hold_out(40, seed=1).valid.pixels)
-    assert not torch.equal(held.valid.pixels, dataset.hold_out(40, seed=2).valid.pixels)
-    with pytest.raises(Mistake, match="valid-size 200: cannot take"):
-        dataset.hold_out(200, seed=1)
-    with pytest.raises(Mistake, match=r"valid-size 3: .* number of classes = 4"):
-        dataset.hold_out(3, seed=1)
-    images.labels[images.labels == 3] = 2
-    images.labels[0] = 3
-    with pytest.raises(Mistake, match="valid-size 40: cannot take the same share of each class"):
-        dataset.hold_out(40, seed=1)
+    assert sorted(torch.cat((held.train.pixels, held.valid.pixels))[:, 0, 0, 0].tolist()) == list(range(200))
+    assert torch.equal(held.valid.pixels, same.valid.pixels) and not torch.equal(held.valid.pixels, other.valid.pixels)
+    for count in (200, 3):
+        with pytest.raises(Mistake, match=f"valid-size {count}: cannot take the same share of each class"):
+            dataset.hold_out(count, seed=1)
 
 
 def test_digits_need_no_download_and_are_always_split_alike():
     dataset, small = datasets.load("digits", "nowhere"), datasets.load("digits", "nowhere", Reader(8))
     assert (len(dataset.train), len(dataset.test)) == (1437, 360)
-    assert dataset.train.pixels.shape[1:] == (32, 32, 3)
-    assert int(dataset.train.pixels.max()) == 255
-    assert len(dataset.test.labels.unique()) == 10
-    assert torch.equal(dataset.train.labels, small.train.labels)
+    assert dataset.train.pixels.shape[1:] == (32, 32, 3) and int(dataset.train.pixels.max()) == 255
+    assert len(dataset.test.labels.unique()) == 10 and torch.equal(dataset.train.labels, small.train.labels)
     grey = datasets.load("digits", None, Reader(8, channels=1))
     assert torch.equal(grey.train.pixels, small.train.pixels[..., :1])
     assert grey.normalize == tuple(values[:1] for values in small.normalize)
-    x, _, _ = next(grey.train.batches(16, grey.normalize, "mean").shuffled(1))
-    assert x.shape == (16, 1, 8, 8)
-
-
-def md5sum(path):
-    return md5(path.read_bytes()).hexdigest()
 
 
 def write_cifar(root, name, monkeypatch):
@@ -94,86 +78,83 @@ def write_cifar(root, name, monkeypatch):
 
     Returns the rows and labels of the training images.
     """
-    kind, key, count = (
-        (torchvision.datasets.CIFAR10, "labels", 10) if name == "cifar10" else (torchvision.datasets.CIFAR100, "fine_labels", 100)
-    )
-    rng, folder, written = np.random.default_rng(0), root / kind.base_folder, {}
+    kind = getattr(torchvision.datasets, name.upper())
+    key, count = ("labels", 10) if name == "cifar10" else ("fine_labels", 100)
+    rng, folder = np.random.default_rng(0), root / kind.base_folder
     folder.mkdir(parents=True)
-    for attribute in ("train_list", "test_list"):
-        batches = {file: {"data": rng.integers(0, 256, (20, 3072), dtype=np.uint8), key: rng.integers(count, size=20).tolist()} for file, _ in getattr(kind, attribute)}
-        for file, batch in batches.items():
-            (folder / file).write_bytes(pickle.dumps(batch))
-        monkeypatch.setattr(kind, attribute, [[file, md5sum(folder / file)] for file in batches])
-        written[attribute] = [np.concatenate([batch[part] for batch in batches.values()]) for part in ("data", key)]
-    meta = folder / kind.meta["filename"]
-    meta.write_bytes(pickle.dumps({kind.meta["key"]: [f"class {i}" for i in range(count)]}))
-    monkeypatch.setattr(kind, "meta", kind.meta | {"md5": md5sum(meta)})
+
+    def write(file, content):
+        (folder / file).write_bytes(pickle.dumps(content))
+        return md5(pickle.dumps(content)).hexdigest()
+
+    for attribute in ("test_list", "train_list"):
+        batches = [{"data": rng.integers(0, 256, (20, 3072), np.uint8), key: rng.integers(count, size=20).tolist()} for _ in getattr(kind, attribute)]
+        entries = [[file, write(file, batch)] for (file, _), batch in zip(getattr(kind, attribute), batches, strict=True)]
+        monkeypatch.setattr(kind, attribute, entries)
+    digest = write(kind.meta["filename"], {kind.meta["key"]: [f"class {i}" for i in range(count)]})
+    monkeypatch.setattr(kind, "meta", kind.meta | {"md5": digest})
     with tarfile.open(root / kind.filename, "w:gz") as archive:
         archive.add(folder, kind.base_folder)
-    monkeypatch.setattr(kind, "tgz_md5", md5sum(root / kind.filename))
+    monkeypatch.setattr(kind, "tgz_md5", md5((root / kind.filename).read_bytes()).hexdigest())
     shutil.rmtree(folder)  # the loader has to unpack the archive
-    return written["train_list"]
+    return [np.concatenate([batch[part] for batch in batches]) for part in ("data", key)]
+
+
+@pytest.fixture
+def network(monkeypatch):
+    """What torchvision downloads, in order; 1,000 bytes are interrupted by Ctrl-C, and without any, it fails."""
+    answers = []
+
+    def retrieve(url, path):
+        if not answers:
+            raise urllib.error.URLError("no network")
+        Path(path).write_bytes(answers[0])
+        if len(answers.pop(0)) == 1000:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(utils, "_get_redirect_url", lambda url, **options: url)
+    monkeypatch.setattr(utils, "_urlretrieve", retrieve)
+    return answers
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_cifar_is_read_as_torchvision_reads_it(tmp_path, monkeypatch, capsys, name):
+def test_cifar_is_read_as_torchvision_reads_it(tmp_path, monkeypatch, network, name):
     rows, labels = write_cifar(tmp_path, name, monkeypatch)
     kind = getattr(torchvision.datasets, name.upper())
-    archive = (tmp_path / kind.filename).read_bytes()
-    dataset = datasets.load(name, tmp_path)
+    archive = tmp_path / kind.filename
+    dataset, packed = datasets.load(name, tmp_path), archive.read_bytes()
     assert torch.equal(dataset.train.pixels, torch.from_numpy(rows.reshape(-1, 3, 32, 32)).permute(0, 2, 3, 1))
     assert dataset.train.labels.tolist() == labels.tolist() and dataset.classes[3] == "class 3"
-    (tmp_path / kind.filename).unlink()  # the unpacked files are enough
-    again = datasets.load(name, tmp_path)
-    for part, images in (("train", again.train), ("test", again.test)):
+    for part, images in (("train", dataset.train), ("test", dataset.test)):
         theirs = kind(tmp_path, train=part == "train")
         assert torch.equal(images.pixels, torch.from_numpy(theirs.data)) and images.labels.tolist() == theirs.targets
+    archive.unlink()  # the unpacked files are enough
     for file in (kind.train_list[-1][0], kind.test_list[0][0], kind.meta["filename"]):
         path = tmp_path / kind.base_folder / file
-        content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 1
-        path.write_bytes(content)
-        with pytest.raises(Mistake, match=f"^{path} is damaged: [^\n]*$"):
+        content = path.read_bytes()
+        middle = len(content) // 2
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+        with pytest.raises(Mistake, match=f"^cannot download {name}, which is missing or damaged in [^\n]*: put {archive.name} there by hand"):
             datasets.load(name, tmp_path)
-        content[len(content) // 2] ^= 1
         path.write_bytes(content)
-    path = tmp_path / kind.base_folder / kind.train_list[0][0]
-    path.write_bytes(b"cut while it was unpacked")
-    (tmp_path / kind.filename).write_bytes(archive)
-    assert torch.equal(datasets.load(name, tmp_path).train.pixels, dataset.train.pixels) and capsys.readouterr().err == ""
+    (tmp_path / kind.base_folder / kind.train_list[0][0]).write_bytes(b"cut while it was unpacked")
+    archive.write_bytes(packed)
+    assert torch.equal(datasets.load(name, tmp_path).train.pixels, dataset.train.pixels)
 
 
-def test_a_download_that_was_cut_short_is_repeated(tmp_path, monkeypatch, capsys):
+def test_a_download_that_was_cut_short_is_repeated(tmp_path, monkeypatch, network):
     write_cifar(tmp_path, "cifar10", monkeypatch)
     archive = tmp_path / "cifar-10-python.tar.gz"
     content = archive.read_bytes()
     archive.unlink()
-
-    def offline(url, **options):
-        raise urllib.error.URLError("no network")
-
-    def stopped(url, path):
-        Path(path).write_bytes(content[:1000])
-        raise KeyboardInterrupt
-
-    def refused():
-        with pytest.raises(Mistake, match=r"^cannot download cifar10 \(.*no network.*\): put cifar-10-python.tar.gz into .* by hand"):
-            datasets.load("cifar10", tmp_path)
-
-    monkeypatch.setattr(utils, "_get_redirect_url", offline)
-    refused()
-    monkeypatch.setattr(utils, "_get_redirect_url", lambda url, **options: url)
-    monkeypatch.setattr(utils, "_urlretrieve", stopped)
+    network.append(content[:1000])
     with pytest.raises(KeyboardInterrupt):
         datasets.load("cifar10", tmp_path)
-    assert capsys.readouterr().err == ""
-    with monkeypatch.context() as patch:
-        patch.setattr(utils, "_get_redirect_url", offline)
-        refused()
+    with pytest.raises(Mistake, match=r"^cannot download cifar10, .* \(.*no network.*\)"):
+        datasets.load("cifar10", tmp_path)
     assert archive.read_bytes() == content[:1000]
-    monkeypatch.setattr(utils, "_urlretrieve", lambda url, path: Path(path).write_bytes(content))
+    network.append(content)
     assert len(datasets.load("cifar10", tmp_path).train) == 100
-    assert capsys.readouterr().err == f"{archive} is damaged, or was cut short: downloading it again\n" * 2
 
 
 def write_svhn(root, monkeypatch):
@@ -184,7 +165,7 @@ def write_svhn(root, monkeypatch):
         path = root / f"{split}_32x32.mat"
         pixels[split] = np.random.default_rng(count).integers(0, 256, (32, 32, 3, count), dtype=np.uint8)
         savemat(path, {"X": pixels[split], "y": np.arange(count)[:, None] % 10 + 1})
-        entries[split] = ["http://unused", path.name, md5sum(path)]
+        entries[split] = ["http://unused", path.name, md5(path.read_bytes()).hexdigest()]
     monkeypatch.setattr(torchvision.datasets.SVHN, "split_list", entries)
     return pixels
 
