@@ -217,22 +217,16 @@ def cache_path(job, device):
     parts = ("densenet.py", "common/hardware.py", "training/choice.py", "training/trial.py", "training/step.py")
     sources = [*sorted(ROOT.glob("fused/*.py")), *(ROOT / name for name in parts)]
     threads = {name: text for name, text in os.environ.items() if name.startswith(("OMP", "GOMP", "KMP", "MKL", "THP"))}
+    driver = file.read_text() if (file := Path("/proc/driver/nvidia/version")).exists() else None
     key = job | {
         "hardware": device_name(device),
-        "gpu": gpu(device) if device.type == "cuda" else None,
+        "gpu": [torch.cuda.mem_get_info(device)[1], driver] if device.type == "cuda" else None,
         "versions": versions(),
         "threads": threads,
         "sources": hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest(),
     }
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     return platformdirs.user_cache_path("densenet.pytorch") / f"{name}.json"
-
-
-def gpu(device):
-    """What a GPU's speed depends on beside its name."""
-    properties, driver = torch.cuda.get_device_properties(device), Path("/proc/driver/nvidia/version")
-    libraries = torch.version.cuda, torch.backends.cudnn.version()
-    return [properties.total_memory, *libraries, driver.read_text() if driver.exists() else None]
 
 
 def read_cache(path):

@@ -144,11 +144,7 @@ def limit_memory(device):
     if device.type == "cpu" and sys.platform == "linux":
         import resource
 
-        room, group = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
-        with contextlib.suppress(OSError, ValueError):  # "max"
-            taken = int((group / "memory.current").read_text())
-            room = min(room, int((group / "memory.max").read_text()) - taken)
-        resource.setrlimit(resource.RLIMIT_DATA, (max(room, 2**28), -1))
+        resource.setrlimit(resource.RLIMIT_DATA, (max(psutil.virtual_memory().available, 2**28), -1))
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from sklearn.model_selection import train_test_split
 from densenet import DenseNet
 
 PAPER = dict(opt="sgd", momentum=0.9, nesterov=True, weight_decay=1e-4, crop_fill="mean", drop_rate=0.0, bottleneck=True)
-OFF = dict(label_smoothing=0, cutout=0, mixup=0, warmup=0, ema=0, decay="all", accumulate=1, clip_grad=0, class_weights=None)
+OFF = dict(label_smoothing=0, cutout=0, mixup=0, warmup=0, ema=0, decay="all", accumulate=1, clip_grad=0, class_weights=None, head_lr=0)
 ADAM = dict(lr=0.001, schedule="constant")
 RATES = {"sgd": dict(lr=0.1, schedule="step"), "adam": ADAM, "adamw": ADAM | dict(weight_decay=0.01), "rmsprop": dict(schedule="constant")}
 
@@ -105,7 +105,7 @@ def recipe(options, ranks=1):
     torch.manual_seed(o.seed)
     model = DenseNet(depth=10, growth_rate=4, bottleneck=o.bottleneck, drop_rate=o.drop_rate, block="naive")
     model.to(torch.float64, memory_format=torch.channels_last)  # in which dropout masks are drawn
-    weights = list(model.parameters())
+    weights, head = list(model.parameters()), {*model.classifier.parameters()} if o.head_lr else ()
     models = [copy.deepcopy(model, {id(w): w for w in weights}) for _ in range(ranks)]  # shared weights, own statistics
     averages = [copy.deepcopy(model) for _ in range(ranks)]
     *images_and_labels, value, (test_images, test_labels) = digits(o.crop_fill)
@@ -135,7 +135,8 @@ def recipe(options, ranks=1):
                     for w in weights:
                         w.grad *= min(1, o.clip_grad / norm)
                 for w in weights:
-                    update(w, state, t, learning_rate(o, epoch, i / len(batches)), o)
+                    factor = o.head_lr / o.lr if w in head else 1
+                    update(w, state, t, factor * learning_rate(o, epoch, i / len(batches)), o)
                 for average, followed in zip(averages, models, strict=True):
                     for a, b in zip(average.state_dict().values(), followed.state_dict().values(), strict=True):
                         a.copy_(ema * a + (1 - ema) * b)
@@ -154,13 +155,12 @@ CONSTANT = dict(schedule="constant")
 CASES = [
     {},
     dict(epochs=8, limit_train=8, lr=0.03),  # lr in epochs 1 to 3, lr/10 in 4 and 5, lr/100 from 6 on
-    dict(schedule="cosine"),
+    dict(schedule="cosine", head_lr=0.3),
     CONSTANT,
     CONSTANT | dict(nesterov=False),
     CONSTANT | dict(momentum=0.5),
     CONSTANT | dict(momentum=0.0, nesterov=False),
     CONSTANT | dict(weight_decay=0.02),
-    CONSTANT | dict(weight_decay=0.02, nesterov=False),
     CONSTANT | dict(crop_fill="black"),
     CONSTANT | dict(augment=False),
     CONSTANT | dict(limit_train=10),  # whole batches
@@ -169,15 +169,11 @@ CASES = [
     CONSTANT | dict(bottleneck=False),
     dict(opt="adam"),
     dict(opt="adam", weight_decay=0.02, schedule="step"),
-    dict(opt="adam", lr=0.01, schedule="cosine"),
     # RMSprop's first step is 10·lr·sign(g): a small lr, since rounding decides the sign of the smallest gradients.
     dict(opt="rmsprop", lr=1e-4),
     dict(opt="rmsprop", lr=1e-4, weight_decay=0.1),
-    dict(opt="rmsprop", lr=1e-4, schedule="cosine"),
     CONSTANT | dict(label_smoothing=0.1),
-    CONSTANT | dict(cutout=3),
     CONSTANT | dict(cutout=4, crop_fill="black"),
-    CONSTANT | dict(cutout=3, augment=False),
     CONSTANT | dict(mixup=0.5),
     CONSTANT | dict(mixup=1.0, cutout=3, label_smoothing=0.1, class_weights="balanced"),
     dict(warmup=1, schedule="cosine"),
@@ -185,7 +181,7 @@ CASES = [
     CONSTANT | dict(ema=0.2),
     dict(opt="adamw"),
     CONSTANT | dict(decay="weights", weight_decay=0.02),
-    dict(opt="adamw", decay="weights", weight_decay=0.1),
+    dict(opt="adamw", decay="weights", weight_decay=0.1, head_lr=0.003),
     CONSTANT | dict(accumulate=2),
     CONSTANT | dict(clip_grad=0.5),
     CONSTANT | dict(class_weights="balanced"),

@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from densenet import DenseNet
+from training.finetune import parameter_groups
 from training.recipe import Recipe, make_loss
 from training.step import WARM_UP, Step, compile_model, set_capturable
 
@@ -25,17 +26,17 @@ def random_batch(n, mixup=False):
 def train(kind, batches, **options):
     torch.manual_seed(0)
     model = DenseNet(depth=10, growth_rate=4).double()
-    step = kind(model, sgd(model.parameters()), no_amp, **options)
+    step = kind(model, sgd(parameter_groups(model, 4)), no_amp, **options)
     log = []
     for i, batch in enumerate(batches):
-        step.set_learning_rate(0.5 ** (3 + i))  # exact in float32, which a graph has it in
+        step.set_learning_rate(0.5 ** (5 + i))  # exact in float32, which a graph has it in
         log.append(step(*batch))
     return model.state_dict(), torch.stack(log)
 
 
 @pytest.mark.parametrize("recipe", [Recipe(), NEWER], ids=["paper", "newer"])
 def test_replayed_steps_are_eager_steps(recipe):
-    """SGD, which alone lets itself be captured on a CPU, with a learning rate that changes, warm-up steps that count, and an odd batch between replays."""
+    """SGD, which alone lets itself be captured on a CPU, with learning rates that change, warm-up steps that count, and an odd batch between replays."""
     sizes = [6] * (WARM_UP + 2) + [4] + [6] * 2
     batches = [random_batch(n, mixup=recipe is NEWER) for n in sizes]
     (eager, log), (replayed, replayed_log) = (train(kind, batches, recipe=recipe) for kind in (Step, Replayed))

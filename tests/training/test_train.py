@@ -14,20 +14,6 @@ from helpers import write_folder
 from PIL import Image
 
 import train
-from densenet import DenseNet
-from training import finetune, recipe
-from training.arguments import parse_args
-
-
-def test_decay_of_weights_leaves_norms_and_biases_alone_where_the_classifier_has_its_own_learning_rate():
-    model = DenseNet(depth=10, growth_rate=4)
-    args = parse_args("--decay weights --weight-decay 0.02".split())[0]
-    groups = recipe.make_optimizer(args, finetune.parameter_groups(model, 5.0)).param_groups
-    found = {p: (group["weight_decay"], group.get("lr_factor")) for group in groups for p in group["params"]}
-    assert found == {
-        p: (0.02 if name.endswith("weight") and "norm" not in name else 0.0, 5.0 if "classifier" in name else None)
-        for name, p in model.named_parameters()
-    }
 
 
 def test_a_run_writes_what_it_should(tiny, capsys):
