@@ -106,7 +106,7 @@ def test_what_is_linked_or_named_exists(name):
     for path, anchor in links(name):
         assert path.exists(), path
         assert not anchor or anchor in anchors(path), f"{path}#{anchor}"
-    for path in re.findall(r"(?<![\w/])(?:attic|bench|common|fused|inputs|tests|training)/[\w/-]+\.\w+(?!`\s+of\s+commit)\b", LINKING[name]):
+    for path in re.findall(r"(?<![\w/])(?:attic|bench|common|fused|inputs|tests|training)/[\w/-]+\.\w+(?!`\s+of\s+commit)\b|(?<=python )\w+\.py", LINKING[name]):
         assert (ROOT / path).exists(), path
 
 
@@ -132,6 +132,7 @@ def test_block_table_is_the_benchmark_s():
         on_gpu, on_cpu = re.search(rf"^\| `{name}` \|.* \| (.*) \| (.*) \|$", README, re.MULTILINE).groups()
         assert on_cpu == f"{cpu.ms[name]:,.0f}, {cpu.peak_mib[name]:,.0f}"
         assert on_gpu == (f"{gpu.ms[name]:.2f}, {gpu.peak_mib[name]:,.0f}" if name in gpu.index else "not measured")
+    assert "about a quarter of its memory" in README and round(gpu.peak_mib["naive"] / gpu.peak_mib["fused"]) == 4
     times, in_fp32 = cpu.times_as_fast["fused"], measured("epyc.csv", precision="fp32").times_as_fast["fused"]
     words = f"`fused` is {times:.2f} times as fast in bf16, and in fp32, where it saves memory only, {in_fp32:.2f} times"
     assert words in " ".join(section("Speed and memory").split())
