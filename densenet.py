@@ -150,10 +150,12 @@ MADE_HERE = {kind: [getattr(kind, name) for name in METHODS] for kind in (Single
 
 def unknown_to_fused(layers, x):
     """Why the fused block would not compute what layers do, in words, or None."""
+    if not len(layers):
+        return "no layers"
     for layer in layers:
         kind = type(layer)
         if kind is not type(layers[0]) or MADE_HERE.get(kind) != [getattr(kind, name, None) for name in METHODS]:
-            return f"a {kind.__name__} that is not densenet.py's"
+            return f"a {kind.__name__} that fused was not made for"
         if not vars(layer).keys().isdisjoint(METHODS):
             return f"a {kind.__name__} with methods of its own"
     return known.unknown(layers, x)

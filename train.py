@@ -120,8 +120,9 @@ def make_batches(args, dataset, device):
     common = {"normalize": dataset.normalize, "share": distributed.share()}
     training = {"batch_size": args.batch_size * args.accumulate, "crop_fill": args.crop_fill if args.augment else None}
     training |= {"cutout": args.cutout, "mixup": args.mixup}
-    # A GPU waits for launches with fewer images. Running statistics make the answers the same, but for rounding.
-    size = max(args.batch_size, 2**20 // args.image_size**2) if device.type == "cuda" else args.batch_size
+    # A GPU waits for launches with fewer images, and needs less memory than in training for as many. Running statistics
+    # make the answers the same, but for rounding.
+    size = args.batch_size * (4 if device.type == "cuda" else 1)
     return {
         name: split.batches(**common | (training if name == "train" else {"batch_size": size}))
         for name, split in dataset.splits.items()
@@ -153,7 +154,9 @@ def restore(optimizer, saved):
     try:
         optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
         states = {p: optimizer.state.get(p, {}) for group in optimizer.param_groups for p in group["params"]}
-        fits = len({frozenset(state) for state in states.values()}) == 1 and optimizer.state.keys() <= states.keys()
+        # A parameter that no loss has reached yet has none.
+        kinds = {frozenset(state) for state in states.values() if state}
+        fits = len(kinds) <= 1 and optimizer.state.keys() <= states.keys()
         for p, state in states.items():
             fits = fits and all(x.shape == p.shape or (x.shape == () and x >= 0) for x in state.values())
     except Exception:  # nearly anything

@@ -99,7 +99,8 @@ def could_be(checkpoint):
         and statistics.shape == (2, 2, config["model"]["in_channels"])
         and bool(statistics.isfinite().all() and (statistics[:, 1] > 0).all())
         and all(0 <= number < 1e30 for number in numbers)
-        and all(stage.get("precision", "fp32") in PRECISIONS for stage in stages(config))
+        and all({"command", "commit", "device"} <= stage.keys() for stage in stages(config) if "epoch" in checkpoint)
+        and all(stage.get("precision") in PRECISIONS for stage in stages(config) if "epoch" in checkpoint)
     )
 
 

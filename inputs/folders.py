@@ -40,8 +40,8 @@ def load_folder(root, reader, test_size=0, manifest=None):
         test_files = [Path(files["train"].names[i]).relative_to(root).as_posix() for i in drawn]
     if test_files:
         files["test"] = set_apart(root, test_files, train, classes, reader)
-        apart = set(files["test"].names)
-        kept = [i for i, name in enumerate(files["train"].names) if name not in apart]
+        apart = set(map(Path, files["test"].names))  # as paths: "./cat/0.png" is "cat/0.png"
+        kept = [i for i, name in enumerate(files["train"].names) if Path(name) not in apart]
         files["train"] = files["train"].select(torch.tensor(kept))
     images = read_splits(root, files, classes, notes)
     notes += [line for split in images for line in absent_classes(split, images[split], classes)]
@@ -177,7 +177,10 @@ def set_apart(root, names, train, classes, reader):
     paths = [root / name for name in names]
     if missing := [path for path in paths if not path.exists()]:
         raise Mistake(f"{len(missing)} of the run's {len(names)} test images are missing, such as {missing[0]}")
-    labels = torch.tensor([classes.index(path.relative_to(train).parts[0]) for path in paths])
+    try:
+        labels = torch.tensor([classes.index(path.relative_to(train).parts[0]) for path in paths])
+    except (ValueError, IndexError) as error:
+        raise Mistake(f"the run's test images are not in class folders of {train} ({error})") from error
     return ImageFiles(list(map(str, paths)), labels, reader)
 
 

@@ -50,7 +50,7 @@ def choose_block(args, checkpoint, dataset, model, device, precision):
     block, graph, note = wanted_block(args, checkpoint, dataset, device, precision, computes_the_same)
     if not computes_the_same(block):
         block, graph = "naive", graph and bool(args.cuda_graph)
-    notes = [f"--block {x} would compute something else ({why}): this run takes {block}" for x, why in refused.items()]
+    notes = [f"block {x} does not compute this network ({why}): this run takes {block}" for x, why in refused.items()]
     entries = {"block": block, "cuda_graph": graph} | ({"refused": refused} if refused else {})
     return entries, [*notes, *filter(None, [note])]
 

@@ -144,7 +144,10 @@ def limit_memory(device):
     if device.type == "cpu" and sys.platform == "linux":
         import resource
 
-        resource.setrlimit(resource.RLIMIT_DATA, (max(psutil.virtual_memory().available, 2**28), -1))
+        room, group = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
+        with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit: "max"
+            room = min(room, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+        resource.setrlimit(resource.RLIMIT_DATA, (max(room, 2**28), -1))
 
 
 @contextlib.contextmanager

@@ -275,12 +275,12 @@ def test_a_run_takes_naive_for_a_block_that_differs(tiny, edit, capsys):
     for block in BLOCKS:
         assert tiny("--save", block, "--epochs", "1", "--block", block) == 0
         out = capsys.readouterr().out
-        assert ", block naive, " in out and (f"--block {block} would compute something else (blocks.0: other outputs" in out) == (block != "naive")
+        assert ", block naive, " in out and (f"block {block} does not compute this network (blocks.0: other outputs" in out) == (block != "naive")
         assert out.count("this run takes naive") == (block != "naive")
         assert config_of(block)["block"] == "naive" and config_of(block).get("refused", {}).keys() == {block} - {"naive"}
         assert_same_run(block, "naive")
     assert tiny("--save", "fused", "--resume", "--epochs", "2", args=[]) == 0
-    assert "--block fused would compute something else" in capsys.readouterr().out
+    assert "block fused does not compute this network" in capsys.readouterr().out
     assert "fused" in config_of("fused")["resumed"][0]["refused"]
     assert tiny("--save", "auto", "--epochs", "1") == 0
     assert_same_run("auto", "naive")
@@ -288,7 +288,7 @@ def test_a_run_takes_naive_for_a_block_that_differs(tiny, edit, capsys):
 
 def test_dropout_is_what_fused_cannot(tiny, capsys):
     assert tiny("--save", "run", "--epochs", "1", "--block", "fused", "--drop-rate", "0.2") == 0
-    assert capsys.readouterr().out.count("--block fused would compute something else (blocks.0: dropout): this run takes naive\n") == 1
+    assert capsys.readouterr().out.count("block fused does not compute this network (blocks.0: dropout): this run takes naive\n") == 1
 
 
 def test_auto_measures_what_computes_the_same(tiny, edit, monkeypatch):

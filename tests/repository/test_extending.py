@@ -14,7 +14,7 @@ SECTIONS = {part.partition("\n")[0]: part for part in re.split(r"^## ", TEXT, fl
 SHORT = "--depth 10 --growth-rate 4 --limit-train 64 --limit-test 50 --epochs 1 --device cpu --no-plot"
 # The section's promise, as its commands print it.
 SAID = {
-    "The activation, or the order of a layer": "(blocks.0: a BottleneckLayer that is not densenet.py's): this run takes naive",
+    "The activation, or the order of a layer": "(blocks.0: a BottleneckLayer that fused was not made for): this run takes naive",
     "A module in the layer": "block checkpoint",
     "Another block": "block list",
     "A data set": "mine: 64 training, 50 test images in 5 classes",
