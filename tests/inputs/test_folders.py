@@ -222,12 +222,12 @@ def test_class_folders_alone_are_divided_the_same_way_for_every_seed(tmp_path, i
     assert (len(dataset.train), len(dataset.test)) == (16, 4)
     assert dataset.test.labels.bincount().tolist() == [2, 2] and len(manifest["test_files"]) == 4
     assert [Path(path).relative_to(root).as_posix() for path in dataset.test.names] == manifest["test_files"]
-    (root / "dog/new.png").write_bytes(b"damaged, but not among the test images")
+    (root / "dog/00.png").write_bytes(b"damaged, but not among the test images")
     with monkeypatch.context() as patch:
         patch.setattr(Reader, "read", lambda *args: pytest.fail("decoded again"))
         test, _ = datasets.load_test("folder", root, reader, dataset.classes, manifest)
-    Image.new("RGB", (40, 20)).save(root / "dog/new.png")  # goes to the training images of a run that knows its test images
-    again = datasets.load("folder", root, reader, manifest=manifest)
+    Image.new("RGB", (40, 20)).save(root / "dog/00.png")  # would change the draw: goes to the training images
+    again = datasets.load("folder", root, reader, test_size=4, manifest=manifest)
     assert len(again.train) == 17 and again.manifest["test_files"] == manifest["test_files"]
     assert not set(again.test.names) & set(again.train.names)
     assert splits.changed(manifest, again) == ["train"]
