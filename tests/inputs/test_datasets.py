@@ -142,7 +142,7 @@ def test_cifar_is_read_as_torchvision_reads_it(tmp_path, monkeypatch, network, n
     assert torch.equal(datasets.load(name, tmp_path).train.pixels, dataset.train.pixels)
 
 
-def test_a_download_that_was_cut_short_is_repeated(tmp_path, monkeypatch, network):
+def test_a_download_that_was_cut_short_is_named_and_repeated(tmp_path, monkeypatch, network, capsys):
     write_cifar(tmp_path, "cifar10", monkeypatch)
     archive = tmp_path / "cifar-10-python.tar.gz"
     content = archive.read_bytes()
@@ -154,7 +154,9 @@ def test_a_download_that_was_cut_short_is_repeated(tmp_path, monkeypatch, networ
         datasets.load("cifar10", tmp_path)
     assert archive.read_bytes() == content[:1000]
     network.append(content)
+    capsys.readouterr()
     assert len(datasets.load("cifar10", tmp_path).train) == 100
+    assert capsys.readouterr().err == f"{archive} is damaged, or was cut short: downloading it again\n"
 
 
 def write_svhn(root, monkeypatch):
