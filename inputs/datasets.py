@@ -1,6 +1,7 @@
 """Data sets by name: CIFAR-10 and -100, SVHN, digits, folders of images."""
 
 import contextlib
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -76,7 +77,8 @@ def load_cifar(name, root):
     from torchvision import datasets
 
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-    train, test = download(name, root, [kind.filename], [partial(kind, root, train=part) for part in (True, False)])
+    make = [partial(kind, root, train=part) for part in (True, False)]
+    train, test = download(name, root, [(kind.filename, kind.tgz_md5)], make)
     splits = (  # torchvision's pixels are a transposed view
         ImageTensors(torch.from_numpy(split.data).contiguous(), torch.tensor(split.targets)) for split in (train, test)
     )
@@ -87,7 +89,7 @@ def load_svhn(root, *splits):
     """The named splits of SVHN, as ImageTensors."""
     from torchvision.datasets import SVHN
 
-    archives = [SVHN.split_list[split][1] for split in splits]
+    archives = [SVHN.split_list[split][1:] for split in splits]
     return [
         ImageTensors(torch.from_numpy(part.data).permute(0, 2, 3, 1).contiguous(), torch.from_numpy(part.labels).long())
         for part in download("svhn", root, archives, [partial(SVHN, root, split) for split in splits])
@@ -97,17 +99,22 @@ def load_svhn(root, *splits):
 def download(name, root, archives, make):
     """Call every function of ``make``, torchvision's data sets, which compare MD5s; download what is not whole.
 
-    ``archives`` are names below ``root``. Raises Mistake.
+    ``archives``: (name below ``root``, MD5) of each. Raises Mistake.
     """
+    from torchvision.datasets.utils import check_integrity
+
     with contextlib.suppress(RuntimeError):  # the data set is not there, not unpacked, or damaged
         return [make_split() for make_split in make]
     try:
         Path(root).mkdir(parents=True, exist_ok=True)
         with FileLock(Path(root, ".download.lock")):  # others may need the same archives
+            for path, md5 in ((Path(root, archive), md5) for archive, md5 in archives):
+                if path.exists() and not check_integrity(path, md5):
+                    print(f"{path} is damaged, or was cut short: downloading it again", file=sys.stderr)
             return [make_split(download=True) for make_split in make]
     except (OSError, RuntimeError) as error:
         raise Mistake(
             f"cannot download {name}, which is missing or damaged in {root}/ ({str(error).strip().splitlines()[-1]}): "
-            f"put {', '.join(archives)} there by hand, in place of what is there, or try --dataset digits, which "
-            "needs no download"
+            f"put {', '.join(archive for archive, _ in archives)} there by hand, in place of what is there, "
+            "or try --dataset digits, which needs no download"
         ) from error

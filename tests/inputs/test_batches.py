@@ -1,5 +1,7 @@
 """Batches on the device: shuffled, cropped, mirrored and shared out as they should be."""
 
+import itertools
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -15,20 +17,16 @@ from inputs.batches import ImageTensors
 @pytest.mark.parametrize("fill", ["mean", "black"])
 def test_crop_and_flip_equal_torchvision_for_every_shift(fill):
     images = random_images(1)
-    batches = images.batches(64, NORMALIZE, fill)
+    batches, image = images.batches(64, NORMALIZE, fill), images.pixels[0].permute(2, 0, 1) / 255
     mean, std = ([value / 255 for value in values] for values in NORMALIZE)
-    image = images.pixels[0].permute(2, 0, 1)
-    for top in range(9):
-        for left in range(9):
-            for flip in (False, True):
-                ours = batches.augmented(torch.tensor([0]), torch.tensor([[top - 4, left - 4]]), torch.tensor([flip]))
-                expected = tv.to_dtype(image, torch.float32, scale=True)
-                if fill == "black":  # pad, then normalise
-                    expected = tv.normalize(tv.crop(tv.pad(expected, 4), top, left, 32, 32), mean, std)
-                else:  # normalise, then pad
-                    expected = tv.crop(tv.pad(tv.normalize(expected, mean, std), 4), top, left, 32, 32)
-                expected = tv.horizontal_flip(expected) if flip else expected
-                torch.testing.assert_close(ours[0], expected, rtol=1e-4, atol=1e-5)
+    for top, left, flip in itertools.product(range(9), range(9), (False, True)):
+        ours = batches.augmented(torch.tensor([0]), torch.tensor([[top - 4, left - 4]]), torch.tensor([flip]))
+        if fill == "black":  # pad, then normalise
+            expected = tv.normalize(tv.crop(tv.pad(image, 4), top, left, 32, 32), mean, std)
+        else:  # normalise, then pad
+            expected = tv.crop(tv.pad(tv.normalize(image, mean, std), 4), top, left, 32, 32)
+        expected = tv.horizontal_flip(expected) if flip else expected
+        torch.testing.assert_close(ours[0], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_augmentation_is_distributed_as_torchvision_does_it():
@@ -42,12 +40,8 @@ def test_augmentation_is_distributed_as_torchvision_does_it():
     theirs = torch.stack([transform(one.pixels[0].permute(2, 0, 1)) for _ in range(count // 4)]).float()
     outcomes, ours_drawn = ours.flatten(1).unique(dim=0, return_counts=True)
     their_outcomes, theirs_drawn = theirs.flatten(1).unique(dim=0, return_counts=True)
-    assert len(outcomes) == 162
-    assert torch.equal(outcomes, their_outcomes)
-    for drawn in (ours_drawn.double(), theirs_drawn.double()):
-        expected = drawn.sum() / 162
-        chi_squared = ((drawn - expected) ** 2 / expected).sum()
-        assert chi_squared < 161 + 4 * (2 * 161) ** 0.5  # 4 standard deviations above the mean
+    assert len(outcomes) == 162 and torch.equal(outcomes, their_outcomes)
+    assert all(scipy.stats.chisquare(drawn).pvalue > 1e-4 for drawn in (ours_drawn, theirs_drawn))
 
 
 def test_every_image_once_in_an_order_that_the_seed_decides():
@@ -59,10 +53,8 @@ def test_every_image_once_in_an_order_that_the_seed_decides():
         return torch.cat([x[:, 0, 0, 0] for x, *_ in batches.shuffled(seed)])
 
     assert sorted(order(1).tolist()) == list(range(50))
-    assert torch.equal(order(1), order(1))
-    assert not torch.equal(order(1), order(2))
-    assert [len(y) for _, y, _ in batches.shuffled(1)] == [16, 16, 16, 2]
-    assert len(batches) == 4
+    assert torch.equal(order(1), order(1)) and not torch.equal(order(1), order(2))
+    assert [len(y) for _, y, _ in batches.shuffled(1)] == [16, 16, 16, 2] and len(batches) == 4
     assert torch.equal(torch.cat([y for _, y in batches.in_order()]), images.labels)
     x, y, _ = next(iter(batches.shuffled(5)))
     assert torch.equal(y, images.labels[x[:, 0, 0, 0].long()])
@@ -84,6 +76,8 @@ def test_shares_of_the_ranks_make_the_batches_of_one_process(ranks, newer):
                     assert torch.equal(part, tensor[rank::ranks])
             else:
                 assert part_labels.tolist() == [batches.IGNORE_INDEX] and part_mixed[:1] in ([], [part_labels])
+    [(at_once, *_)] = images.batches(17, NORMALIZE, "mean", **newer).shuffled(4)
+    assert torch.equal(at_once, torch.cat([x for x, *_ in whole]))  # whatever the batch size
 
 
 def test_cutout_hides_a_square_around_each_pixel_equally_often():
@@ -107,37 +101,23 @@ def test_cutout_hides_a_square_around_each_pixel_equally_often():
 def test_mixup_s_draws_are_beta_and_every_image_is_a_partner_once():
     images = random_images(20_000, 4, classes=20_000)
     images.pixels[:] = torch.arange(20_000).view(-1, 1, 1, 1) % 251
-    plain, labels, _ = next(iter(images.batches(20_000, ((0.0,) * 3, (1.0,) * 3)).shuffled(3)))
-    x, own, count, partners, share = next(iter(images.batches(20_000, ((0.0,) * 3, (1.0,) * 3), mixup=0.4).shuffled(3)))
-    assert count == 20_000 and torch.equal(own, labels) and torch.equal(plain[:, 0, 0, 0], own % 251.0)
+    plain, mixed = (images.batches(20_000, ((0.0,) * 3, (1.0,) * 3), mixup=alpha) for alpha in (0, 0.4))
+    [(x, labels, _)], [(mixture, own, count, partners, share)], [(*_, other)] = plain.shuffled(3), mixed.shuffled(3), mixed.shuffled(4)
+    assert count == 20_000 and torch.equal(own, labels) and torch.equal(x[:, 0, 0, 0], own % 251.0)
     assert sorted(partners.tolist()) == list(range(20_000)) and (partners != own).float().mean() > 0.99
-    torch.testing.assert_close(x[:, 0, 0, 0], share * (own % 251) + (1 - share) * (partners % 251))
+    torch.testing.assert_close(mixture[:, 0, 0, 0], share * (own % 251) + (1 - share) * (partners % 251))
     assert share.min() >= 0.5  # the larger one of two shares, whose distribution function is F(x) - F(1 - x)
     beta = scipy.stats.beta(0.4, 0.4)
     assert scipy.stats.kstest(np.double(share), lambda x: beta.cdf(x) - beta.cdf(1 - x)).pvalue > 1e-3
-    assert x.is_contiguous(memory_format=torch.channels_last)
-    again = next(iter(images.batches(20_000, ((0.0,) * 3, (1.0,) * 3), mixup=0.4).shuffled(4)))
-    assert not torch.equal(again[4], share)
+    assert mixture.is_contiguous(memory_format=torch.channels_last) and not torch.equal(other, share)
 
 
-@pytest.mark.parametrize("newer", [{}, {"cutout": 9, "mixup": 0.5}], ids=str)
-def test_augmentation_does_not_depend_on_the_batch_size(newer):
-    images = random_images(50)
-    small, large = (torch.cat([x for x, *_ in images.batches(n, NORMALIZE, "mean", **newer).shuffled(9)]) for n in (7, 50))
-    assert torch.equal(small, large)
-
-
-def test_on_mps_nothing_is_channels_last(monkeypatch):
-    assert batches.memory_format("mps") is torch.contiguous_format
-    monkeypatch.setattr(batches, "memory_format", lambda device: torch.contiguous_format)
-    images, _ = next(random_images(8).batches(8, NORMALIZE).in_order())
-    assert images.is_contiguous()
-
-
-def test_normalized_batches_are_channels_last_floats():
+def test_batches_lie_in_memory_as_is_best_for_the_device(monkeypatch):
     images = random_images(8)
-    x, _ = next(images.batches(8, NORMALIZE).in_order())
-    assert x.dtype == torch.float32
-    assert x.is_contiguous(memory_format=torch.channels_last)
+    [(x, _)] = images.batches(8, NORMALIZE).in_order()
+    assert x.dtype == torch.float32 and x.is_contiguous(memory_format=torch.channels_last)
     mean, std = (torch.tensor(values) for values in NORMALIZE)
     torch.testing.assert_close(x.permute(0, 2, 3, 1), (images.pixels - mean) / std)
+    assert batches.memory_format("mps") is torch.contiguous_format
+    monkeypatch.setattr(batches, "memory_format", lambda device: torch.contiguous_format)
+    assert next(images.batches(8, NORMALIZE).in_order())[0].is_contiguous()

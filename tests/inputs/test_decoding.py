@@ -2,14 +2,10 @@
 
 import errno
 import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from helpers import write_folder
 from PIL import Image
 
@@ -28,18 +24,15 @@ def decoded(monkeypatch):
 
 def test_the_cache_notices_every_change(tmp_path, monkeypatch, decoded):
     root = write_folder(tmp_path)
+    path = root / "train/cat/0.png"
+    Image.new("RGB", (40, 20)).save(path, "BMP")  # whose size does not depend on its pixels
     first = datasets.load("folder", root, Reader(16)).train.pixels
     names = [".cache.lock", ".test-16.cache", ".train-16.cache", "test", "train"]
     assert sorted(path.name for path in root.iterdir()) == names and len(decoded) == 10
-    path = root / "train/cat/0.png"
-    times, size = path.stat(), path.stat().st_size
-    old = path.read_bytes()
-    for colour in range(256):  # a file of the same size, with other pixels
-        Image.new("RGB", (40, 20), (colour, 9, 9)).save(path)
-        if path.stat().st_size == size and path.read_bytes() != old:
-            break
-    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert path.stat().st_size == size and path.stat().st_mtime_ns == times.st_mtime_ns
+    old = path.stat()
+    Image.new("RGB", (40, 20), "red").save(path, "BMP")
+    os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns))
+    assert path.stat().st_size == old.st_size
     changed = datasets.load("folder", root, Reader(16)).train.pixels
     assert not torch.equal(changed, first)
     os.utime(path)  # other times, the same bytes
@@ -55,15 +48,7 @@ def test_the_cache_notices_every_change(tmp_path, monkeypatch, decoded):
     assert len(decoded) == 10
 
 
-def cut(content):
-    return content[:100]
-
-
-def altered(content):
-    return content[:2000] + bytes(50) + content[2050:]
-
-
-@pytest.mark.parametrize("harm", [cut, altered, lambda content: b""], ids=["cut", "altered", "empty"])
+@pytest.mark.parametrize("harm", [lambda c: c[:100], lambda c: c[:2000] + bytes(50) + c[2050:], lambda c: b""])
 def test_a_damaged_cache_is_not_trusted(tmp_path, capsys, harm):
     root = write_folder(tmp_path)
     pixels, cache = datasets.load("folder", root, Reader(16)).train.pixels, root / ".train-16.cache"
@@ -84,20 +69,6 @@ def test_a_read_only_folder_is_decoded_without_a_cache(tmp_path, monkeypatch, ca
     monkeypatch.setattr(Path, "unlink", refuse)
     assert len(datasets.load("folder", root).train) == 6
     assert capsys.readouterr().err.count("cannot be written ([Errno 30] Read-only file system)") == 2
-
-
-def test_a_kill_while_the_cache_is_written_leaves_nothing_for_ever(tmp_path):
-    root = write_folder(tmp_path)
-    program = f"""
-import os, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
-from inputs import datasets
-os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)
-datasets.load("folder", {str(root)!r})"""
-    assert subprocess.run([sys.executable, "-c", program]).returncode == -signal.SIGKILL
-    assert [path.name for path in root.glob(".train-32.cache*")] == [".train-32.cache.tmp"]
-    datasets.load("folder", root)
-    assert [path.name for path in root.glob(".train-32.cache*")] == [".train-32.cache"]
 
 
 def damage(root):
@@ -129,14 +100,17 @@ def test_all_unreadable_images_are_reported_together(tmp_path, image_size, worke
 
 def test_damage_in_all_splits_is_reported_together_and_ten_files_are_named(tmp_path):
     root = write_folder(tmp_path, train=7)
-    for path in (root / "test/dog/0.png", *(root / "train").rglob("*.png")):
+    for path in root.rglob("*.png"):
         path.write_bytes(b"no image")
-    with pytest.raises(Mistake, match=r"^15 images cannot be read: ([^;]*; ){10}…: "):
+    with pytest.raises(Mistake, match=r"^18 images cannot be read: ([^;]*; ){10}…: "):
         datasets.load("folder", root)
     for path in (root / "train").rglob("[1-6].png"):
         path.unlink()
-    with pytest.raises(Mistake, match=r"^3 images cannot be read: .*train/cat/0.png.*test/dog/0.png"):
+    with pytest.raises(Mistake, match=r"^6 images cannot be read: .*train/cat/0.png.*test/dog/0.png"):
         datasets.load("folder", root)
+    for image_size in (32, 128):
+        with pytest.raises(Mistake, match="no training image in a class folder can be read"):
+            datasets.load("folder", root, Reader(image_size, skip_unreadable=True))
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE])
@@ -152,17 +126,6 @@ def test_an_error_of_the_system_is_not_taken_for_a_damaged_file(tmp_path, monkey
     monkeypatch.setattr(Image, "open", fails)
     with pytest.raises(Mistake, match=rf"dog/0.png cannot be read: {os.strerror(number)}"):
         datasets.load("folder", root, Reader(image_size, skip_unreadable=True))
-
-
-@pytest.mark.parametrize("options", [{}, {"skip_unreadable": True}])
-@pytest.mark.parametrize("image_size", [32, 128])
-def test_a_folder_of_pointers_in_place_of_images(tmp_path, image_size, options):
-    root = write_folder(tmp_path)
-    for path in root.rglob("*.png"):
-        path.write_text("version https://git-lfs.github.com/spec/v1")
-    with pytest.raises(Mistake, match=r"images cannot be read|no training image in a class folder can be read"):
-        dataset = datasets.load("folder", root, Reader(image_size, **options))
-        list(dataset.train.batches(4, dataset.normalize).in_order())
 
 
 @pytest.mark.parametrize("image_size", [16, 128])

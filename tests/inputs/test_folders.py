@@ -11,7 +11,6 @@ import torch
 from helpers import write_folder
 from PIL import Image
 
-import check_data
 import evaluate
 import publish
 import train
@@ -83,9 +82,8 @@ def test_links_to_images_and_folders_are_followed(tmp_path):
         {},  # but a folder without permission
     ],
 )
-def test_odd_entries_of_folders_are_one_line_for_every_command(tmp_path, capsys, monkeypatch, links):
-    root, real = write_folder(tmp_path / "images"), os.scandir
-    trained(root)
+def test_loops_of_links_and_folders_without_permission_are_named(tmp_path, monkeypatch, links):
+    root, real = write_folder(tmp_path), os.scandir
     (root / "elsewhere").mkdir()
     for name, target in links.items():
         (root / name).symlink_to(target)
@@ -98,29 +96,21 @@ def test_odd_entries_of_folders_are_one_line_for_every_command(tmp_path, capsys,
         return real(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    capsys.readouterr()
-    words = "is a link to a folder that it is in" if links else "secret cannot be read: Permission denied"
-    for main, flags in (
-        (train.main, ["--dataset", "folder", "--data", str(root), "--save", "new"]),
-        (check_data.main, [str(root)]),
-        (evaluate.main, ["run/latest.pth", "--data", str(root)]),
-        (evaluate.main, ["run/latest.pth", str(root / "test")]),
-    ):
-        assert main(flags) == 2
-        err = capsys.readouterr().err
-        assert err.startswith(f"{main.__module__}.py: error: ") and words in err and err.count("\n") == 1
+    message = "is a link to a folder that it is in" if links else "secret cannot be read: Permission denied"
+    for find in (lambda: listed(root / "test"), lambda: folders.find_images([root / "test"], Counter())):
+        with pytest.raises(Mistake, match=message):
+            find()
 
 
-def test_names_that_are_not_utf_8(tmp_path, capsys):
-    """A class and a file in Latin-1: they are trained on, evaluated and shown as well as a console can."""
-    root, name = write_folder(tmp_path / "images", classes=("cat", "hund")), os.fsdecode(b"k\xf6ter")
+@pytest.mark.parametrize("image_size", [16, 128])
+def test_names_that_are_not_utf_8(tmp_path, image_size):
+    root = write_folder(tmp_path)
     for split in ("train", "test"):
-        folder = (root / split / "hund").rename(root / split / name)
-        path = (folder / "0.png").rename(folder / os.fsdecode(b"\xe4.png"))
-    trained(root)
-    assert evaluate.main(["run/latest.pth"]) == evaluate.main(["run/latest.pth", str(path)]) == 0
-    assert check_data.main([str(root)]) == 1  # the test images are among the training images
-    assert "k?ter/?.png" in capsys.readouterr().out
+        folder = (root / split / "dog").rename(root / split / os.fsdecode(b"k\xf6ter"))
+        (folder / "0.png").rename(folder / os.fsdecode(b"\xe4.png"))
+    dataset = datasets.load("folder", root, Reader(image_size, skip_unreadable=True))
+    assert len(dataset.test.pixels) == 4 and os.fsencode(dataset.classes[1]) == b"k\xf6ter"
+    assert splits.changed(dataset.manifest, datasets.load("folder", root, Reader(image_size))) == []
 
 
 # What is made of them.
@@ -232,12 +222,12 @@ def test_class_folders_alone_are_divided_the_same_way_for_every_seed(tmp_path, i
     assert (len(dataset.train), len(dataset.test)) == (16, 4)
     assert dataset.test.labels.bincount().tolist() == [2, 2] and len(manifest["test_files"]) == 4
     assert [Path(path).relative_to(root).as_posix() for path in dataset.test.names] == manifest["test_files"]
-    (root / "dog/new.png").write_bytes(b"damaged, but not among the test images")
+    (root / "dog/00.png").write_bytes(b"damaged, but not among the test images")
     with monkeypatch.context() as patch:
         patch.setattr(Reader, "read", lambda *args: pytest.fail("decoded again"))
         test, _ = datasets.load_test("folder", root, reader, dataset.classes, manifest)
-    Image.new("RGB", (40, 20)).save(root / "dog/new.png")  # goes to the training images of a run that knows its test images
-    again = datasets.load("folder", root, reader, manifest=manifest)
+    Image.new("RGB", (40, 20)).save(root / "dog/00.png")  # would change the draw: goes to the training images
+    again = datasets.load("folder", root, reader, test_size=4, manifest=manifest)
     assert len(again.train) == 17 and again.manifest["test_files"] == manifest["test_files"]
     assert not set(again.test.names) & set(again.train.names)
     assert splits.changed(manifest, again) == ["train"]

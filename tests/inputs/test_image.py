@@ -64,30 +64,22 @@ def test_damaged_metadata_do_not_hide_an_image(tmp_path):
     np.testing.assert_allclose(read_both_ways(tmp_path / "photo.jpg"), [RED, GREEN, BLUE, WHITE], atol=NEAR)
 
 
-def transparent(mode):
-    """A black icon: the upper left quadrant, on a transparent ground under which red is hidden."""
-    alpha = Image.new("L", (80, 80), 0)
-    alpha.paste(255, (0, 0, 40, 40))
-    colour = Image.new("RGB", (80, 80), RED)
-    colour.paste((0, 0, 0), (0, 0, 40, 40))
-    image = colour.copy()
-    image.putalpha(alpha)
-    if mode == "LA":
-        return Image.merge("LA", (colour.convert("L"), alpha)), {}
-    if mode == "P":
-        palette = colour.quantize(2)
-        return palette, {"transparency": palette.getpixel((79, 79))}
-    if mode == "RGB":
-        return colour, {"transparency": RED}
-    return image, {}
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
-@pytest.mark.parametrize("suffix", ["png", "gif", "webp", "tif"])
+@pytest.mark.parametrize(
+    ("mode", "suffix"),
+    [(mode, suffix) for mode, suffixes in {"RGBA": "png gif webp tif", "LA": "png webp tif", "P": "png gif", "RGB": "png"}.items() for suffix in suffixes.split()],
+)
 def test_transparency_is_white(tmp_path, mode, suffix):
-    if (mode == "RGB" and suffix != "png") or (mode == "P" and suffix in ("webp", "tif")) or (mode == "LA" and suffix == "gif"):
-        pytest.skip("no such files")
-    image, options = transparent(mode)
+    """A black icon, the upper left quadrant, on a transparent ground under which red is hidden."""
+    alpha, colour, options = Image.new("L", (80, 80), 0), Image.new("RGB", (80, 80), RED), {}
+    for image, value in ((alpha, 255), (colour, (0, 0, 0))):
+        image.paste(value, (0, 0, 40, 40))
+    if mode == "P":
+        image = colour.quantize(2)
+        options["transparency"] = image.getpixel((79, 79))
+    elif mode == "RGB":
+        options["transparency"] = RED
+    else:
+        image = Image.merge(mode, (*colour.convert(mode[:-1]).split(), alpha))
     image.save(tmp_path / f"icon.{suffix}", **options, **({"lossless": True} if suffix == "webp" else {}))
     assert read_both_ways(tmp_path / f"icon.{suffix}") == [[0, 0, 0], *[[255, 255, 255]] * 3]
 
@@ -126,53 +118,39 @@ def test_the_full_scale_of_every_bit_depth(tmp_path, name, dtype, values, white,
 
 @pytest.mark.parametrize(("dtype", "kind"), [(np.int32, "32-bit"), (np.float32, "floating-point")])
 @pytest.mark.parametrize("image_size", [32, 128])
-@pytest.mark.parametrize("skip_unreadable", [False, True])
-def test_values_without_a_scale_are_refused_and_not_skipped(tmp_path, dtype, kind, image_size, skip_unreadable):
+def test_values_without_a_scale_are_refused_and_not_skipped(tmp_path, dtype, kind, image_size):
     save_values(write_folder(tmp_path) / "train/cat/field.tif", (0, 1, 2, 3), dtype)
     with pytest.raises(Mistake, match=f"field.tif has {kind} values.* with --white"):
-        dataset = datasets.load("folder", tmp_path, Reader(image_size, skip_unreadable=skip_unreadable))
-        list(dataset.train.batches(4, dataset.normalize).in_order())
+        datasets.load("folder", tmp_path, Reader(image_size, skip_unreadable=True))
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "LAB", "RGBX"])
 def test_other_modes(tmp_path, mode):
-    image = quadrants() if mode != "1" else Image.new("1", (80, 80), 1)
-    expected = [RED, GREEN, BLUE, WHITE] if mode not in ("1", "L") else [WHITE] * 4
+    expected = {"1": [WHITE] * 4, "L": [[value] * 3 for value in (76, 150, 29, 255)]}.get(mode, [RED, GREEN, BLUE, WHITE])
     if mode == "LAB":
         lab = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
-        image = ImageCms.applyTransform(image, lab)
-    elif mode != "1":
-        image = image.convert(mode)
-    if mode == "L":
-        expected = [[value] * 3 for value in (76, 150, 29, 255)]
-    path = tmp_path / ("image.jpg" if mode in ("YCbCr", "CMYK") else "image.tif")
-    image.save(path, **({"quality": 100} if path.suffix == ".jpg" else {}))
+        image = ImageCms.applyTransform(quadrants(), lab)
+    else:
+        image = quadrants().convert(mode) if mode != "1" else Image.new("1", (80, 80), 1)
+    path, options = (tmp_path / "image.jpg", {"quality": 100}) if mode in ("YCbCr", "CMYK") else (tmp_path / "image.tif", {})
+    image.save(path, **options)
     np.testing.assert_allclose(read_both_ways(path), expected, atol=25 if mode == "LAB" else NEAR)  # 8 bits of LAB
 
 
 def test_grey_images_have_one_channel(tmp_path):
     quadrants().save(tmp_path / "image.png")
     assert read_both_ways(tmp_path / "image.png", channels=1) == [[76], [150], [29], [255]]
-    save_values(tmp_path / "xray.png", (0, 2048, 4095, 1), np.uint16)
-    assert read_both_ways(tmp_path / "xray.png", channels=1, white=4095) == [[0], [128], [255], [0]]
 
 
 @pytest.mark.parametrize("suffix", ["jfif", "gif", "avif", "jp2", "bmp", "ppm", "tga"])
 def test_formats_of_every_kind(tmp_path, suffix):
-    if {"avif": "avif", "jp2": "jpg_2000"}.get(suffix) and not features.check({"avif": "avif", "jp2": "jpg_2000"}[suffix]):
+    if not features.check({"avif": "avif", "jp2": "jpg_2000"}.get(suffix, "pil")):
         pytest.skip("not in this Pillow")
-    path = tmp_path / "a/x" / f"image.{suffix}"
-    path.parent.mkdir(parents=True)
+    (tmp_path / "a").mkdir()
+    path, passed = tmp_path / "a" / f"image.{suffix}", Counter()
     quadrants().save(path, format="JPEG" if suffix == "jfif" else None)
-    passed = Counter()
     assert folders.list_images(tmp_path, passed) == {"a": [str(path)]} and not passed
     np.testing.assert_allclose(read_both_ways(path), [RED, GREEN, BLUE, WHITE], atol=12)
-
-
-def test_the_first_frame_of_an_animation_counts(tmp_path):
-    frames = [Image.new("RGB", (80, 80), colour) for colour in (GREEN, RED)]
-    frames[0].save(tmp_path / "film.gif", save_all=True, append_images=frames[1:])
-    assert read_both_ways(tmp_path / "film.gif")[0] == list(GREEN)
 
 
 @pytest.mark.parametrize("choose", [centre(224), random_box])
@@ -220,31 +198,24 @@ def test_training_draws_the_crops_that_torchvision_draws(tmp_path):
         assert abs(ours - theirs).mean() < 1  # at the border of a crop, ours blends in what lies beyond it
 
 
-PROGRAM = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"  # which is not to be run
-
-
-@pytest.mark.parametrize("content", [b"", b"no image", "cut", PROGRAM])
+@pytest.mark.parametrize("content", [b"", b"no image", "cut", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n"])
 def test_a_damaged_file_is_named(tmp_path, content):
-    quadrants().save(tmp_path / "image.jpg")
-    whole = (tmp_path / "image.jpg").read_bytes()
-    (tmp_path / "image.jpg").write_bytes(whole[: len(whole) // 2] if content == "cut" else content)
+    """EPS files, which are programs, are not run."""
+    path = tmp_path / "image.jpg"
+    quadrants().save(path)
+    path.write_bytes(path.read_bytes()[:2000] if content == "cut" else content)
     with pytest.raises(Unreadable, match=r"image.jpg is not a readable image \(\w+\)$"):
-        Reader().read(tmp_path / "image.jpg")
+        Reader().read(path)
 
 
-@pytest.mark.parametrize("error", [RuntimeError(), NotImplementedError(), AssertionError(), KeyError(), OSError(22, "Invalid argument")], ids=repr)
+@pytest.mark.parametrize(
+    "error", [RuntimeError(), NotImplementedError(), AssertionError(), KeyError(), OSError(22, "Invalid argument"), Image.DecompressionBombError()], ids=repr
+)
 def test_whatever_a_decoder_raises_makes_a_file_unreadable(tmp_path, monkeypatch, error):
     """As Pillow's do for damaged AVIF, DDS, ICNS and TIFF files."""
     quadrants().save(tmp_path / "image.png")
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", Mock(side_effect=error))
     with pytest.raises(Unreadable, match=rf"image.png is not a readable image \({type(error).__name__}\)$"):
-        Reader().read(tmp_path / "image.png")
-
-
-def test_an_image_with_far_too_many_pixels_is_named(tmp_path, monkeypatch):
-    quadrants().save(tmp_path / "image.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    with pytest.raises(Unreadable, match="DecompressionBombError"):
         Reader().read(tmp_path / "image.png")
 
 

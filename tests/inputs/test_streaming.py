@@ -13,7 +13,6 @@ from helpers import NORMALIZE, random_images, write_folder
 from PIL import Image
 from test_decoding import damage
 
-from common.console import Mistake
 from inputs import datasets, streaming
 from inputs.image import Reader
 
@@ -34,8 +33,8 @@ def test_streamed_images_are_cut_out_and_mixed(tmp_path):
     """As those in memory, of which test_batches.py has more; several ranks make the batches of one process."""
     dataset = load(tmp_path, (300, 200))
 
-    def batches(size=6, share=(0, 1), **newer):
-        return list(dataset.train.batches(size, dataset.normalize, "mean", share, **newer).shuffled(1))
+    def batches(share=(0, 1), **newer):
+        return list(dataset.train.batches(6, dataset.normalize, "mean", share, **newer).shuffled(1))
 
     [(x, labels, _)], [(cut, *_)] = batches(), batches(cutout=40)
     assert (cut[cut != x] == 0).all() and 0 < (cut != x).any(1).sum((1, 2)).amax() <= 40 * 40
@@ -44,10 +43,7 @@ def test_streamed_images_are_cut_out_and_mixed(tmp_path):
     all_pairs = torch.lerp(cut[None], cut[:, None], lam.view(-1, 1, 1, 1, 1))
     is_pair = (mixed[:, None] - all_pairs).abs().amax((2, 3, 4)) < 1e-5
     assert (is_pair & (labels == partners[:, None])).any(1).all()
-    whole, *parts = (batches(4, share, cutout=40, mixup=0.5) for share in ((0, 1), (0, 2), (1, 2)))
-    for step, batch in enumerate(whole):
-        for rank, part in enumerate(parts):
-            assert all(torch.equal(mine, all_[rank::2]) for mine, all_ in zip(part[step], batch, strict=True) if torch.is_tensor(mine))
+    assert all(torch.equal(batches((rank, 2), cutout=40, mixup=0.5)[0][0], mixed[rank::2]) for rank in (0, 1))
 
 
 def test_large_images_are_streamed_behind_the_same_interface(tmp_path):
@@ -66,8 +62,6 @@ def test_large_images_are_streamed_behind_the_same_interface(tmp_path):
     assert sorted(torch.cat([y for _, y, _ in first]).tolist()) == [0, 0, 0, 1, 1, 1]
     labels = torch.cat([y for _, y in dataset.limit(train=3).train.batches(4, dataset.normalize).in_order()])
     assert labels.tolist() == [0, 1, 0]
-    held = dataset.hold_out(2, seed=1)
-    assert (len(held.train), len(held.valid)) == (4, 2)
 
 
 def test_workers_live_on_from_epoch_to_epoch(tmp_path):
@@ -90,19 +84,10 @@ def test_a_worker_gets_paths_in_one_array():
     assert len(pickle.dumps(decoded)) < len(names) * max(map(len, names)) + 1000
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_unreadable_streamed_image_is_named_in_one_line(tmp_path, workers):
-    dataset = load(tmp_path, workers=workers)
-    (tmp_path / "train/dog/1.png").write_bytes(b"no image")
-    with pytest.raises(Mistake, match=r"^[^\n]*dog/1.png is not a readable image[^\n]*$"):
-        list(dataset.train.batches(4, dataset.normalize).in_order())
-
-
-@pytest.mark.parametrize("workers", [pytest.param("0", marks=pytest.mark.slow), "2"])
-def test_a_corrupt_streamed_file_ends_training_in_one_line(tmp_path, workers):
+def test_a_corrupt_streamed_file_ends_training_in_one_line(tmp_path):
     damage(write_folder(tmp_path / "images", size=(130, 130)))
     flags = "--device cpu --dataset folder --data images --image-size 128 --depth 10 --growth-rate 4 --no-plot --save run"
-    command = [sys.executable, ROOT / "train.py", *flags.split(), "--workers", workers]
+    command = [sys.executable, ROOT / "train.py", *flags.split(), "--workers", "2"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert "train.py: error: 3 images cannot be read" in result.stderr and "epoch 0 is saved" in result.stderr
