@@ -78,7 +78,9 @@ def load_cifar(name, root):
 
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     make = [partial(kind, root, train=part) for part in (True, False)]
-    train, test = download(name, root, [(kind.filename, kind.tgz_md5)], make)
+    files = *kind.train_list, *kind.test_list, (kind.meta["filename"], kind.meta["md5"])
+    unpacked = [(f"{kind.base_folder}/{file}", md5) for file, md5 in files]
+    train, test = download(name, root, [(kind.filename, kind.tgz_md5)], make, unpacked)
     splits = (  # torchvision's pixels are a transposed view
         ImageTensors(torch.from_numpy(split.data).contiguous(), torch.tensor(split.targets)) for split in (train, test)
     )
@@ -96,25 +98,28 @@ def load_svhn(root, *splits):
     ]
 
 
-def download(name, root, archives, make):
+def download(name, root, archives, make, unpacked=()):
     """Call every function of ``make``, torchvision's data sets, which compare MD5s; download what is not whole.
 
-    ``archives``: (name below ``root``, MD5) of each. Raises Mistake.
+    ``archives`` and ``unpacked``: (name below ``root``, MD5) of each file. Raises Mistake.
     """
     from torchvision.datasets.utils import check_integrity
 
     with contextlib.suppress(RuntimeError):  # the data set is not there, not unpacked, or damaged
         return [make_split() for make_split in make]
+    paths = ((Path(root, file), md5) for file, md5 in (*archives, *unpacked))
+    damaged = ", ".join(str(path) for path, md5 in paths if path.exists() and not check_integrity(path, md5))
     try:
         Path(root).mkdir(parents=True, exist_ok=True)
         with FileLock(Path(root, ".download.lock")):  # others may need the same archives
-            for path, md5 in ((Path(root, archive), md5) for archive, md5 in archives):
-                if path.exists() and not check_integrity(path, md5):
-                    print(f"{path} is damaged, or was cut short: downloading it again", file=sys.stderr)
-            return [make_split(download=True) for make_split in make]
+            loaded = [make_split(download=True) for make_split in make]
     except (OSError, RuntimeError) as error:
+        state = f"; damaged: {damaged}" if damaged else ""
         raise Mistake(
-            f"cannot download {name}, which is missing or damaged in {root}/ ({str(error).strip().splitlines()[-1]}): "
-            f"put {', '.join(archive for archive, _ in archives)} there by hand, in place of what is there, "
+            f"cannot download {name} ({str(error).strip().splitlines()[-1]}{state}): "
+            f"put {', '.join(archive for archive, _ in archives)} into {root}/ by hand, "
             "or try --dataset digits, which needs no download"
         ) from error
+    if damaged:
+        print(f"damaged, or cut short, and mended from the archive: {damaged}", file=sys.stderr)
+    return loaded

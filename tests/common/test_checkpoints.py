@@ -146,7 +146,7 @@ def test_weights_have_to_fit(trained, capsys, place, change):
 @pytest.mark.parametrize("opt", ["sgd", "adam"])
 @pytest.mark.parametrize(
     ("path", "value"),
-    [((), None), ((0,), {}), ((0,), {"momentum_buffer": torch.zeros(2)}), ((), {99: {"step": torch.zeros(())}})],
+    [((), None), ((0,), {"other": torch.zeros(2)}), ((0,), {"momentum_buffer": torch.zeros(2)}), ((), {99: {"step": torch.zeros(())}})],
 )
 def test_an_optimiser_takes_only_its_own_state(trained, capsys, opt, path, value):
     checkpoint = altered(trained[1][opt], ("optimizer", "state", *path), value)

@@ -298,3 +298,10 @@ def test_white_and_channels_are_kept_by_a_run(tmp_path):
     assert checkpoint["normalize"][0] == pytest.approx((255 * 2500 / 4095,), abs=0.5)
     assert evaluate.main(["run/latest.pth"]) == 0
     assert evaluate.main(["run/latest.pth", str(root / "test/cat/0.png")]) == 0
+
+
+def test_set_apart_images_leave_training_however_the_folder_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(write_folder(tmp_path / "images", train=6) / "train")
+    for root in (".", str(Path.cwd()), "../train"):
+        found = datasets.load("folder", root, Reader(8), test_size=4)
+        assert (len(found.train), len(found.test)) == (8, 4)
