@@ -12,6 +12,7 @@ from conftest import status_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import check_data
 import make_graph
 import train
 from common.console import Mistake
@@ -42,7 +43,8 @@ def nothing_starts(monkeypatch):
     def load(*args):
         raise Mistake("no data")
 
-    monkeypatch.setattr(datasets, "load", load)
+    for module in (datasets, check_data):  # nothing is downloaded
+        monkeypatch.setattr(module, "load", load)
 
 
 def surroundings():
