@@ -150,8 +150,6 @@ MADE_HERE = {kind: [getattr(kind, name) for name in METHODS] for kind in (Single
 
 def unknown_to_fused(layers, x):
     """Why the fused block would not compute what layers do, in words, or None."""
-    if not len(layers):
-        return "no layers"
     for layer in layers:
         kind = type(layer)
         if kind is not type(layers[0]) or MADE_HERE.get(kind) != [getattr(kind, name, None) for name in METHODS]:

@@ -38,7 +38,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
     def get_code(self, fullname):  # bytecode is neither read nor written: that is for the plain names
         tree = ast.parse(self.get_data(self.path))
         for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] in _OURS:
+            if isinstance(node, ast.ImportFrom) and not node.level and node.module.partition(".")[0] in _OURS:
                 node.module = f"{_PACKAGE}.{node.module}"
             for name in node.names if isinstance(node, ast.Import) else ():
                 if name.name in _OURS:  # import fused → import _PACKAGE.fused as fused

@@ -1,4 +1,4 @@
-"""Which device, precision and dense block to compute with: chosen once, from what the hardware has."""
+"""Which device and precision to compute with: chosen once, from what the hardware has."""
 
 import contextlib
 import ctypes

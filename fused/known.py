@@ -41,7 +41,7 @@ def parts(layers):
 
 def unknown(layers, x):
     """What the fused block does not know of layers that are to compute on x (N, C, H, W), in words, or None."""
-    if reason := watched(x, parts(layers)):
+    if reason := watched(x, parts(layers)) or (None if len(layers) else "no layers"):
         return reason
     expected = BOTTLENECK if "norm2" in layers[0]._modules else SINGLE
     channels, growth_rate = x.shape[1], None

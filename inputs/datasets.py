@@ -121,5 +121,5 @@ def download(name, root, archives, make, unpacked=()):
             "or try --dataset digits, which needs no download"
         ) from error
     if damaged:
-        print(f"damaged, or cut short, and mended from the archive: {damaged}", file=sys.stderr)
+        print(f"damaged, or cut short, and replaced: {damaged}", file=sys.stderr)
     return loaded

@@ -65,7 +65,7 @@ def wanted_block(args, checkpoint, dataset, device, precision, possible):
     same = (last.get("device"), last.get("precision")) == (device_name(device), precision)
     # A CUDA graph holds no step that is left out, as in fp16, and none in which processes exchange gradients.
     replay = device.type == "cuda" and precision != "fp16" and distributed.world_size() == 1 and not args.compile
-    graph = replay and (same and last.get("cuda_graph", False) if args.cuda_graph is None else args.cuda_graph)
+    graph = replay and (same and last["cuda_graph"] if args.cuda_graph is None else args.cuda_graph)
     if args.block != "auto":
         return args.block, graph, None
     default = "naive" if args.compile else default_block(device)

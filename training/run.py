@@ -171,6 +171,7 @@ class Figures:
             self.process = subprocess.Popen(self.command, **streams, text=True)
         except OSError as error:
             self._report(error)
+            return
         with contextlib.suppress(OSError, AttributeError):  # not allowed, or not to be had on this system
             os.setpriority(os.PRIO_PROCESS, self.process.pid, 19)
 

@@ -156,7 +156,7 @@ def test_a_download_that_was_cut_short_is_named_and_repeated(tmp_path, monkeypat
     network.append(content)
     capsys.readouterr()
     assert len(datasets.load("cifar10", tmp_path).train) == 100
-    assert capsys.readouterr().err == f"damaged, or cut short, and mended from the archive: {archive}\n"
+    assert capsys.readouterr().err == f"damaged, or cut short, and replaced: {archive}\n"
 
 
 def write_svhn(root, monkeypatch):
