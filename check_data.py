@@ -9,11 +9,11 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from common.console import Mistake, Parser, between, command, natural, nonempty, positive_number, workers
+from common.console import Mistake, Parser, between, command, natural, nonempty
 from inputs.datasets import DATASETS, load
 from inputs.decoding import in_workers
 from inputs.folders import existing, list_images, passed_over
-from inputs.image import STREAM_FROM, Reader, in_8_bits, opened, orientation
+from inputs.image import STREAM_FROM, Reader, add_reader_flags, in_8_bits, opened, orientation
 from inputs.splits import channel_statistics
 
 
@@ -73,14 +73,9 @@ def parse_args(argv=None):
         help="measure mean and standard deviation of the training images (default: read every image of the folder)")
     add("--image-size", type=between(1, 100_000, int), default=32, metavar="N",
         help="--stats: resize images of folder and digits to N×N pixels (default: %(default)s)")
-    add("--channels", type=int, choices=(1, 3), default=3, help="1: folder and digits in grey (default: %(default)s)")
-    add("--white", type=positive_number, metavar="X",
-        help="the value that is white in images of more than 8 bits (default: 65535)")
+    add_reader_flags(add)
     add("--test-size", type=natural, default=0, metavar="N",
         help="--stats of class folders alone: set N images apart (default: %(default)s)")
-    add("--skip-unreadable", action="store_true",
-        help="--stats: go on without images that cannot be read (default: off)")
-    add("--workers", type=workers, default=0, metavar="N", help="processes that read images (default: %(default)s)")
     return parser.parse_args(argv)
 
 

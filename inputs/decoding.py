@@ -36,8 +36,9 @@ def read_cached(cache, paths, reader):
     key = cache_key(paths, cache.parent, reader)
     try:
         cached = load_file(cache)
-        if cached["key"] == key:
-            return cached["pixels"], {i: str(read_or_problem(paths[i], reader)) for i in cached["unreadable"]}
+        again = [read_or_problem(paths[i], reader) for i in cached["unreadable"]] if cached["key"] == key else [None]
+        if all(isinstance(found, Unreadable) for found in again):
+            return cached["pixels"], dict(zip(cached["unreadable"], map(str, again), strict=True))
     except (Mistake, KeyError, TypeError) as error:  # the images are still there
         if cache.exists():
             print(f"{cache} cannot be read ({type(error).__name__}): decoding the images again", file=sys.stderr)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image
 
-from common.console import Mistake
+from common.console import Mistake, positive_number, workers
 from common.files import readable
 
 # Formats that Pillow recognises but cannot decode, and EPS, whose files are programs.
@@ -82,6 +82,18 @@ class Reader:
         image = image.resize((self.image_size,) * 2, BILINEAR, box)
         pixels = np.array(image if turn is None else image.transpose(turn))
         return pixels.reshape(self.image_size, self.image_size, self.channels)
+
+
+def add_reader_flags(add):
+    """The flags whose values a Reader takes as they are; ``add`` is a parser's add_argument."""
+    add("--channels", type=int, choices=(1, 3), default=3,
+        help="of the images; 1: folder and digits in grey (default: %(default)s)")
+    add("--white", type=positive_number, metavar="X",
+        help="folder: the value that is white in images of more than 8 bits (default: 65535)")
+    add("--skip-unreadable", action="store_true",
+        help="folder: go on without images that cannot be read (default: off)")
+    add("--workers", type=workers, default=0, metavar="N",
+        help="processes that decode images of a folder (default: %(default)s)")
 
 
 @contextlib.contextmanager

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from common.console import Mistake, Parser, between, natural, nonempty, one_line, positive, positive_number, workers
+from common.console import Mistake, Parser, between, natural, nonempty, one_line, positive, positive_number
 from common.hardware import PRECISIONS, choose_device, choose_precision, compiler_problem
 from densenet import ARCHITECTURES, BLOCKS, DenseNet
 from inputs import datasets
-from inputs.image import STREAM_FROM
+from inputs.image import STREAM_FROM, add_reader_flags
 from training import distributed
 from training.recipe import RECIPES
 
@@ -78,10 +78,7 @@ def add_data_flags(add):
     add("--image-size", type=pixels, metavar="N",
         help="folder and digits: resize images to N×N pixels (default: 32; folder with ImageNet's networks 224); "
         f"a folder is streamed from disk, not held in memory, from {STREAM_FROM} on")
-    add("--channels", type=int, choices=(1, 3), default=3,
-        help="of the images; 1: folder and digits in grey (default: %(default)s)")
-    add("--white", type=positive_number, metavar="X",
-        help="folder: the value that is white in images of more than 8 bits (default: 65535)")
+    add_reader_flags(add)
     add("--augment", action=switch, help="random crops and mirror images (default: on; digits and svhn off)")
     add("--crop-fill", choices=("mean", "black"), default="mean",
         help="beyond the border of a shifted image: mean colour (paper) or raw zeros (default: %(default)s)")
@@ -89,13 +86,9 @@ def add_data_flags(add):
         help="training images to hold out for validation (default: 0; svhn 6000)")
     add("--test-size", type=natural, default=0, metavar="N",
         help="folder without test images: set N images apart, the same for every seed (default: %(default)s)")
-    add("--skip-unreadable", action="store_true",
-        help="folder: go on without images that cannot be read (default: off)")
     add("--limit-train", type=positive, metavar="N", help="train on the first N images (default: all)")
     add("--limit-test", type=positive, metavar="N",
         help="test and validate on the first N images (default: all)")
-    add("--workers", type=workers, default=0, metavar="N",
-        help="processes that decode images of a folder (default: %(default)s)")
 
 
 def add_network_flags(add, depth):
