@@ -88,6 +88,10 @@ PLANTED = {  # script and flags, what is replaced, what makes its replacement, w
         "compare_grads", "densenet.BottleneckLayer.after_conv1", lambda right: lambda self, x: 1.001 * right(self, x),
         ["hidden state of denseblock1.denselayer1", "gradient of denseblock1.denselayer1", "statistics of denseblock1.denselayer2"],
         ["hidden state of pool0", "statistics of norm0", "statistics of denseblock1.denselayer1"]),
+    "coarse float32": (
+        "compare_grads", "densenet.BottleneckLayer.after_conv1",
+        lambda right: lambda self, x: right(self, x if x.dtype == torch.float64 else x.half().float()),
+        ["hidden state in float32: error"], ["in float64"]),
     "statistics updated twice": (
         "compare_grads --block checkpoint", "densenet.keep_statistics", lambda right: lambda layer: (nullcontext(), nullcontext()),
         ["statistics of denseblock1"], ["gradient"]),
