@@ -2,7 +2,6 @@
 
 Example: python make_graph.py
          python make_graph.py --depth 28 --part blocks.0 --direction right --out images/dense-block.png
-         python make_graph.py --depth 10 --autograd --out autograd.pdf
 
 torch.fx traces the network, so boxes and arrows are those of the model; dot (https://graphviz.org) lays them out.
 """
@@ -14,7 +13,7 @@ import torch
 
 from common.console import Mistake, Parser, command
 from densenet import DenseNet
-from reports.drawing import FORMATS, autograd_graph, example, model_graph, save
+from reports.drawing import FORMATS, example, model_graph, save
 from training.flags import NETWORK, add_network_flags, architecture, channels, given_flags, pixels, possible
 
 
@@ -32,15 +31,7 @@ def make_parser():
         help=f"its suffix is the format: {', '.join(FORMATS)} (default: %(default)s)")
     add("--part", metavar="NAME", help="draw only stem, blocks.I, transitions.I or classifier (default: all)")
     add("--direction", choices=("down", "right"), default="down", help="of the arrows (default: %(default)s)")
-    add("--autograd", action="store_true", help="draw the backward functions and parameters instead")
     return parser
-
-
-def check_args(args, given):
-    if args.out.suffix[1:] not in FORMATS:
-        raise Mistake(f"--out {args.out}: needs one of the suffixes {', '.join('.' + name for name in FORMATS)}")
-    if args.autograd and "part" in given:
-        raise Mistake("--autograd draws every function: leave out --part")
 
 
 def build(given):
@@ -62,13 +53,10 @@ def build(given):
 def main(argv=None):
     parser = make_parser()
     args, given = parser.parse_args(argv), given_flags(parser, argv)
-    check_args(args, given)
+    if args.out.suffix[1:] not in FORMATS:
+        raise Mistake(f"--out {args.out}: needs one of the suffixes {', '.join('.' + name for name in FORMATS)}")
     model, image_size = build(given)
-    if args.autograd:
-        graph = autograd_graph(model, image_size, args.direction)
-    else:
-        graph = model_graph(model, image_size, args.part, args.direction)
-    written = save(graph, args.out)
+    written = save(model_graph(model, image_size, args.part, args.direction), args.out)
     print(written)
     if written != args.out:
         draw = f"dot -T{args.out.suffix[1:]} {written} -o {args.out}"

@@ -182,15 +182,6 @@ def html(title, lines, align="center"):
     return f"<<b>{title}</b>{end}" + "".join(f'<font point-size="11">{line}</font>{end}' for line in lines) + ">"
 
 
-def new_graph(name, direction):
-    graph = graphviz.Digraph(name)
-    rankdir = "TB" if direction == "down" else "LR"
-    graph.attr(rankdir=rankdir, bgcolor="white", fontname=FONT, nodesep="0.3", ranksep="0.24")
-    graph.attr("node", shape="box", style="filled,rounded", fontname=FONT, fontsize="13", margin="0.15,0.05")
-    graph.attr("edge", color=LINE, penwidth="1.3", arrowsize="0.7")
-    return graph
-
-
 def model_graph(model, image_size, part, direction):
     """The graph of the network, or of one part of it and what that reads, as a graphviz.Digraph."""
     boxes, arrows = trace(model, image_size)
@@ -200,7 +191,11 @@ def model_graph(model, image_size, part, direction):
     arrows = [(tail, head) for tail, head in arrows if part in (None, boxes[head][0].part)]
     shown = {name for arrow in arrows for name in arrow}
     drawn = {name: members for name, members in boxes.items() if name in shown}
-    graph, colors = new_graph("model", direction), {}
+    graph, colors = graphviz.Digraph("model"), {}
+    rankdir = "TB" if direction == "down" else "LR"
+    graph.attr(rankdir=rankdir, bgcolor="white", fontname=FONT, nodesep="0.3", ranksep="0.24")
+    graph.attr("node", shape="box", style="filled,rounded", fontname=FONT, fontsize="13", margin="0.15,0.05")
+    graph.attr("edge", color=LINE, penwidth="1.3", arrowsize="0.7")
     for current in dict.fromkeys(members[0].part for members in drawn.values()):
         inside = {name: members for name, members in drawn.items() if members[0].part == current}
         if not current.startswith("blocks"):
@@ -247,32 +242,6 @@ def add_arrows(graph, boxes, arrows, colors, sides):
             side = sides[(order[tail] - order[f"{source.part}.{INPUT}"]) % 2]
             style |= {"tailport": side, "headport": side}
         graph.edge(tail, head, **style)
-
-
-def autograd_graph(model, image_size, direction):
-    """The graph of the backward functions and of the parameters that get gradients, as a graphviz.Digraph.
-
-    Arrows go the way of the forward pass, as in bamos/densenet.pytorch.
-    """
-    graph = new_graph("autograd", direction)
-    logits = model(example(model, image_size))
-    parameters = {id(value): name for name, value in model.named_parameters()}
-    names, waiting = {logits.grad_fn: "0"}, [logits.grad_fn]
-    while waiting:  # no recursion: deep networks would pass Python's limit
-        function = waiting.pop()
-        if hasattr(function, "variable"):  # AccumulateGrad, which ends at a parameter
-            lines = [size(function.variable.shape)]
-            graph.node(names[function], html(parameters[id(function.variable)], lines), fillcolor=LAYER_COLORS[0][0])
-        else:
-            graph.node(names[function], html(function.name(), []), fillcolor=GREY, group="row")
-        for source, _ in function.next_functions:
-            if source is None:  # the images need no gradient
-                continue
-            if source not in names:
-                names[source] = str(len(names))
-                waiting.append(source)
-            graph.edge(names[source], names[function])
-    return graph
 
 
 def save(graph, path):

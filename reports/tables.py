@@ -9,8 +9,6 @@ from reports.logs import differing, recipe
 FORMATS = ("text", "markdown", "csv")
 ALWAYS = ("epoch", "test error (%)", "95 % low", "95 % high")
 COLUMNS = (*ALWAYS, "sd", "averaged weights (%)", "best valid (%)", "training time")  # others only where a run has them
-# Training and test images of the data sets: earlier releases did not write how many a run had.
-IMAGES = {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000), "svhn": (604_388, 26_032), "digits": (1_437, 360)}
 
 
 def comparison(logs):
@@ -32,11 +30,11 @@ def comparison(logs):
 
 def outcome(log):
     """{column: text} of what is known of a run: errors in percent, the time of training."""
-    numbers, (train, test) = {}, images_of(log)
+    numbers, images = {}, log.config.get("images", {}) if log.runs == 1 else {}  # early releases did not count them
     if "test" in log.tables:
         numbers["test error (%)"] = error = log.tables["test"].error.iloc[-1]
-        if test:
-            numbers["95 % low"], numbers["95 % high"] = wilson(error, test)
+        if images:
+            numbers["95 % low"], numbers["95 % high"] = wilson(error, images["test"])
     if "test" in log.deviations:
         numbers["sd"] = log.deviations["test"].error.iloc[-1]
     if "test-ema" in log.tables:
@@ -45,27 +43,7 @@ def outcome(log):
         numbers["best valid (%)"] = log.tables["valid"].error.min()
     texts = {name: f"{value:.2f}" for name, value in numbers.items()}
     epoch = f"{log.tables['test'].epoch.iloc[-1]:.0f}" if "test" in log.tables else None
-    return {"epoch": epoch} | texts | {"training time": training_time(log, train)}
-
-
-def images_of(log):
-    """Training and test images of a run, each 0 where it is not known."""
-    if not log.config or log.runs > 1:
-        return 0, 0
-    arguments = log.config["arguments"]
-    train, test = IMAGES.get(str(arguments.get("dataset")), (0, 0))
-    limited = {
-        "train": min(train - count_of(arguments, "valid_size"), count_of(arguments, "limit_train") or train),
-        "test": min(test, count_of(arguments, "limit_test") or test),
-    }
-    images = log.config.get("images", limited)  # what the run itself has counted
-    return count_of(images, "train"), count_of(images, "test")
-
-
-def count_of(values, name):
-    """A number of images, 0 where there is none."""
-    value = values.get(name) if isinstance(values, dict) else None
-    return value if isinstance(value, int) and 0 < value < 10**9 else 0
+    return {"epoch": epoch} | texts | {"training time": training_time(log, images.get("train"))}
 
 
 def training_time(log, images):

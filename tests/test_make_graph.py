@@ -18,7 +18,7 @@ needs_dot = pytest.mark.skipif(shutil.which("dot") is None, reason="needs the pr
     ("flags", "kind", "start"),
     [
         ("", "png", b"\x89PNG"), ("--depth 16 --part stem", "svg", b"<?xml"), ("--depth 16 --part blocks.1 --direction right", "pdf", b"%PDF"),
-        ("--depth 10 --autograd", "dot", b"digraph"),
+        ("--depth 10", "dot", b"digraph"),
     ],
 )  # fmt: skip
 def test_the_suffix_chooses_the_format(tmp_path, capfd, flags, kind, start):
@@ -53,7 +53,6 @@ def test_without_dot_the_text_is_written_beside(tmp_path, monkeypatch, capsys):
         ("--arch densenet121 --depth 40", "--arch densenet121 sets the depth: leave out one of the two"),
         ("--depth 10 --part blocks.3", "part 'blocks.3': choose one of stem, blocks.0, transitions.0, blocks.1"),
         ("--depth 10 --image-size 2", "images of 2×2 pixels are too small"),
-        ("--autograd --part stem", "--autograd draws every function: leave out --part"),
         ("--depth 10 --out file/model.dot", "file: File exists"),
         ("--depth 10 --out folder.svg", "folder.svg: is not a file that can be replaced"),
     ],

@@ -1,11 +1,9 @@
-"""A checkpoint is data from outside: whatever is altered in one, each command works or says so in a line."""
+"""A checkpoint is data from outside: whatever is altered in one, each command says so in a line."""
 
 import copy
 import importlib
 import json
-import random
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -17,11 +15,6 @@ from common.checkpoints import read_checkpoint
 from common.console import Mistake
 from inference import export
 from training.arguments import parse_again
-
-HOSTILE = (
-    None, "", "a\0b", "../x", "x" * 10**6, -1, 0, 0.5, float("nan"), float("inf"), 10**20, True, [], {}, (1,), torch.zeros(2),
-)  # fmt: skip
-
 
 DELETED = object()
 
@@ -38,14 +31,6 @@ def trained(tmp_path_factory):
     return folder / "sgd", checkpoints
 
 
-def places(value, path=()):
-    """The paths of keys and positions to everything within a checkpoint."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
-    for key, inner in items:
-        yield (*path, key)
-        yield from places(inner, (*path, key))
-
-
 def altered(value, path, new):
     """A copy in which what is at ``path`` is ``new``, or missing where that is DELETED."""
     if not path:
@@ -55,6 +40,11 @@ def altered(value, path, new):
     if items[path[0]] is DELETED:
         del items[path[0]]
     return items
+
+
+def older(checkpoint, path, new):
+    """An altered copy as an earlier release would have written it, or another program: without a digest."""
+    return altered(altered(checkpoint, path, new), ("digest",), DELETED)
 
 
 def outcomes(checkpoint, source, capsys, commands=("evaluate", "publish", "train")):
@@ -74,31 +64,32 @@ def outcomes(checkpoint, source, capsys, commands=("evaluate", "publish", "train
     return found
 
 
-def sweep(trained, capsys, count):
-    """Alter ``count`` checkpoints, each at a place and by a value drawn at random."""
-    source, checkpoints = trained
-    seed = time.time_ns()
-    dice = random.Random(seed)
-    for _ in range(count):
-        checkpoint = checkpoints[dice.choice(["sgd", "adam"])]
-        path, value = dice.choice(list(places(checkpoint))), dice.choice(HOSTILE)
-        case = f"seed {seed}: {path} is {str(value)[:20]}"
-        try:
-            found = outcomes(altered(checkpoint, path, value), source, capsys)
-        except Exception as error:
-            raise AssertionError(case) from error
-        for name, (status, err) in found.items():
-            assert status in (0, 2, 3) and err.count("\n") == (status != 0), f"{case}: {name}: {status} {err}"
-            assert status == 0 or err.startswith(f"{name}.py: error: "), case
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("config", "arguments", "schedule"), DELETED),
+        (("config", "precision"), "fp8"),
+        (("classes", 0), "1"),
+        (("normalize", 1), (1.0, 0.0, 1.0)),
+        (("metrics", "train", 1, "lr"), None),
+        (("scaler",), {"scale": 1e29}),
+        (("model", "norm.weight"), torch.ones(15, device="meta")),
+        (("model", "more"), torch.ones(1)),
+        (("optimizer", "state", 0), DELETED),
+        (("another",), 0),
+    ],
+)
+def test_what_is_edited_is_refused_by_every_command(trained, capsys, path, value):
+    checkpoint = altered(trained[1]["sgd"], path, value)
+    for name, (status, err) in outcomes(checkpoint, trained[0], capsys).items():
+        assert status == 2 and err.count("\n") == 1 and " is not a checkpoint of train.py (ValueError: edited by hand" in err, name
 
 
-def test_whatever_is_altered_is_refused_in_a_line_or_works(trained, capsys):
-    sweep(trained, capsys, 12)
-
-
-@pytest.mark.long
-def test_whatever_is_altered_is_refused_in_a_line_or_works_many_times(trained, capsys):
-    sweep(trained, capsys, 1000)
+def test_other_numbers_in_tensors_are_no_edit(trained, capsys):
+    """Of weights, means of several runs may be taken."""
+    weights = {name: 2 * value for name, value in trained[1]["sgd"]["model"].items()}
+    checkpoint = altered(trained[1]["sgd"], ("model",), weights)
+    assert outcomes(checkpoint, trained[0], capsys, ["evaluate", "train"]) == {"evaluate": (0, ""), "train": (0, "")}
 
 
 @pytest.mark.parametrize(
@@ -106,39 +97,35 @@ def test_whatever_is_altered_is_refused_in_a_line_or_works_many_times(trained, c
     [
         (("config", "arguments", "batch_size"), 0, "edited, or is of another program: argument --batch-size: 0 is not in 1"),
         (("config", "arguments", "epochs"), None, "its argument epochs is None"),
-        (("config", "arguments", "lr"), float("nan"), "argument --lr: nan"),
         (("config", "arguments", "limit_test"), "3", "its argument limit_test is 3"),
         (("config", "arguments", "bottleneck"), 1.5, "argument --bottleneck"),
         (("config", "arguments", "schedule"), DELETED, "its argument schedule is missing"),
         (("config", "arguments", "augment"), DELETED, "its argument augment is missing"),
         (("config", "model", "growth_rate"), 5, "its network is not that of its arguments"),
         (("config", "block"), "x", "its block is none of naive, checkpoint, fused"),
-        (("config", "precision"), "fp8", "is not a checkpoint of train.py"),
-        (("config", "versions"), torch.zeros(2), "is not a checkpoint of train.py"),
-        (("config", "command"), "a\0b", "is not a checkpoint of train.py"),
-        (("classes", 0), "1", "is not a checkpoint of train.py"),
-        (("normalize", 1), (1.0, 0.0, 1.0), "is not a checkpoint of train.py"),
-        (("normalize", 1), (1.0,), "is not a checkpoint of train.py"),
-        (("epoch",), 1, "is not a checkpoint of train.py"),
-        (("epoch",), 10**20, "is not a checkpoint of train.py"),
-        (("seconds",), float("inf"), "is not a checkpoint of train.py"),
-        (("ema", "updates"), -1, "is not a checkpoint of train.py"),
-        (("metrics", "train", 1, "lr"), None, "is not a checkpoint of train.py"),
-        (("metrics", "test"), [], "is not a checkpoint of train.py"),
-        (("manifest",), {}, "is not a checkpoint of train.py"),
-        (("scaler",), {"scale": 1e39}, "is not a checkpoint of train.py"),
+        (("config",), DELETED, "is not a checkpoint of train.py (KeyError: 'config')"),
+        (("classes",), list("abc"), "(ValueError: its classes, or means and standard deviations, are not those of its network)"),
+        (("normalize", 1), (1.0,), "is not a checkpoint of train.py (ValueError: expected sequence of length"),
+        (("normalize",), [(1.0,), (1.0,)], "is not a checkpoint of train.py (ValueError: expected sequence of length"),
     ],
-)  # fmt: skip
+)
 def test_what_no_run_writes_is_refused_by_every_command(trained, capsys, path, value, words):
-    for name, (status, err) in outcomes(altered(trained[1]["sgd"], path, value), trained[0], capsys).items():
+    checkpoint = older(trained[1]["sgd"], path, value)
+    for name, (status, err) in outcomes(checkpoint, trained[0], capsys).items():
         assert status == 2 and words in err and err.count("\n") == 1, name
 
 
 @pytest.mark.parametrize("place", [("model",), ("ema", "model")])
-@pytest.mark.parametrize("change", [lambda x: x[1:], torch.Tensor.long, lambda x: x.to("meta"), lambda x: DELETED])
-def test_weights_have_to_fit(trained, capsys, place, change):
-    value = change(trained[1]["sgd"]["model"]["norm.weight"])
-    found = outcomes(altered(trained[1]["sgd"], (*place, "norm.weight"), value), trained[0], capsys, ["publish", "train"])
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        *(("norm.weight", change) for change in (lambda x: x[1:], torch.Tensor.long, lambda x: x.to("meta"), lambda x: DELETED)),
+        ("more", torch.clone),  # weights too many
+    ],
+)
+def test_weights_have_to_fit(trained, capsys, place, name, change):
+    checkpoint = older(trained[1]["sgd"], (*place, name), change(trained[1]["sgd"]["model"]["norm.weight"]))
+    found = outcomes(checkpoint, trained[0], capsys, ["publish", "train"])
     assert found["train"][0] == 2 and "the checkpoint's weights do not fit its network" in found["train"][1]
     assert found["publish"][0] == (2 if "ema" in place else 0)  # it publishes the averaged ones
 
@@ -149,7 +136,7 @@ def test_weights_have_to_fit(trained, capsys, place, change):
     [((), None), ((0,), {"other": torch.zeros(2)}), ((0,), {"momentum_buffer": torch.zeros(2)}), ((), {99: {"step": torch.zeros(())}})],
 )
 def test_an_optimiser_takes_only_its_own_state(trained, capsys, opt, path, value):
-    checkpoint = altered(trained[1][opt], ("optimizer", "state", *path), value)
+    checkpoint = older(trained[1][opt], ("optimizer", "state", *path), value)
     assert outcomes(checkpoint, trained[0], capsys, ["train"])["train"] == (
         2, "train.py: error: the optimiser's state in the checkpoint is damaged, or of another program\n",
     )  # fmt: skip
@@ -159,15 +146,15 @@ def test_settings_of_an_optimiser_are_those_of_the_arguments(trained, capsys):
     """Whatever the checkpoint says of them: a run goes on as it would have."""
     errors = []
     for momentum in (0.9, "x"):
-        checkpoint = copy.deepcopy(trained[1]["sgd"])
-        checkpoint["optimizer"]["param_groups"][0]["momentum"] = momentum
+        checkpoint = older(trained[1]["sgd"], ("optimizer", "param_groups", 0, "momentum"), momentum)
         assert outcomes(checkpoint, trained[0], capsys, ["train"])["train"] == (0, "")
         errors.append(read_checkpoint("run/latest.pth")["metrics"]["test"][-1])
     assert errors[0] == errors[1]
 
 
 def test_averaged_weights_do_not_go_missing(trained, capsys):
-    found = outcomes(altered(trained[1]["sgd"], ("ema",), DELETED), trained[0], capsys, ["train", "publish"])
+    checkpoint = older(trained[1]["sgd"], ("ema",), DELETED)
+    found = outcomes(checkpoint, trained[0], capsys, ["train", "publish"])
     assert found["train"][0] == found["publish"][0] == 2
     assert "training cannot go on from run/latest.pth" in found["train"][1] and "no averaged weights" in found["publish"][1]
 
@@ -176,7 +163,7 @@ def test_keys_of_an_older_release_are_no_damage(trained):
     checkpoint = copy.deepcopy(trained[1]["sgd"])
     for name in ("channels", "white", "test_size", "skip_unreadable", "cuda_graph"):
         del checkpoint["config"]["arguments"][name]
-    del checkpoint["config"]["model"]["in_channels"], checkpoint["scaler"], checkpoint["manifest"], checkpoint["measured"]
+    del checkpoint["config"]["model"]["in_channels"], checkpoint["digest"], checkpoint["scaler"], checkpoint["manifest"], checkpoint["measured"]
     checkpoint["config"]["arguments"]["a flag of the past"] = 3
     checkpoint["model"] = {f"module.{name}": value for name, value in checkpoint["model"].items()}
     torch.save(checkpoint, "old.pth")

@@ -18,14 +18,15 @@ def table(capsys, *flags):
 
 
 def test_a_table_has_what_differs_and_what_came_out(tmp_path, capsys):
-    one = write_config(write_ours(tmp_path / "one"), limit_train=1000, limit_test=300, decay="all", accumulate=1)
-    two = write_config(write_ours(tmp_path / "two"), limit_train=1000, limit_test=300, depth=22, seed=7, mixup=0.2, recipe="modern")
+    one = write_config(write_ours(tmp_path / "one"), decay="all", accumulate=1)
+    two = write_config(write_ours(tmp_path / "two"), depth=22, seed=7, mixup=0.2, recipe="modern")
     (two / "valid.csv").write_text("epoch,loss,error\n1,2,30\n2,1,12.5\n3,1,13\n")
     (two / "test-ema.csv").write_text("epoch,loss,error\n1,2,30\n2,1,8.25\n")
-    config = json.loads((two / "config.json").read_text()) | {"images": {"train": 500, "valid": 10, "test": 40}}
-    (two / "config.json").write_text(json.dumps(config))
+    for run, images in ((one, {"train": 1000, "test": 300}), (two, {"train": 500, "valid": 10, "test": 40})):
+        config = json.loads((run / "config.json").read_text()) | {"images": images}
+        (run / "config.json").write_text(json.dumps(config))
     first, second = table(capsys, one, two)
-    low, high = wilson(9.5, 300)  # of digits' 360 test images; the first run does not say how many
+    low, high = wilson(9.5, 300)
     assert first == {
         "run": "one", "depth": "16", "mixup": "–", "seed": "1", "epoch": "8", "test error (%)": "9.50",
         "95 % low": f"{low:.2f}", "95 % high": f"{high:.2f}", "averaged weights (%)": "–", "best valid (%)": "–",

@@ -37,7 +37,6 @@ def nothing_starts(monkeypatch):
     monkeypatch.setattr(train, "train", lambda *args: None)
     monkeypatch.setattr(flags, "compiler_problem", lambda device: None)
     monkeypatch.setattr(make_graph, "model_graph", lambda *args: None)
-    monkeypatch.setattr(make_graph, "autograd_graph", lambda *args: None)
     monkeypatch.setattr(make_graph, "save", lambda graph, path: path)
 
     def load(*args):
