@@ -1,21 +1,19 @@
 """What speed.py measures: our blocks, torchvision's, timm's and two known repositories' networks, each in a process.
 
-A job is a dict: candidate, depth, batch_size, precision, graph, device and task: "check", "profile", "steps" or
-"epochs" (of num_images). Its process prints its answer or, for the last two, one for each word that it is told.
+A job is a dict: candidate, depth, batch_size, precision, graph, device and task: "check", "profile" or "steps". Its
+process prints its answer or, for the last one, an answer to each word that it is told.
 """
 
 import contextlib
 import copy
 import functools
 import importlib.util
-import itertools
 import json
 import sys
 from pathlib import Path
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch.profiler import ProfilerActivity
 from torch.utils.checkpoint import checkpoint
 
@@ -24,11 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts o
 from common.console import command
 from common.hardware import choose_device, choose_precision, peak_memory_mib, set_up_device
 from densenet import BLOCKS, FROM_TORCHVISION, DenseNet, rename
-from inputs.batches import ImageTensors, memory_format
-from inputs.splits import NORMALIZE
+from inputs.batches import memory_format
 from training import trial
-from training.choice import default_block
-from training.step import GraphedStep, Step, evaluate
+from training.step import GraphedStep, Step
 
 CHECKED_IMAGES = 4
 DRAWS = 5  # of images to check with
@@ -92,11 +88,12 @@ def with_our_weights(make, ours, memory_efficient):
 
 
 CHANNELS_LAST = "-channels-last"  # of a name: in our memory format instead of torch's default
+COMPILED = "-compiled"  # the same, and compiled for this shape by the fastest kernels that torch finds
 FP32_ONLY = ("bamos", "gpleiss")  # without mixed precision, as they are
 MODELS = {"bamos": bamos, "gpleiss": gpleiss}
 for library in (torchvision, timm):
     if importlib.util.find_spec(library.__name__):
-        MODELS |= {library.__name__: library, library.__name__ + CHANNELS_LAST: library}
+        MODELS |= {library.__name__ + kind: library for kind in ("", CHANNELS_LAST, COMPILED)}
         MODELS[f"{library.__name__}-efficient"] = functools.partial(library, memory_efficient=True)
 NAMES = (*BLOCKS, *MODELS)
 
@@ -107,17 +104,18 @@ def make_model(name, depth, device="cpu"):
     model = DenseNet(depth=depth, block=name if name in BLOCKS else "naive")
     if name in MODELS:
         model = MODELS[name](model)
-    ours = name in BLOCKS or name.endswith(CHANNELS_LAST)
+    ours = name in BLOCKS or name.endswith((CHANNELS_LAST, COMPILED))
     layout = memory_format(device) if ours else torch.contiguous_format
     return model.to(device, memory_format=layout), layout
 
 
+def compile_candidate(model, name):
+    if name.endswith(COMPILED):  # in place: a wrapper would rename the parameters
+        model.forward = torch.compile(model.forward, mode="max-autotune-no-cudagraphs", dynamic=False)
+
+
 def make_images(count, seed, device, dtype=torch.float32):
     return trial.make_images(count, {"model": {}, "image_size": 32}, seed, dtype, device)
-
-
-def make_optimizer(model):
-    return torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
 
 
 # The tasks.
@@ -142,6 +140,7 @@ def check(job, device):
         return trial.errors(found, {kind: exact[kind] for kind in kinds})
 
     double = copy.deepcopy(model).to("cpu" if device.type == "mps" else device).double()  # which MPS has not
+    compile_candidate(model, job["candidate"])  # which a copy would share
     in_double = errors(copy.deepcopy(reference), double, torch.float64, exact_amp, 0)
     draws = [errors(reference, model, torch.float32, amp, seed) for seed in range(DRAWS)]
     return {"float64": in_double, "draws": draws}
@@ -151,7 +150,8 @@ def step_functions(job, device):
     """Two functions, a training step and an inference, each on one batch that is on the device already."""
     amp, _ = choose_precision(job["precision"], device)
     model, layout = make_model(job["candidate"], job["depth"], device)
-    optimizer = make_optimizer(model)
+    compile_candidate(model, job["candidate"])
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
     images, labels = make_images(job["batch_size"], 1, device)
     images = images.to(memory_format=layout)
     job["saved_mib"] = round(saved_bytes(lambda: model(images), model, amp) / 2**20, 1)
@@ -188,76 +188,14 @@ def saved_bytes(forward, model, amp=contextlib.nullcontext):
 
 
 def profile(job, device):
-    """torch's table of the ten operations that take most of a training step; our loops stand under SharedBuffer."""
+    """torch's table of what takes most of a training step, on a GPU of all kernels; our loops are in SharedBuffer."""
     train, _ = step_functions(job, device)
-    train()
+    trial.seconds(train, device)  # until a CUDA graph is replayed
     kinds = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if device.type == "cuda" else [ProfilerActivity.CPU]
     with torch.profiler.profile(activities=kinds) as profiler:
         train()
-    time = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    return f"{job['candidate']}, {job['precision']}\n{profiler.key_averages().table(sort_by=time, row_limit=10)}"
-
-
-def epoch_functions(job, device):
-    """Two functions, a training epoch and an evaluation of as many images each: bamos's way, or train.py's.
-
-    The pixels are random: what they show does not change the time.
-    """
-    generator, count = torch.Generator().manual_seed(0), job["num_images"]
-    pixels = torch.randint(256, (count, 32, 32, 3), generator=generator, dtype=torch.uint8)
-    images = ImageTensors(pixels, torch.randint(10, (count,), generator=generator))
-    torch.manual_seed(0)
-    return (bamos_epochs if job["candidate"] == "bamos" else our_epochs)(job, images, device)
-
-
-def bamos_epochs(job, images, device):
-    """As bamos and gpleiss train: PIL transforms in a DataLoader, contiguous fp32, one loop over parameters in the
-    optimiser, loss and error read from the device in every step."""
-    from torchvision import datasets, transforms
-
-    finish = [transforms.ToTensor(), transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))]
-    augment = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()]
-    loaders = {}
-    for training in (True, False):
-        cifar10 = datasets.CIFAR10.__new__(datasets.CIFAR10)  # with these images instead of files
-        cifar10.data, cifar10.targets, cifar10.target_transform = images.pixels.numpy(), images.labels.tolist(), None
-        cifar10.transform = transforms.Compose(augment + finish if training else finish)
-        options = {"shuffle": training, "num_workers": 1, "pin_memory": device.type == "cuda"}
-        loaders[training] = torch.utils.data.DataLoader(cifar10, job["batch_size"], **options)
-    model = DenseNet(depth=job["depth"]).to(device)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4, foreach=False)
-
-    def run(training):
-        model.train(training)
-        for x, labels in loaders[training]:
-            x, labels = x.to(device), labels.to(device)
-            with torch.set_grad_enabled(training):
-                logits = model(x)
-                loss = F.cross_entropy(logits, labels)
-            if training:
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-            loss.item(), (logits.argmax(1) != labels).sum().item()
-
-    return lambda: run(training=True), lambda: run(training=False)
-
-
-def our_epochs(job, images, device):
-    """As train.py trains by default on this device."""
-    amp, precision = choose_precision(job["precision"], device)
-    model, _ = make_model(default_block(device), job["depth"], device)
-    step = Step(model, make_optimizer(model), amp, scaled=precision == "fp16")
-    options = job["batch_size"], NORMALIZE["cifar10"]
-    training, testing = images.to(device).batches(*options, "mean"), images.to(device).batches(*options)
-    epochs = itertools.count(1)
-
-    def epoch():
-        model.train()
-        for batch in training.shuffled(next(epochs)):
-            step(*batch)
-
-    return epoch, lambda: evaluate(model, testing, amp)
+    time, rows = ("self_device_time_total", 60) if device.type == "cuda" else ("self_cpu_time_total", 10)
+    return f"{job['candidate']}, {job['precision']}\n{profiler.key_averages().table(sort_by=time, row_limit=rows)}"
 
 
 @command
@@ -267,20 +205,18 @@ def serve(job):
     On a GPU a word means several steps, of which one alone would be too short to time; the seconds are those of one.
     """
     device = choose_device(job["device"])
-    torch.backends.cudnn.allow_tf32 = False  # whoever is called fp32 computes in fp32
-    if job["candidate"] not in MODELS:  # as train.py does
+    torch.backends.cudnn.benchmark = True
+    if device.type == "cuda" or job["candidate"] not in MODELS:  # on a CPU, the allocator as train.py sets it up
         set_up_device(device)
-        torch.backends.cudnn.benchmark = True
     if job["task"] in ("check", "profile"):
         print(json.dumps({"check": check, "profile": profile}[job["task"]](job, device)))
         return
-    make, times = (epoch_functions, 1) if job["task"] == "epochs" else (step_functions, None)
-    train, infer = make(job, device)
+    train, infer = step_functions(job, device)
     print(json.dumps(job), flush=True)
     for word in sys.stdin:
         if device.type == "cuda" and not job["graph"]:  # which allocates only when it is captured
             torch.cuda.reset_peak_memory_stats(device)
-        spent = trial.seconds({"train": train, "infer": infer}[word.strip()], device, times)
+        spent = trial.seconds({"train": train, "infer": infer}[word.strip()], device)
         print(json.dumps([spent, peak_memory_mib(device)]), flush=True)
 
 

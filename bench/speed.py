@@ -2,7 +2,6 @@
 
 Example: python bench/speed.py --csv bench/cpu.csv --plot images/speed.png
          python bench/speed.py --candidates naive checkpoint fused --depths 40 70 100 130 --plot images/memory.png
-         python bench/speed.py --whole-epochs 512      (data loading and evaluation included)
          python bench/speed.py --from bench/epyc.csv --plot images/speed.png      (draws what was measured before)
 """
 
@@ -108,15 +107,6 @@ def rows_of(args):
             print(f"speed.py: error: {error}", file=sys.stderr, flush=True)
 
 
-def epoch_rows_of(args):
-    """train.py's way of training against bamos/densenet.pytorch's, data loading and augmentation included."""
-    job = {"depth": args.depths[0], "batch_size": args.batch_size, "graph": False, "device": args.device,
-           "task": "epochs", "num_images": args.whole_epochs}  # fmt: skip
-    ours = job | {"candidate": "train.py", "precision": args.precisions[-1]}
-    process, reference = take_turns(ours, job | {"candidate": "bamos", "precision": "fp32"}, times=4)
-    return [row_of(process, reference), row_of(reference, reference)]
-
-
 def take_turns(job, reference, times=1 + TURNS):
     """Processes of two jobs, after as many turns of each; both have ended."""
     processes = Process(job), Process(reference)
@@ -131,7 +121,7 @@ def take_turns(job, reference, times=1 + TURNS):
 
 def row_of(process, reference):
     row = process.job | {key: value for key, value in process.ready.items() if key == "saved_mib"}
-    images = row.pop("num_images", row["batch_size"])
+    images = row["batch_size"]
     low, median, high = process.quantiles("train")
     row |= {name: float(f"{1000 * value:.4g}") for name, value in (("ms", median), ("ms_20", low), ("ms_80", high))}
     _, inference, _ = process.quantiles("infer")
@@ -200,17 +190,17 @@ def plot_speed(rows, figure):
 def parse_args(argv=None):
     parser = Parser(prog="speed.py", description=__doc__)
     names = candidates.NAMES
+    eager = [name for name in names if not name.endswith(candidates.COMPILED)]
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
     parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="images (default: %(default)s)")
     parser.add_argument("--depths", type=int, nargs="+", default=[100], metavar="L", help="(default: 100)")
-    parser.add_argument("--candidates", nargs="+", choices=names, default=names, metavar="NAME",
-        help=f"of {', '.join(names)} (default: all)")  # fmt: skip
+    parser.add_argument("--candidates", nargs="+", choices=names, default=eager, metavar="NAME",
+        help=f"of {', '.join(names)} (default: all that need no minutes to compile)")  # fmt: skip
     parser.add_argument("--reference", choices=names, default="bamos", metavar="NAME",
         help="the others take turns with it; bamos and gpleiss always in fp32 (default: %(default)s)")  # fmt: skip
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, metavar="NAME",
         help=f"of {', '.join(PRECISIONS)} (default: fp32, and what auto is for train.py)")  # fmt: skip
     parser.add_argument("--cuda-graph", action="store_true", help="replay training steps as CUDA graphs")
-    parser.add_argument("--whole-epochs", type=positive, metavar="N", help="time epochs of N images instead of steps")
     parser.add_argument("--profile", action="store_true", help="print where a training step's time goes instead")
     parser.add_argument("--csv", metavar="FILE", help="write the rows there, too")
     parser.add_argument("--plot", metavar="FILE", help="draw speed there or, with several depths, memory")
@@ -225,8 +215,6 @@ def parse_args(argv=None):
     args.precisions = args.precisions or list(dict.fromkeys(("fp32", choose_precision("auto", device)[1])))
     if args.cuda_graph and (device.type != "cuda" or "fp16" in args.precisions):
         raise Mistake("--cuda-graph is for a CUDA GPU, in bf16 or fp32: leave it out")
-    if args.cuda_graph and (args.profile or args.whole_epochs):
-        raise Mistake("--cuda-graph is for plain training steps: leave it out, or --profile, --whole-epochs")
     if not list(jobs_of(args)):
         raise Mistake(f"{', '.join(candidates.FP32_ONLY)} run in fp32: choose other --candidates, or --precisions fp32")
     return args, device
@@ -249,13 +237,13 @@ def main(argv=None):
             return 0
         if args.csv:
             Path(args.csv).parent.mkdir(parents=True, exist_ok=True)
-        rows = finish(epoch_rows_of(args) if args.whole_epochs else rows_of(args), args.csv, origin)
+        rows = finish(rows_of(args), args.csv, origin)
     except CandidateError as error:
         print(f"speed.py: error: {error}", file=sys.stderr)
         return 1
     if args.plot and rows:
         plot(pd.DataFrame(rows), args.plot)
-    return 0 if len(rows) == (2 if args.whole_epochs else len(list(jobs_of(args)))) else 1
+    return 0 if len(rows) == len(list(jobs_of(args))) else 1
 
 
 if __name__ == "__main__":
