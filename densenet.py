@@ -199,8 +199,8 @@ def print_once(line):
 
 
 def differing_blocks(model, block):
-    """The dense blocks that do not compute as ``block`` what their code says: {name: why, in words}."""
-    return compare.differing({f"blocks.{i}": module for i, module in enumerate(model.blocks)}, block)
+    """The dense blocks and transitions that do not compute as ``block`` what their code says: {name: why, in words}."""
+    return compare.differing(model, (DenseBlock, Transition), block)
 
 
 class Transition(nn.Module):
@@ -211,18 +211,20 @@ class Transition(nn.Module):
         self.norm, self.relu = nn.BatchNorm2d(in_channels), nn.ReLU()
         self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
         self.drop_rate = drop_rate
-        self.block = block
+        self.in_channels, self.block = in_channels, block
 
     def forward(self, x):
-        x = self.conv(norm_relu(self.norm, self.relu, x, self.block))
+        dropped = self.training and self.drop_rate > 0
+        if self.block == "fused" and not dropped and known_between(x, norm=self.norm, relu=self.relu, conv=self.conv):
+            # A mean over pixels and a sum over channels commute: the convolution is left a quarter of the pixels.
+            return self.conv(fused.norm_relu(self.norm, self.relu, x, pool=True))
+        x = self.conv(self.relu(self.norm(x)))
         return F.avg_pool2d(F.dropout(x, self.drop_rate, self.training), 2)
 
 
-def norm_relu(norm, relu, x, block):
-    """Batch norm and ReLU of what a dense block returned, as that kind of block does them."""
-    if block != "fused" or as_naive("norm and ReLU", block, known.unknown_norm_relu(norm, relu, x)):
-        return relu(norm(x))
-    return fused.norm_relu(norm, relu, x)
+def known_between(x, **modules):
+    """True if fused knows modules that stand between dense blocks. Else they run as naive, which is said once."""
+    return not as_naive("between dense blocks", "fused", known.unknown_between(x, modules))
 
 
 def make_stem(kind, in_channels, out_channels):
@@ -329,7 +331,9 @@ class DenseNet(nn.Module):
         x = first(self.stem(x))
         for transition, block in zip(self.transitions, rest, strict=True):
             x = block(transition(x))
-        return norm_relu(self.norm, self.relu, x, self.block)
+        if self.block == "fused" and known_between(x, norm=self.norm, relu=self.relu):
+            return fused.norm_relu(self.norm, self.relu, x)
+        return self.relu(self.norm(x))
 
     def set_block(self, block):
         """Let dense blocks, and what is between them, run as another key of ``BLOCKS`` from now on."""

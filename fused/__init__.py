@@ -97,14 +97,15 @@ def plain():
         loops = kept
 
 
-def norm_relu(norm, relu, x):
+def norm_relu(norm, relu, x, pool=False):
     """relu(norm(x)), of modules that are not ``odd`` and x (N, C, H, W): between the blocks, as within them.
 
-    That is on a CPU; elsewhere it is what torch does.
+    ``pool``: then the mean of every 2×2 pixels, (N, C, H/2, W/2). On a CPU these are loops; elsewhere, what torch does.
     """
     if torch.compiler.is_compiling() or passes_for(x) is not loops or not len(x):
-        return relu(norm(x))
-    return NormReLU.apply(x, norm, torch.is_grad_enabled(), norm.weight, norm.bias)
+        x = relu(norm(x))
+        return F.avg_pool2d(x, 2) if pool else x
+    return NormReLU.apply(x, norm, torch.is_grad_enabled(), pool, norm.weight, norm.bias)
 
 
 class SharedBuffer(torch.autograd.Function):
@@ -176,27 +177,30 @@ class SharedBuffer(torch.autograd.Function):
 
 
 class NormReLU(torch.autograd.Function):
-    """forward(x, module, keep, its weight and bias) → relu(module(x)), on the CPU."""
+    """forward(x, module, keep, pool, its weight and bias) → relu(module(x)), perhaps pooled, on the CPU."""
 
     @staticmethod
-    def forward(ctx, x, module, keep, weight, bias):
+    def forward(ctx, x, module, keep, pool, weight, bias):
         rows = to_rows(x)
         statistics = loops.statistics(rows) if uses_batch(module) else None
         norm = take_norm(module, rows, statistics, keep)
         update_running_statistics([(module, norm)], len(rows))
         ctx.save_for_backward(x, norm.mean, norm.var, weight, bias)
-        ctx.norm = norm.eps, norm.batch
-        return to_images(loops.bn_relu(rows, norm), x.shape)
+        ctx.norm, ctx.pool = (norm.eps, norm.batch), pool
+        out = to_images(loops.bn_relu(rows, norm), x.shape)
+        return F.avg_pool2d(out, 2) if pool else out
 
     @staticmethod
     def backward(ctx, grad):
         refuse_second_derivative()
         x, *tensors = ctx.saved_tensors
         rows, norm = to_rows(x), Norm(*tensors, *ctx.norm)
+        if ctx.pool:  # of x, only its shape matters
+            grad = torch.ops.aten.avg_pool2d_backward(grad.to(x.dtype), x, [2], [2], [0], False, True, None)
         da = to_rows(grad).to(rows.dtype, copy=True).contiguous()
         d_relu, d_weight, d_bias = loops.relu_backward(da, rows, norm)
         dx = loops.combine(d_relu, rows, *norm.input_gradient(d_weight, d_bias, len(rows)))
-        return to_images(dx, x.shape), None, None, d_weight, d_bias
+        return to_images(dx, x.shape), None, None, None, d_weight, d_bias
 
 
 def refuse_second_derivative():

@@ -1,4 +1,4 @@
-"""Dense blocks compared with naive: what an edit of a method changes, no look at modules shows."""
+"""Dense blocks and transitions compared with naive: what an edit of a method changes, no look at modules shows."""
 
 import copy
 
@@ -7,27 +7,28 @@ import torch
 import fused
 
 
-def differing(dense_blocks, block):
-    """Of {name: dense block}, those that do not compute as ``block`` what their code says: {name: why, in words}.
+def differing(model, kinds, block):
+    """The parts of a model, of these kinds, that do not compute as ``block`` what they say: {name: why, in words}.
 
     Each is copied, and the copies take a training step and an evaluation on a few random pixels in float64, on the CPU.
     Modules and random numbers stay as they are.
     """
+    parts = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), fused.plain():
-        found = {name: difference(module, block) for name, module in dense_blocks.items()}
+        found = {name: difference(module, block) for name, module in parts.items()}
     return {name: reason for name, reason in found.items() if reason}
 
 
-def difference(dense_block, block):
-    """Why a dense block must not be run as ``block``, in words, or None; draws random numbers."""
+def difference(original, block):
+    """Why a dense block or transition must not be run as ``block``, in words, or None; draws random numbers."""
     found = {}
     for name in ("naive", block):
         try:
             torch.default_generator.manual_seed(0)  # torch.manual_seed would seed GPUs, too
-            x = torch.randn(2, dense_block.in_channels, 4, 4, dtype=torch.float64)
-            module = copy.deepcopy(dense_block).to("cpu", torch.float64).train().requires_grad_()
+            x = torch.randn(2, original.in_channels, 4, 4, dtype=torch.float64)
+            module = copy.deepcopy(original).to("cpu", torch.float64).train().requires_grad_()
             module.block = name
-            if reason := module.unknown(x):
+            if hasattr(module, "unknown") and (reason := module.unknown(x)):
                 return reason
             found[name] = outcome(module, x.clone().requires_grad_())
         except Exception as error:  # whatever a changed layer raises when it is copied, or for so few pixels

@@ -13,6 +13,7 @@ from torch.nn.modules.module import _has_any_global_hook as has_hooks_everywhere
 SINGLE = {"norm1": (nn.BatchNorm2d, None), "relu1": (nn.ReLU, None), "conv1": (nn.Conv2d, 3)}
 SECOND = {"norm2": (nn.BatchNorm2d, None), "relu2": (nn.ReLU, None), "conv2": (nn.Conv2d, 3)}
 BOTTLENECK = SINGLE | {"conv1": (nn.Conv2d, 1)} | SECOND
+BETWEEN = {"norm": (nn.BatchNorm2d, None), "relu": (nn.ReLU, None), "conv": (nn.Conv2d, 1)}  # the blocks
 SETTINGS = ("stride", "dilation", "groups", "padding_mode", "padding")  # of a convolution
 AS_MADE = {size: ((1, 1), (1, 1), 1, "zeros", (size // 2, size // 2)) for size in (1, 3)}
 settings, statistics = itemgetter(*SETTINGS), itemgetter("running_mean", "running_var", "num_batches_tracked")
@@ -63,12 +64,13 @@ def unknown(layers, x):
     return None
 
 
-def unknown_norm_relu(norm, relu, x):
-    """The same of a batch norm and a ReLU between the blocks."""
-    if reason := watched(x, (norm, relu)):
+def unknown_between(x, modules):
+    """The same of the batch norm, the ReLU and, in a transition, the 1×1 convolution between the blocks: {name: it}."""
+    if reason := watched(x, modules.values()):
         return reason
-    for name, module, kind in (("norm", norm, nn.BatchNorm2d), ("relu", relu, nn.ReLU)):
-        if reason := odd(module, kind, x.shape[1]):
+    for name, module in modules.items():
+        kind, size = BETWEEN[name]
+        if reason := odd(module, kind, x.shape[1], size):
             return f"{name} {reason}"
     return None
 

@@ -247,19 +247,20 @@ def test_rounding_errors(block, amp):
 
 
 @pytest.mark.skipif(fused.loops is None, reason="without Numba, fused.norm_relu is what torch does")
+@pytest.mark.parametrize("pool", [False, True])
 @pytest.mark.parametrize("training", [True, False])
-def test_norm_relu_gradcheck_in_float64(training):
+def test_norm_relu_gradcheck_in_float64(training, pool):
     norm = nn.BatchNorm2d(3).double().train(training)
     for tensor in (norm.weight, norm.bias, norm.running_mean):
         nn.init.normal_(tensor)
     x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
 
     def norm_relu(x, weight, bias):
-        return fused.NormReLU.apply(x, norm, True, weight, bias)
+        return fused.NormReLU.apply(x, norm, True, pool, weight, bias)
 
     assert torch.autograd.gradcheck(norm_relu, (x, norm.weight, norm.bias), fast_mode=False)
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
-        torch.autograd.grad(fused.norm_relu(norm, nn.ReLU(), x).sum(), x, create_graph=True)
+        torch.autograd.grad(fused.norm_relu(norm, nn.ReLU(), x, pool).sum(), x, create_graph=True)
 
 
 def test_fused_gradcheck_in_float64():

@@ -161,7 +161,7 @@ def test_between_the_blocks(name, module, reason, capsys):
     for part in (model, model.transitions[0]):
         setattr(part, name, module)
     assert_same(steps(model, "fused", x), steps(model, "naive", x))
-    assert capsys.readouterr().err == f"norm and ReLU: {reason}: runs as block 'naive', not 'fused'\n"
+    assert capsys.readouterr().err == f"between dense blocks: {reason}: runs as block 'naive', not 'fused'\n"
 
 
 def test_float64_stays_float64_under_autocast():
@@ -241,6 +241,11 @@ def test_a_comparison_finds_edited_methods(edit, name):
     assert {block for block, names in found.items() if names} == expected
     for block in expected:
         assert found[block].keys() == {"blocks.0", "blocks.1", "blocks.2"}
+
+
+def test_a_comparison_finds_transitions_that_differ(monkeypatch):
+    monkeypatch.setattr(densenet.fused, "norm_relu", lambda norm, relu, x, pool: F.max_pool2d(relu(norm(x)), 2))
+    assert differing_blocks(make(torch.float32), "fused").keys() == {"transitions.0", "transitions.1"}
 
 
 @pytest.mark.parametrize("bottleneck", [True, False])
