@@ -129,9 +129,10 @@ def make_batches(args, dataset, device):
     }
 
 
-def make_model(args, options, source, classes, device):
+def make_model(args, source, classes, device):
     """The network that training starts with: weights of a source taken, parts frozen; and lines about both."""
-    model, notes = DenseNet(**options).to(device, memory_format=memory_format(device)), []
+    model, notes = DenseNet(**model_options(args, len(classes))), []
+    model.to(device, memory_format=memory_format(device))
     if source:
         notes.append(take(model, source, args.init_from, list(classes)))
     if args.freeze is not None:
@@ -149,15 +150,12 @@ def make_step(model, optimizer, amp, precision, recipe=PAPER, graph=False):
 def restore(optimizer, saved):
     """Load an optimiser's state, not its settings: those are the arguments'. Raises Mistake where it is of another one.
 
-    Of every parameter there is the same: tensors of its shape, and a count of steps.
+    Every parameter that a loss has reached has the same there: tensors of its shape, and a count of steps.
     """
     try:
         optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
-        states = {p: optimizer.state.get(p, {}) for group in optimizer.param_groups for p in group["params"]}
-        # A parameter that no loss has reached yet has none.
-        kinds = {frozenset(state) for state in states.values() if state}
-        fits = len(kinds) <= 1 and optimizer.state.keys() <= states.keys()
-        for p, state in states.items():
+        fits = len({frozenset(state) for state in optimizer.state.values()}) <= 1
+        for p, state in optimizer.state.items():
             fits = fits and all(x.shape == p.shape or (x.shape == () and x >= 0) for x in state.values())
     except Exception:  # nearly anything
         fits = False
@@ -165,9 +163,26 @@ def restore(optimizer, saved):
         raise Mistake("the optimiser's state in the checkpoint is damaged, or of another program")
 
 
-def first_checkpoint(args, dataset, model, options, stage):
+def go_on(args, checkpoint, dataset, stage, parts):
+    """Bring model, optimiser, scaler and average to the state of ``checkpoint``. Returns lines about it.
+
+    The checkpoint becomes one of this process: of its arguments and its ``stage``.
+    """
+    older = checkpoint["manifest"] == FIRST_MANIFEST
+    checkpoint["manifest"], checkpoint["config"]["arguments"] = dataset.manifest, vars(args)
+    checkpoint["config"]["resumed"].append(stage | {"epoch": checkpoint["epoch"]})
+    load_weights(parts["model"], checkpoint["model"])
+    restore(parts["optimizer"], checkpoint["optimizer"])
+    if checkpoint.get("scaler"):  # nothing, of a run in another precision
+        parts["scaler"].load_state_dict(checkpoint["scaler"])
+    if "ema" in parts:
+        parts["ema"].load_state_dict(checkpoint["ema"])
+    return ["an earlier release began this run: it read turned, transparent, large images differently"] if older else []
+
+
+def first_checkpoint(args, dataset, model, stage):
     """The state before the first epoch: a run can be resumed from the moment it exists."""
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters, options = sum(p.numel() for p in model.parameters()), model_options(args, len(dataset.classes))
     return {
         "epoch": 0,
         "seconds": 0.0,  # that the finished epochs took, evaluations included
@@ -243,17 +258,20 @@ def train_and_test(args, epoch, model, step, batches):
     return rows
 
 
-def print_start(args, config, stage, dataset, notes):
+def print_start(args, checkpoint, stage, dataset, notes):
     name = args.arch or f"DenseNet{'-BC' if args.bottleneck else ''}-{args.depth} (k = {args.growth_rate})"
     counts = ", ".join(f"{len(split):,} {splits.KINDS[name]}" for name, split in dataset.splits.items())
-    graph = ", as a CUDA graph" if stage["cuda_graph"] else ""
-    print(f"{name}, {config['parameters']:,} parameters, block {stage['block']}{graph}, {stage['precision']}")
+    size, graph = checkpoint["config"]["parameters"], ", as a CUDA graph" if stage["cuda_graph"] else ""
+    print(f"{name}, {size:,} parameters, block {stage['block']}{graph}, {stage['precision']}")
     print(f"{args.dataset}: {counts} images in {len(dataset.classes)} classes")
     if args.recipe:
         print(f"recipe {args.recipe}: {as_flags({name: getattr(args, name) for name in RECIPES.get(args.recipe, {})})}")
+    if args.dataset == "folder" and not (args.init_from or args.resume) and len(dataset.train) < 5000:
+        notes = [*notes, "few training images: weights trained on others may help, see --init-from"]
     for note in notes:
         print(note)
-    print(f"{stage['device']}; writing {args.save}", flush=True)
+    doing = f"resuming {args.save} after epoch {checkpoint['epoch']}" if args.resume else f"writing {args.save}"
+    print(f"{stage['device']}; {doing}", flush=True)
 
 
 def print_epoch(args, rows, skipped, seconds):
@@ -297,44 +315,35 @@ def train(args, checkpoint, run):
     device, dataset = distributed.local_rank_0_first(prepare, args, checkpoint)
     amp, precision = choose_precision(args.precision, device)
     distributed.on_rank_0(claim, args, checkpoint, run)
-
-    options, source = model_options(args, len(dataset.classes)), None
+    source = None
     if args.init_from is not None and checkpoint is None:
         source = distributed.on_rank_0(read_source, args.init_from, args.arch)
     dataset = dataset.normalized_as((checkpoint or source or {}).get("normalize"))
-    model, notes = make_model(args, options, source, dataset.classes, device)
+
+    model, notes = make_model(args, source, dataset.classes, device)
     how, reasons = distributed.on_rank_0(choose_block, args, checkpoint, dataset, model, device, precision)
     model.set_block(how["block"])
+    optimizer = make_optimizer(args, parameter_groups(model, args.head_lr and args.head_lr / args.lr))
+    recipe = make_recipe(args, model, dataset, distributed.world_size())
+    step = make_step(model, optimizer, amp, precision, recipe, how["cuda_graph"])
+    parts = {"model": model, "optimizer": optimizer, "scaler": step.scaler}
+    parts |= {"ema": recipe.average} if recipe.average else {}
 
     stage = provenance(device, distributed.launcher()) | {"precision": precision} | how
     stage |= {"lr": args.lr, "launch": distributed.launch_id()}
-    optimizer = make_optimizer(args, parameter_groups(model, args.head_lr and args.head_lr / args.lr))
-    recipe = make_recipe(args, model, dataset, distributed.world_size())
     if checkpoint is None:
-        checkpoint = first_checkpoint(args, dataset, model, options, stage)
+        checkpoint = first_checkpoint(args, dataset, model, stage)
     else:
-        if checkpoint["manifest"] == FIRST_MANIFEST:
-            notes.append("an earlier release began this run: it read turned, transparent, large images differently")
-        checkpoint["manifest"], checkpoint["config"]["arguments"] = dataset.manifest, vars(args)
-        checkpoint["config"]["resumed"].append(stage | {"epoch": checkpoint["epoch"]})
-        load_weights(model, checkpoint["model"])
-        restore(optimizer, checkpoint["optimizer"])
-        if recipe.average:
-            recipe.average.load_state_dict(checkpoint["ema"])
+        notes += go_on(args, checkpoint, dataset, stage, parts)
     if args.compile:
         compile_model(model)
-    step = make_step(model, optimizer, amp, precision, recipe, how["cuda_graph"])
-    if checkpoint.get("scaler"):  # nothing, of a run in another precision
-        step.scaler.load_state_dict(checkpoint["scaler"])
 
     def state(epoch):
-        parts = {"model": model, "optimizer": optimizer, "scaler": step.scaler}
-        parts |= {"ema": recipe.average} if recipe.average else {}
         return checkpoint | {"epoch": epoch} | {name: part.state_dict() for name, part in parts.items()}
 
     def start():
         run.start(state(checkpoint["epoch"]))
-        print_start(args, checkpoint["config"], stage, dataset, [*dataset.notes, *notes, *reasons])
+        print_start(args, checkpoint, stage, dataset, [*dataset.notes, *notes, *reasons])
 
     distributed.on_rank_0(start)
     run.epoch = checkpoint["epoch"]

@@ -113,7 +113,7 @@ def read_saved(given):
     epochs = given.get("epochs", saved["epochs"])
     if epochs < checkpoint["epoch"]:
         raise Mistake(f"--epochs {epochs}: the run in {path} has finished {checkpoint['epoch']} already")
-    if saved["head_lr"] and "lr" in given:  # the same proportion
+    if saved["head_lr"] and given.get("lr"):  # the same proportion; check_finetuning refuses 0
         saved["head_lr"] *= given["lr"] / saved["lr"]
     return checkpoint, saved | {"save": str(path), "resume": True, "overwrite": False, "progress": sys.stderr.isatty()}
 

@@ -24,6 +24,8 @@ from common.console import Mistake
 # How long a rank waits for the others: while one downloads, decodes or measures, and in a step. gloo notices by itself
 # that another process has died, but not that the network is cut; NCCL notices neither.
 LONG, SHORT = timedelta(hours=6), timedelta(minutes=10)
+# What launchers, torchrun and those of clusters, say to a process that is the only one.
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "SLURM_STEP_NUM_TASKS": "1", "OMPI_COMM_WORLD_SIZE": "1", "PMI_SIZE": "1"}
 waiting = None  # the group in which the ranks wait for what one of them does alone
 
 
@@ -88,7 +90,7 @@ def end_with_launcher():
 def process_group():
     """A context in which the ranks can communicate: NCCL between GPUs, gloo between CPUs."""
     global waiting
-    for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1")):
+    for name, alone in ALONE.items():
         if (text := os.environ.get(name, alone)) != alone and not is_launched():  # nobody else would take part
             raise Mistake(f"the environment has {name}={text}, which torchrun has not set: use torchrun, or unset it")
     if is_launched():
@@ -208,6 +210,7 @@ def exit_from(main):
 
     The usual end of a process waits for, or aborts, the threads that talk to ranks which have ended already.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # but within main: a second Ctrl-C, while the process ends
     if world_size() == 1:
         sys.exit(main())
     try:

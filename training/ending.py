@@ -18,27 +18,30 @@ class NotFinite(Exception):
 
 
 class Interrupted(BaseException):
-    """SIGINT, SIGTERM or SIGHUP arrived."""
+    """One of SIGNALS arrived."""
 
     def __init__(self, number):
         self.number = number
 
 
+# Schedulers warn by one of the last two, as Slurm does by --signal. Windows has the first two alone.
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+
+
 @contextlib.contextmanager
 def interruptible():
-    """Raise Interrupted on SIGINT, SIGTERM and SIGHUP, until the function that this yields is called: then ignore them.
+    """Raise Interrupted on SIGNALS, until the function that this yields is called: then ignore them.
 
-    SIGHUP, by which a terminal says that it is closed, stays ignored where it is: ``nohup`` starts a command like that.
+    All but Ctrl-C and SIGTERM stay ignored where they are: ``nohup`` starts a command like that with SIGHUP.
     """
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # Windows has none
-        numbers.append(signal.SIGHUP)
+    numbers = [number for number in SIGNALS if number in SIGNALS[:2] or signal.getsignal(number) != signal.SIG_IGN]
 
     def interrupt(number, frame):
         raise Interrupted(number)
 
     def ignore():
-        for number in before:
+        for number in numbers:
             signal.signal(number, signal.SIG_IGN)
 
     before = {number: signal.signal(number, interrupt) for number in numbers}

@@ -153,9 +153,11 @@ def write(path, text):
 class Figures:
     """Runs ``plot.py`` on a run directory beside the training, one process at a time, at the lowest priority.
 
-    As a context manager: leaving it draws the last state and returns when that is on disk; leaving it by an exception
-    ends a drawing that is under way.
+    As a context manager: leaving it draws the last state and returns when that is on disk, or ``LONGEST`` seconds
+    later; leaving it by an exception ends a drawing that is under way.
     """
+
+    LONGEST = 120
 
     def __init__(self, path, enabled=True):
         self.path, self.enabled, self.process, self.reported = Path(path), enabled, None, False
@@ -177,10 +179,24 @@ class Figures:
 
     def _finish(self):
         """Wait for the drawing that is under way, if any."""
-        process, self.process = self.process, None
-        errors = process.communicate()[1] if process else ""
-        if process and process.returncode:
-            self._report((errors.strip().splitlines() or [f"exit status {process.returncode}"])[-1])
+        if self.process is None:
+            return
+        try:
+            errors = self.process.communicate(timeout=self.LONGEST)[1].strip().splitlines()
+            if self.process.returncode:
+                self._report(errors[-1] if errors else f"exit status {self.process.returncode}")
+        except subprocess.TimeoutExpired:
+            self._report(f"it takes more than {self.LONGEST} s")
+            return self._end()
+        self.process = None
+
+    def _end(self):
+        """End the drawing that is under way, and delete what it has not finished."""
+        self.process.kill()
+        self.process.wait()
+        for unfinished in self.path.glob(f"*.{self.process.pid}.tmp"):
+            unfinished.unlink(missing_ok=True)
+        self.process = None
 
     def _report(self, reason):
         if not self.reported:
@@ -191,13 +207,9 @@ class Figures:
         return self
 
     def __exit__(self, kind, *_):
-        if kind and self.process:
-            self.process.kill()
-            self.process.wait()
-            for unfinished in self.path.glob(f"*.{self.process.pid}.tmp"):
-                unfinished.unlink(missing_ok=True)
-        elif not kind:
-            self._finish()  # this drawing may miss the last rows
+        if self.process:
+            self._end()  # it may miss the last rows
+        if kind is None:
             self.redraw()
             self._finish()
 

@@ -150,6 +150,7 @@ def test_closed_streams_change_nothing(tiny, monkeypatch, name):
     "given",
     [
         {"RANK": "1"}, {"WORLD_SIZE": "2"}, {"WORLD_SIZE": "two"}, {"RANK": "-1"}, {"RANK": ""}, {"RANK": "0", "WORLD_SIZE": "2"},
+        {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"}, {"OMPI_COMM_WORLD_SIZE": "2"}, {"PMI_SIZE": "2"},
         {"RANK": "5", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"},
     ],
 )

@@ -158,19 +158,20 @@ def test_what_else_fails_in_the_trial_is_not_blamed_on_small_images(capsys, monk
 
 
 def test_resume_keeps_the_arguments_and_refuses_others(tiny, capsys):
-    assert tiny("--save", "run", "--weight-decay", "0.01", "--epochs", "2") == 0
+    assert tiny("--save", "run", "--weight-decay", "0.01", "--epochs", "2", "--head-lr", "0.2") == 0
+    assert "--head-lr is kept in proportion to --lr, which is 0" in refused(capsys, "--resume", "--save", "run", "--lr", "0")
     assert train.main(["--resume", "--save", "run", "--epochs", "3", "--no-plot", "--no-progress"]) == 0
     config = json.loads(Path("run/config.json").read_text())
     assert config["arguments"]["weight_decay"] == 0.01
     assert [entry["epoch"] for entry in config["resumed"]] == [2]
     log, checkpoint = pd.read_csv("run/train.csv"), torch.load("run/latest.pth", weights_only=True)
-    assert checkpoint["seconds"] > sum(200 / log.images_per_second)  # of both processes
+    assert checkpoint["seconds"] > sum(200 / (log.images_per_second + 0.05))  # of both processes; rounded
     capsys.readouterr()
     assert tiny("--resume", "--save", "run", "--block", "fused", args=[]) == 0
     out = capsys.readouterr().out
-    assert "block fused" in out and "all 3 epochs are done" in out
+    assert "block fused" in out and "; resuming run after epoch 3\n" in out and "all 3 epochs are done" in out
     assert pd.read_csv("run/test.csv").epoch.tolist() == [1, 2, 3]
-    for flag, value in (("--depth", "16"), ("--seed", "9"), ("--dataset", "cifar10")):
+    for flag, value in (("--depth", "16"), ("--seed", "9"), ("--dataset", "cifar10"), ("--batch-size", "65")):
         assert f"was started with {flag}" in refused(capsys, "--resume", "--save", "run", flag, value)
     assert "--epochs 2: the run in run has finished 3 already" in refused(
         capsys, "--resume", "--save", "run", "--epochs", "2"

@@ -1,5 +1,6 @@
 """A run directory: never touched by mistake, whole after a kill at any moment, mended where it was damaged."""
 
+import contextlib
 import os
 import random
 import re
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -184,18 +186,20 @@ def test_what_was_saved_is_told_from_the_disk(tiny, capsys, monkeypatch):
     assert "No such file or directory; nothing was saved" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
-def test_a_closed_terminal_ends_a_run_like_sigterm(tiny, capsys, monkeypatch):
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has none of them")
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1", "SIGUSR2"])
+def test_a_closed_terminal_and_a_warning_of_a_scheduler_end_a_run_like_sigterm(tiny, capsys, monkeypatch, name):
+    number = getattr(signal, name)
     assert tiny("--save", "run", "--epochs", "1") == 0
-    monkeypatch.setattr(train, "print_epoch", lambda *args: os.kill(os.getpid(), signal.SIGHUP))
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, these tests have it ignored
+    monkeypatch.setattr(train, "print_epoch", lambda *args: os.kill(os.getpid(), number))
+    before = signal.signal(number, signal.SIG_DFL)  # under nohup, these tests have it ignored
     try:
-        assert tiny("--save", "run", "--resume", "--epochs", "3", args=[]) == 129
+        assert tiny("--save", "run", "--resume", "--epochs", "3", args=[]) == 128 + number
         assert "stopped; epoch 2 is saved in run/latest.pth; to go on: " in capsys.readouterr().err
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+        signal.signal(number, signal.SIG_IGN)  # nohup
         assert tiny("--save", "run", "--resume", "--epochs", "3", args=[]) == 0
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(number, before)
 
 
 # Programs that run train.py and kill themselves, as kill -9 does, at a moment of the third epoch.
@@ -270,7 +274,11 @@ def test_interrupt_says_how_to_go_on(number, status, whole_run):
     assert (held.returncode, held.stderr.count("\n")) == (2, 1)
     assert "run is in use by another process" in held.stderr
     process.send_signal(number)
+    while number == signal.SIGINT and process.poll() is None:  # a second Ctrl-C, and more
+        process.send_signal(number)
+        time.sleep(0.01)
     out, err = process.communicate(timeout=60)
+    assert err.count("\n") == 1
     assert process.returncode == status
     epochs = int(re.findall(r"epoch +(\d+)/", out)[-1]) if out else 2
     where = r"run/(?:latest|previous)\.pth"  # the latter while one takes the other's place
@@ -292,17 +300,21 @@ def test_a_failing_plot_is_reported_once_and_hurts_nothing(tiny, capsys, monkeyp
     assert len(pd.read_csv("run/test.csv")) == 4
 
 
-def test_a_drawing_that_is_ended_leaves_nothing():
+@pytest.mark.parametrize("error", [KeyboardInterrupt, None])
+def test_a_drawing_that_hangs_is_ended_and_leaves_nothing(capsys, monkeypatch, error):
+    monkeypatch.setattr(run.Figures, "LONGEST", 2)
     Path("run").mkdir()
     figures = run.Figures("run")
-    program = "import os, time; open(f'run/loss.png.{os.getpid()}.tmp', 'w'); time.sleep(60)"
+    program = "import os, time; open(f'run/loss.png.{os.getpid()}.tmp', 'w'); time.sleep(600)"
     figures.command = [sys.executable, "-c", program]
-    with pytest.raises(KeyboardInterrupt), figures:
+    with pytest.raises(error) if error else contextlib.nullcontext(), figures:
         figures.redraw()
         while not list(Path("run").iterdir()):
             assert figures.process.poll() is None
-        raise KeyboardInterrupt
+        if error:
+            raise error
     assert list(Path("run").iterdir()) == []
+    assert capsys.readouterr().err == ("" if error else "plot.py failed, training goes on: it takes more than 2 s\n")
 
 
 def test_checkpoints_have_the_rows_of_all_epochs_and_best_pth_is_the_first_with_the_lowest_validation_error():
