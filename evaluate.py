@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common.console import Mistake, Parser, command, natural, nonempty, positive, positive_number, workers
+from common.console import Mistake, Parser, command, natural, nonempty, one_line, positive, positive_number, workers
 from common.hardware import PRECISIONS, choose_device, choose_precision, set_up_device
 from inference.export import read_network
 from inference.network import averaged, classifier, classify_each, load_split, predictions, reader_of
@@ -73,7 +73,7 @@ def classify_files(args, checkpoint, device, amp):
     passed, counts, classes = Counter(), Counter(), checkpoint["classes"]
     paths = find_images(args.paths, passed)
     for line in passed_over(passed):
-        print(line, file=sys.stderr)
+        print(one_line(line), file=sys.stderr)
     white = {"white": args.white} if args.white else {}
     reader = reader_of(checkpoint, workers=args.workers, progress=args.progress, **white)
     batch_size = args.batch_size or checkpoint["config"]["arguments"]["batch_size"]
@@ -82,17 +82,17 @@ def classify_files(args, checkpoint, device, amp):
     with scores.csv_table(args.csv, "path", classes) as write:
         for path, answer in zip(paths, answers, strict=True):
             if isinstance(answer, Mistake):
-                tqdm.write(f"skipped: {answer}", sys.stderr)
+                tqdm.write(one_line(f"skipped: {answer}"), sys.stderr)
                 continue
             predicted = int(answer.argmax())
             counts[classes[predicted]] += 1
             if write:
                 write(path, predicted, answer)
             if top:
-                tqdm.write(f"{path}: {scores.likeliest(answer, classes, top)}")
+                tqdm.write(one_line(f"{path}: {scores.likeliest(answer, classes, top)}"))
     if args.csv:
-        most = ", ".join(f"{name} {count:,}" for name, count in counts.most_common(10))
-        print(f"{args.csv}: {counts.total():,} images, predicted: {most}" if counts else f"{args.csv}: no image")
+        most = ", ".join(f"{name} {count:,}" for name, count in counts.most_common(10)) or "no image"
+        print(one_line(f"{args.csv}: {counts.total():,} images, predicted: {most}"))
     if skipped := len(paths) - counts.total():
         print(f"skipped {skipped:,} of {len(paths):,} files", file=sys.stderr)
     return 1 if skipped else 0
@@ -104,7 +104,7 @@ def evaluate_split(args, checkpoint, device, amp):
     reader = reader_of(checkpoint, workers=args.workers, progress=args.progress)
     images, notes = load_split(checkpoint, split, args.data, reader)
     for note in notes:
-        print(note)
+        print(one_line(note))
     names, answers = iter(images.names), []
     column = "path" if isinstance(images.names[0], str) else "index"
     bar = tqdm(total=len(images), desc="classifying images", unit="img", leave=False, disable=not args.progress)

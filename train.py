@@ -269,7 +269,7 @@ def print_start(args, checkpoint, stage, dataset, notes):
     if args.dataset == "folder" and not (args.init_from or args.resume) and len(dataset.train) < 5000:
         notes = [*notes, "few training images: weights trained on others may help, see --init-from"]
     for note in notes:
-        print(note)
+        print(one_line(note))
     doing = f"resuming {args.save} after epoch {checkpoint['epoch']}" if args.resume else f"writing {args.save}"
     print(f"{stage['device']}; {doing}", flush=True)
 

@@ -125,7 +125,7 @@ def memory_problem(error):
         return "a process that decodes images was killed, as happens where memory runs out: use fewer --workers"
     if isinstance(error, MemoryError) or any(words in text for words in NO_MEMORY):
         return "too little memory: use smaller batches, smaller images or a smaller network"
-    return None
+    return memory_problem(error.__context__) if error.__context__ else None  # torch's writer raises over a MemoryError
 
 
 def forget_workers():
@@ -134,9 +134,14 @@ def forget_workers():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
+def printable(text):
+    """Text in which a letter that a terminal would obey, or that no font has, is its code."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
 def one_line(message):
     """A message as one line that is not endless, whatever names it holds."""
-    line = " ".join(str(message).splitlines())
+    line = printable(" ".join(str(message).splitlines()))
     return line if len(line) <= 10_000 else f"{line[:5000]} … {line[-4900:]}"
 
 

@@ -29,10 +29,11 @@ def written_whole(path, suffix=".tmp", previous=None):
     if path.exists() and not path.is_file():  # renaming would put a file in the place of a pipe or a device, too
         raise FileExistsError(errno.EEXIST, "is not a file that can be replaced", str(path))
     try:
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)  # left by a kill, or a link that somebody has put there
+        with open(temporary, "xb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         if previous and path.exists():
             replace(path, previous)
         replace(temporary, path)
@@ -45,11 +46,20 @@ def written_whole(path, suffix=".tmp", previous=None):
         raise
 
 
+def sync(descriptor):
+    """os.fsync, but for file systems that know no such thing, and refuse it."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+
+
 def sync_names(folder):
     """Let the names in a folder outlive a power cut, as fsync lets a file's content."""
     if sys.platform == "win32":  # which opens no folders
         return
-    with contextlib.suppress(OSError):  # some file systems know no such thing, and refuse it
+    with contextlib.suppress(OSError):  # a folder that may not be read
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -15,7 +15,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from common.console import Mistake
+from common.console import Mistake, printable
 from common.files import written_whole
 from reports.logs import SPLITS, leading
 
@@ -142,8 +142,7 @@ def draw(axes, logs, quantity, view):
 
 def drawable(text):
     """Text as Matplotlib draws it: a $ begins no formula, and what is no letter, such as a stray byte, is its code."""
-    codes = (letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text)
-    return "".join(codes).replace("$", r"\$")
+    return "\n".join(map(printable, text.split("\n"))).replace("$", r"\$")
 
 
 def wrapped(text, inches, size):

@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import torch
 
+from common.console import printable
 from common.files import written_whole
 from reports.tables import wilson
 
@@ -31,6 +32,7 @@ def print_scores(matrix, classes, kind="test"):
     A score that is zero by zero is shown as – and left out of the average over the classes.
     """
     print(headline(matrix, kind))
+    classes = [printable(name) for name in classes]
     scores = class_scores(matrix)
     rows = torch.cat((100 - scores[1:2], scores))  # error, precision, recall and F1, (4, classes), in percent
 

@@ -48,7 +48,7 @@ class Run:
 
     def __init__(self, path):
         self.path = Path(path)
-        self.rows, self.epoch = {}, None
+        self.rows, self.epoch, self._held = {}, None, None
         self._lock = FileLock(self.path / ".lock")  # flock: the kernel lets go of it when the process dies
 
     def check(self, resume, overwrite):
@@ -95,11 +95,14 @@ class Run:
             self._lock.acquire(timeout=0)
         except Timeout as error:
             raise Mistake(f"{self.path} is in use by another process: wait, or choose another --save") from error
+        self._held = open(self.path / ".lock")  # noqa: SIM115
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
+        if self._held:
+            self._held.close()
         self._lock.release()
 
     def start(self, checkpoint):
@@ -126,6 +129,10 @@ class Run:
 
     def _write_checkpoints(self, checkpoint, previous=None):
         """latest.pth, then best.pth if this epoch is the best; a kill in between is mended when the run is resumed."""
+        lock = self.path / ".lock"
+        if lock.exists() and not os.path.samefile(self._held.fileno(), lock):
+            self.epoch = None
+            raise Mistake(f"{self.path} was deleted and begun anew by another process, which it is left to")
         checkpoint = checkpoint | {"metrics": self.rows}
         write_checkpoint(self.path / "latest.pth", checkpoint, previous)
         self.epoch = checkpoint["epoch"]

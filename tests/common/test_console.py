@@ -1,5 +1,6 @@
 """What every command shares: help, mistakes in one line, closed pipes, consoles of any encoding, files written whole."""
 
+import contextlib
 import errno
 import importlib
 import io
@@ -44,31 +45,26 @@ def terminal(monkeypatch):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_is_printed_in_any_encoding_and_nothing_else_is_done(main_of, monkeypatch, terminal, script):
+def test_help_in_any_encoding_a_closed_pipe_and_a_mistake(main_of, monkeypatch, terminal, capfd, script):
     monkeypatch.setattr(sys, "argv", [script])
-    main, shown = main_of(script), terminal("ascii")
+    main, (reader, writer) = main_of(script), os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", pipe)
+        assert status_of(main, ["--help"]) == 141
+    assert capfd.readouterr() == ("", "")
+    assert status_of(main, ["--no-such-flag"]) == 2
+    err = capfd.readouterr().err
+    assert err.startswith(f"{Path(script).name}: error: ") and err.count("\n") == 1
+    shown = terminal("ascii")
     assert status_of(main, ["--help"]) == 0
     text = shown.getvalue().decode()
     assert text.startswith(f"usage: {Path(script).name}") and "--help" in text and "Traceback" not in text
     assert list(Path().iterdir()) == []
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_closed_pipe_ends_quietly(main_of, monkeypatch, capfd, script):
-    main = main_of(script)
-    reader, writer = os.pipe()
-    os.close(reader)
-    with os.fdopen(writer, "w") as pipe, monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", pipe)
-        assert status_of(main, ["--help"]) == 141
-    assert capfd.readouterr() == ("", "")
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_mistake_is_one_line_and_status_2(main_of, capsys, script):
-    assert status_of(main_of(script), ["--no-such-flag"]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith(f"{Path(script).name}: error: ") and err.count("\n") == 1
+def run(command, stdout, **env):
+    return subprocess.run([sys.executable, *command], stdout=stdout, stderr=subprocess.PIPE, text=True, env=os.environ | env)
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
@@ -76,23 +72,16 @@ def test_a_closed_pipe_in_a_process_of_its_own(unbuffered):
     """The interpreter flushes standard output once more when it ends."""
     reader, writer = os.pipe()
     os.close(reader)
-    result = run(["check_data.py", "--dataset", "digits", "--stats"], writer, PYTHONUNBUFFERED=unbuffered)
+    result = run([ROOT / "check_data.py", "--dataset", "digits", "--stats"], writer, PYTHONUNBUFFERED=unbuffered)
     os.close(writer)
     assert (result.returncode, result.stderr) == (141, "")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_a_full_standard_output_is_named():
-    if not Path("/dev/full").exists():
-        pytest.skip("no /dev/full here")
     with open("/dev/full", "w") as full:
-        result = run(["plot.py", "--help"], full, PYTHONUNBUFFERED="")
+        result = run([ROOT / "plot.py", "--help"], full, PYTHONUNBUFFERED="")
     assert (result.returncode, result.stderr) == (1, "plot.py: error: standard output: No space left on device\n")
-
-
-def run(command, stdout, **env):
-    script, *flags = command
-    command = [sys.executable, ROOT / script, *flags]
-    return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, env=os.environ | env)
 
 
 def test_without_standard_output():
@@ -103,67 +92,83 @@ def test_without_standard_output():
 
 
 def test_a_full_disk_is_named_by_its_file(tmp_path, monkeypatch, capsys):
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", failing(OSError(errno.ENOSPC, "No space left on device")))
     assert plot.main([str(ROOT / "work/digits.bc16"), "--out", str(tmp_path)]) == 1
     assert capsys.readouterr().err == f"plot.py: error: {tmp_path / 'loss.png'}: No space left on device\n"
     assert list(tmp_path.iterdir()) == []
 
 
-def test_class_names_that_a_console_cannot_show(terminal):
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
+def test_class_names_that_a_console_cannot_show_or_would_obey(terminal):
     for split in ("train", "test"):
-        for shade, name in enumerate(("猫", "犬")):
+        for shade, name in enumerate(("猫", "\x1b[2J")):
             Path("images", split, name).mkdir(parents=True)
             Image.new("RGB", (8, 8), (200 * shade,) * 3).save(f"images/{split}/{name}/0.png")
     shown = terminal("cp1252")
     flags = "--device cpu --dataset folder --data images --image-size 8 --depth 10 --growth-rate 4 --epochs 1 --save run"
     assert train.main([*flags.split(), "--no-plot", "--no-progress"]) == 0
     assert evaluate.main(["run/latest.pth"]) == 0
-    assert evaluate.main(["run/latest.pth", "images/test/猫/0.png"]) == 0
+    assert evaluate.main(["run/latest.pth", "images/test", "--top", "2"]) == 0
     text = shown.getvalue().decode("cp1252")
-    assert "confusion matrix" in text and "images/test/?/0.png: ? " in text and "Traceback" not in text
+    assert "confusion matrix" in text and "images/test/?/0.png: " in text and "Traceback" not in text
+    assert "images/test/\\x1b[2J/0.png: " in text and "\x1b" not in text
 
 
 def failing(error):
-    @console.command
-    def main(argv=None):
+    def fail(argv=None):
         raise error
 
-    return main
+    return fail
 
 
 @pytest.mark.parametrize(
     ("error", "status", "words"),
     [
-        (console.Mistake("depth 43:\ntry 40"), 2, "test_console.py: error: depth 43: try 40\n"),
+        (console.Mistake("depth 43:\ntry \x1b[2J40"), 2, "test_console.py: error: depth 43: try \\x1b[2J40\n"),
         (FileNotFoundError(errno.ENOENT, "No such file", "x/y"), 2, "test_console.py: error: x/y: No such file\n"),
         (OSError(errno.ENOSPC, "No space left on device", "x"), 1, "test_console.py: error: x: No space left on device\n"),
         (KeyboardInterrupt(), 130, ""),
     ],
 )
 def test_what_a_user_can_cause_is_one_line(capsys, error, status, words):
-    assert failing(error)() == status
+    assert console.command(failing(error))() == status
     assert capsys.readouterr() == ("", words)
 
 
 def test_what_is_our_fault_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
-        failing(ZeroDivisionError())()
+        console.command(failing(ZeroDivisionError()))()
+
+
+# Files.
+
+
+def write(path):
+    with files.written_whole(path) as file:
+        file.write(b"new")
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
+    """Also where somebody has put a link in the place of the unfinished one."""
+    path, other = tmp_path / "file", tmp_path / "other"
+    path.write_text("old"), other.write_text("precious")
+    (tmp_path / "file.tmp").symlink_to("other")
     with pytest.raises(KeyboardInterrupt), files.written_whole(path) as file:
         file.write(b"ne")
         raise KeyboardInterrupt
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    assert path.read_text() == "old" and {*tmp_path.iterdir()} == {path, other}
     with files.written_whole(path) as file:
         file.write(b"new")
         assert path.read_text() == "old"
-    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+    assert path.read_text() == "new" and other.read_text() == "precious" and {*tmp_path.iterdir()} == {path, other}
+
+
+def test_a_file_system_without_fsync(tmp_path, monkeypatch):
+    for number in (errno.EINVAL, errno.ENOTSUP, errno.EIO):
+        monkeypatch.setattr(os, "fsync", failing(OSError(number, "no")))
+        with pytest.raises(OSError) if number == errno.EIO else contextlib.nullcontext():
+            write(tmp_path / str(number))
+        assert (tmp_path / str(number)).exists() == (number != errno.EIO)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows opens no folders")
@@ -172,8 +177,7 @@ def test_a_new_name_outlives_a_power_cut(tmp_path, monkeypatch):
     done, fsync, rename = [], os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda file: (done.append(stat.S_IFMT(os.fstat(file).st_mode)), fsync(file)))
     monkeypatch.setattr(os, "replace", lambda *paths: (done.append("replace"), rename(*paths)))
-    with files.written_whole(tmp_path / "a") as file:
-        file.write(b"new")
+    write(tmp_path / "a")
     assert done == [stat.S_IFREG, "replace", stat.S_IFDIR]
 
 
@@ -187,10 +191,9 @@ def test_replacing_a_file_that_another_process_reads(tmp_path, monkeypatch):
         real(source, target)
 
     monkeypatch.setattr(os, "replace", refuse)
-    with pytest.raises(PermissionError), files.written_whole(tmp_path / "a") as file:
-        file.write(b"new")
+    with pytest.raises(PermissionError):
+        write(tmp_path / "a")
     assert not (tmp_path / "a").exists() and len(refusals) == 2
     monkeypatch.setattr(console.sys, "platform", "win32")
-    with files.written_whole(tmp_path / "a") as file:
-        file.write(b"new")
+    write(tmp_path / "a")
     assert (tmp_path / "a").read_bytes() == b"new" and refusals == []

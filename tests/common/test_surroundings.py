@@ -35,7 +35,9 @@ NO_MEMORY = (
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
     OSError(12, "Cannot allocate memory"),
+    RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),  # torch's writer, over a MemoryError
 )
+NO_MEMORY[-1].__context__ = MemoryError()
 
 
 def after(monkeypatch, calls, error):
@@ -59,20 +61,20 @@ def test_libraries_have_many_words_for_it():
 def test_memory_runs_out_in_a_step(tiny, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         after(patch, 5, NO_MEMORY[1])
-        assert tiny("--save", "run") == 1
+        assert tiny("--save=-run") == 1
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and err.startswith("train.py: error: too little memory: use smaller batches")
-    resume = f"python {shlex.quote(sys.argv[0])} --save run --resume --block checkpoint (which needs less memory)"
-    assert err.endswith(f"; epoch 1 is saved in run/latest.pth; to go on: {resume}\n")
-    assert tiny("--save", "run", "--resume", "--block", "checkpoint", args=[]) == 0
+    resume = f"python {shlex.quote(sys.argv[0])} --save=-run --resume --block checkpoint (which needs less memory)"
+    assert err.endswith(f"; epoch 1 is saved in -run/latest.pth; to go on: {resume}\n")
+    assert tiny("--save=-run", "--resume", "--block", "checkpoint", args=[]) == 0
     after(monkeypatch, 0, NO_MEMORY[0])
-    assert tiny("--save", "run", "--resume", "--epochs", "5", args=[]) == 1
-    assert capsys.readouterr().err.endswith("--save run --resume\n")  # it is the block that needs the least
+    assert tiny("--save=-run", "--resume", "--epochs", "5", args=[]) == 1
+    assert capsys.readouterr().err.endswith("--save=-run --resume\n")  # it is the block that needs the least
 
 
 def test_memory_runs_out_before_training_begins(tiny, capsys, monkeypatch):
     def make_model(*args):
-        raise NO_MEMORY[-2]
+        raise NO_MEMORY[-1]
 
     monkeypatch.setattr(train, "make_model", make_model)
     assert tiny("--save", "run") == 1
@@ -197,12 +199,6 @@ def test_a_run_directory_of_any_name(capsys):
     assert plot.main([f"--out={name}/b.png", "--", name, str(DIGITS)]) == 0
     assert make_graph.main(["--depth", "10", f"--out={name}/x.dot"]) == 0
     assert "failed" not in capsys.readouterr().err
-
-
-def test_the_command_that_resumes_a_run_whose_name_begins_with_a_dash(capsys, monkeypatch):
-    after(monkeypatch, 5, MemoryError())
-    assert status_of(train.main, [*TINY, "--no-progress", "--no-plot", "--save=-x"]) == 1
-    assert " --save=-x --resume" in capsys.readouterr().err
 
 
 @unix

@@ -180,10 +180,16 @@ def test_what_was_saved_is_told_from_the_disk(tiny, capsys, monkeypatch):
         patch.setattr(train, "parse_args", interrupted)
         assert tiny("--save", "run", "--resume") == 143
         assert capsys.readouterr().err == "train.py: stopped; nothing was written\n"
-    real = train.print_epoch
-    monkeypatch.setattr(train, "print_epoch", lambda *args: (real(*args), shutil.rmtree("run")))
-    assert tiny("--save", "run", "--resume", args=[]) == 1
+    shutil.copytree("run", "other")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "print_epoch", lambda *args: shutil.rmtree("run"))
+        assert tiny("--save", "run", "--resume", args=[]) == 1
     assert "No such file or directory; nothing was saved" in capsys.readouterr().err
+    shutil.copytree("other", "run")
+    monkeypatch.setattr(train, "print_epoch", lambda *args: (shutil.rmtree("run"), shutil.copytree("other", "run")))
+    assert tiny("--save", "run", "--resume", args=[]) == 2
+    assert capsys.readouterr().err.endswith("run was deleted and begun anew by another process, which it is left to\n")
+    assert {path.name: path.read_bytes() for path in Path("run").iterdir()} == {path.name: path.read_bytes() for path in Path("other").iterdir()}
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has none of them")
