@@ -25,9 +25,10 @@ import fused
 from common.console import Parser, command
 from densenet import ARCHITECTURES, DenseNet
 
-# Bytes of shared memory that a block may have, by compute capability (CUDA C++ Programming Guide, technical
-# specifications): A100, RTX 3090, RTX 4090, H100, B200, RTX 5090. Below 8.0 the kernels are not used.
+# By compute capability, bytes of shared memory that a block may have (CUDA C++ Programming Guide, technical
+# specifications), and multiprocessors of A100, RTX 3090, RTX 4090, H100, B200, RTX 5090. None is below 8.0.
 SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+MULTIPROCESSORS = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
 MOST_REGISTERS = 255  # of a thread
 NETWORKS = ("densenet_bc_100_12", "densenet_bc_250_24", "densenet_bc_190_40", "densenet_40_12")
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", int: "i32", float: "fp32"}  # in Triton's signatures
@@ -36,8 +37,7 @@ TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", int: "i32", float: "fp
 class Recorder:
     """Stands in for a Triton kernel: notes the variant that it would be compiled to instead of launching it.
 
-    That is the types of the arguments, which of them are divisible by 16, which are 1, and constants. The arguments
-    themselves are not kept: autograd would have to copy gradients that somebody else holds.
+    The arguments themselves are not kept: autograd would have to copy gradients that somebody else holds.
     """
 
     def __init__(self, kernel, launches):
@@ -45,14 +45,20 @@ class Recorder:
 
     def __getitem__(self, grid):
         def launch(*args, **constants):
-            types = tuple(TYPES[a.dtype if isinstance(a, torch.Tensor) else type(a)] for a in args)
-            # Allocators align the beginning of memory to more than 16 bytes.
-            numbers = [a.storage_offset() * a.element_size() if isinstance(a, torch.Tensor) else a for a in args]
-            even = tuple(type(number) is int and number % 16 == 0 for number in numbers)
-            ones = tuple(type(a) is int and a == 1 for a in args)
-            self.launches.append((self.kernel, types, even, ones, tuple(sorted(constants.items()))))
+            given = tuple(compiled_for(*argument) for argument in zip(self.kernel.arg_names, args, strict=False))
+            self.launches.append((self.kernel, given, tuple(sorted(constants.items()))))
 
         return launch
+
+
+def compiled_for(name, value):
+    """What an argument is to a compiler: (type, True if 16 divides it, True if it is 1)."""
+    from fused.kernels import BY_BATCH
+
+    if isinstance(value, torch.Tensor):  # allocators align the beginning of memory to more than 16 bytes
+        return TYPES[value.dtype], value.storage_offset() * value.element_size() % 16 == 0, False
+    asked = type(value) is int and name not in BY_BATCH
+    return TYPES[type(value)], asked and value % 16 == 0, asked and value == 1
 
 
 @contextlib.contextmanager
@@ -65,7 +71,7 @@ def as_on_a_gpu(capability=(9, 0)):
 
     launches = []
     recorders = {name: Recorder(item, launches) for name, item in vars(kernels).items() if name.endswith("_kernel")}
-    recorders["capability"] = lambda device: capability
+    recorders["hardware"] = lambda device: (capability, MULTIPROCESSORS[10 * capability[0] + capability[1]])
     here = {"steps_for": lambda x: kernels, "passes_for": lambda x: passes}
     with mock.patch.multiple(kernels, **recorders), mock.patch.multiple(fused, **here), FakeTensorMode():
         yield launches
@@ -92,7 +98,7 @@ def training_step(architecture, block, batch_size=64, training=True):
     return step
 
 
-def compile_kernel(kernel, types, even, ones, constants, capability):
+def compile_kernel(kernel, given, constants, capability):
     """(registers, stack bytes, shared bytes) of a variant compiled for an NVIDIA GPU, without one."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -100,7 +106,7 @@ def compile_kernel(kernel, types, even, ones, constants, capability):
 
     constants = dict(constants)
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
-    names = kernel.arg_names
+    names, (types, even, ones) = kernel.arg_names, zip(*given, strict=True)
     constants |= {name: 1 for name, one in zip(names, ones, strict=False) if one}
     signature = dict(zip(names, types, strict=False)) | dict.fromkeys(constants, "constexpr")
     attributes = {(i,): [["tt.divisibility", 16]] for i, is_even in enumerate(even) if is_even}

@@ -137,7 +137,7 @@ class SharedBuffer(torch.autograd.Function):
                 if bottleneck:
                     h = buf.new_empty(len(buf), weight.shape[0])
                     h_statistics = new_statistics(h, weight.shape[0]) if uses_batch(layer.norm2) else None
-                    steps.bn_relu_conv1x1(inputs, norms[0], weight, h, h_statistics)
+                    steps.bn_relu_conv1x1(inputs, norms[0], weight, shape, h, h_statistics)
                     norms.append(take_norm(layer.norm2, h, h_statistics, keep))
                     kept, inputs, weight = [h], h, layer.conv2.weight
                 new = slice(end, end + growth_rate)
@@ -220,9 +220,9 @@ def bottleneck_backward(read, new, saved, parameters, settings, shape):
     weight1, bias1, conv1, weight2, bias2, conv2 = parameters
     norm1, norm2 = Norm(mean1, var1, weight1, bias1, *settings[0]), Norm(mean2, var2, weight2, bias2, *settings[1])
     steps = steps_for(h)
-    d_relu, d_weight2, d_bias2, d_conv2 = steps.conv3x3_backward(new, h, norm2, conv2, shape)
-    d_weight1, d_bias1, d_conv1 = steps.conv1x1_backward(d_relu, h, norm2, d_weight2, d_bias2, read, norm1, conv1)
-    return d_weight1, d_bias1, d_conv1, d_weight2, d_bias2, d_conv2
+    d_relu, *second = steps.conv3x3_backward(new, h, norm2, conv2, shape)  # of its γ, β and weight
+    first = steps.conv1x1_backward(d_relu, h, norm2, *second[:2], read, norm1, conv1, shape)
+    return *first, *second
 
 
 def single_backward(read, new, saved, parameters, settings, shape):
@@ -351,8 +351,11 @@ def to_images(x, shape):
 # The four steps in plain torch, whose passes over memory are in the module passes or, compiled, in loops.
 
 
-def bn_relu_conv1x1(x, norm, weight, out, statistics):
-    """x (M, C), weight (J, C, 1, 1): writes out (M, J) and, where asked to, mean and variance of its columns (2, J)."""
+def bn_relu_conv1x1(x, norm, weight, shape, out, statistics):
+    """x (M, C), weight (J, C, 1, 1): writes out (M, J) and, where asked to, mean and variance of its columns (2, J).
+
+    ``shape``: (N, C, H, W) of the images, as for every step.
+    """
     passes = passes_for(x)
     torch.mm(passes.bn_relu(x, norm), weight.flatten(1).t().to(x.dtype), out=out)
     if statistics is not None:
@@ -381,7 +384,7 @@ def conv3x3_backward(new, x, norm, weight, shape):
     return *passes.relu_backward(to_rows(da), x, norm), d_conv.to(weight.dtype)
 
 
-def conv1x1_backward(d_relu, h, norm2, d_weight2, d_bias2, read, norm, weight):
+def conv1x1_backward(d_relu, h, norm2, d_weight2, d_bias2, read, norm, weight, shape):
     """dR2 and h (M, J) with their norm and its gradients (J,): adds to the gradient in the Buffer of C columns.
 
     Returns the gradients of γ and β (C,) and of the weight (J, C, 1, 1). Inverse of bn_relu_conv1x1.

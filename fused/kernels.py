@@ -34,7 +34,7 @@ TILES = {
     "conv3x3_weight": {"BM": 64, "BQ": 64, "BJ": 64, "num_warps": 4},
     "conv1x1_backward": {"BM": 32, "BC": 32, "num_warps": 8},
 }
-HOPPER, NARROW = (9, 0), 64
+HOPPER, NARROW = (9, 0), 64  # compute capability; columns
 HOPPER_TILES = TILES | {
     "bn_relu_conv1x1": {"BM": 128, "BC": 32, "num_warps": 4},
     "conv3x3": {"BM": 256, "BJ": 16, "num_warps": 4},
@@ -42,8 +42,9 @@ HOPPER_TILES = TILES | {
     "conv3x3_weight": {"BM": 128, "BQ": 64, "BJ": 64, "num_warps": 8},
     "conv1x1_backward": {"BM": 32, "BC": 64, "num_warps": 4},
 }
-# Of a large GPU; and programs of a launch that sums over rows: enough for it, few enough to be added soon.
-MULTIPROCESSORS, PROGRAMS = 132, 264
+# A tile's rows give each multiprocessor about one of so many images. A launch that sums over rows has so many programs
+# for each: enough for it, few enough to be added soon.
+IMAGES, PROGRAMS = 64, 2
 # How many partial sums of statistics, and of gradients, are added at once, and columns of them that a program finishes.
 STATISTICS, GRADIENTS = {"BP": 128, "BC": 16}, {"BP": 64, "BC": 64}
 
@@ -57,25 +58,40 @@ def vector(*sizes):
 
 
 @functools.cache
-def capability(device):
-    """The compute capability of a GPU; Triton's interpreter, on a CPU, stands for Hopper."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else HOPPER
+def hardware(device):
+    """Compute capability and multiprocessors of a GPU; Triton's interpreter, on a CPU, stands for an H200."""
+    if device.type != "cuda":
+        return HOPPER, 132
+    found = torch.cuda.get_device_properties(device)
+    return (found.major, found.minor), found.multi_processor_count
 
 
-def fitting(name, h, outputs=16):
-    """The tiles of a kernel for h, rows of bottlenecks or, in networks without, of the buffer.
+def fitting(name, h, shape, outputs=16):
+    """The tiles of a kernel for h, rows of bottlenecks or, in networks without, of the buffer, of images (N, C, H, W).
 
-    They have about as few rows as give each multiprocessor one tile, and fewer where a tile has many ``outputs``.
+    They do not depend on N: an epoch's last batch and those of evaluation have nothing compiled anew. They have fewer
+    rows and columns where a tile has many ``outputs``.
     """
-    tiles = (HOPPER_TILES if capability(h.device) == HOPPER and h.stride(0) <= NARROW else TILES)[name]
-    return tiles | {"BM": max(16, min(tiles["BM"], power_of_2(len(h) // MULTIPROCESSORS, 32), 4096 // outputs))}
+    capability, multiprocessors = hardware(h.device)
+    tiles = dict((HOPPER_TILES if capability == HOPPER and h.stride(0) <= NARROW else TILES)[name])
+    rows = power_of_2(IMAGES * shape[2] * shape[3] // multiprocessors, 32)
+    tiles["BM"] = max(16, min(tiles["BM"], rows, 4096 // outputs))
+    if "BC" in tiles:
+        tiles["BC"] = max(16, min(tiles["BC"], 8192 // outputs))
+    return tiles
 
 
-def share_rows(rows, tile, others=1):
-    """(rows of a program, programs), about PROGRAMS at most with ``others`` that share something else."""
-    tiles = triton.cdiv(rows, tile)
-    span = triton.cdiv(tiles, min(tiles, triton.cdiv(PROGRAMS, others))) * tile
-    return span, triton.cdiv(rows, span)
+def share_rows(x, tile, others=1):
+    """(rows of a program, programs) of a launch over the rows of x with ``others`` that share something else."""
+    tiles = triton.cdiv(len(x), tile)
+    most = triton.cdiv(PROGRAMS * hardware(x.device)[1], others)
+    span = triton.cdiv(tiles, min(tiles, most)) * tile
+    return span, triton.cdiv(len(x), span)
+
+
+# A kernel that is compiled once, whatever these arguments are, which follow from the size of a batch.
+BY_BATCH = ["M", "span", "programs", "sums_programs", "partial_programs", "asked"]
+kernel = triton.jit(do_not_specialize=BY_BATCH)
 
 
 # Batch norm of some columns, (x − mean)·rstd·weight + bias: mean, rstd, scale and shift.
@@ -122,10 +138,10 @@ def store_pair(partial, first, second, program, cols, C):
 
 
 # h = relu(x·s + t)·Wᵀ and partial statistics of h. Program (p, j): a span of rows, outputs j; loops over columns of x.
-@triton.jit
+@kernel
 def bn_relu_conv1x1_kernel(
-    x, x_stride, mean, var, gamma, beta, eps, weight, h, partial, span, M, C, J,
-    BM: tl.constexpr, BC: tl.constexpr, BJ: tl.constexpr, V: tl.constexpr, ASKED: tl.constexpr,
+    x, x_stride, mean, var, gamma, beta, eps, weight, h, partial, asked, span, M, C, J,
+    BM: tl.constexpr, BC: tl.constexpr, BJ: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     x_stride, C = x_stride // V * V, C // V * V
     program = tl.program_id(0).to(tl.int64)
@@ -143,29 +159,33 @@ def bn_relu_conv1x1_kernel(
             acc = tl.dot(a, w.to(a.dtype), acc, input_precision="ieee")
         value = acc.to(h.dtype.element_ty)
         tl.store(h + rows[:, None] * J + outs[None, :], value, mask=(rows < M)[:, None] & (outs < J)[None, :])
-        if ASKED:
+        if asked:
             n, m, q = tile_statistics(value.to(tl.float32), rows, M)
             count, average, square = merge_statistics(count, average, square, n, m, q)
-    if ASKED:
+    if asked:
         store_pair(partial, average, square, program, outs, J)
 
 
-def bn_relu_conv1x1(x, norm, weight, out, statistics):
-    """x (M, C), weight (J, C, 1, 1): writes out (M, J) and, where asked to, mean and variance of its columns (2, J)."""
+def bn_relu_conv1x1(x, norm, weight, shape, out, statistics):
+    """x (M, C), weight (J, C, 1, 1): writes out (M, J) and, where asked to, mean and variance of its columns (2, J).
+
+    ``shape``: (N, C, H, W) of the images, as for every step.
+    """
     (m, c), j = x.shape, len(weight)
-    tiles, bj = fitting("bn_relu_conv1x1", out), min(128, power_of_2(j))
+    tiles, bj = fitting("bn_relu_conv1x1", out, shape), min(128, power_of_2(j))
     tiles["num_warps"] *= 1 if bj <= 64 else 2
-    span, programs = share_rows(m, tiles["BM"], triton.cdiv(j, bj))
+    span, programs = share_rows(x, tiles["BM"], triton.cdiv(j, bj))
     partial = x.new_empty(programs, 2, j, dtype=torch.float32)
     bn_relu_conv1x1_kernel[(programs, triton.cdiv(j, bj))](
-        x, x.stride(0), *norm[:5], weight.flatten(1).contiguous(), out, partial, span, m, c, j,
-        **tiles, BJ=bj, V=vector(c, x.stride(0)), ASKED=statistics is not None,
+        x, x.stride(0), *norm[:5], weight.flatten(1).contiguous(), out, partial, int(statistics is not None),
+        span, m, c, j,
+        **tiles, BJ=bj, V=vector(c, x.stride(0)),
     )  # fmt: skip
     finish_statistics(partial, statistics, span, m)
 
 
 # a = relu(x·s + t), (M, J). Program (p, j): a tile of rows, columns j.
-@triton.jit
+@kernel
 def bn_relu_kernel(
     x, x_stride, mean, var, gamma, beta, eps, a, M, J, BM: tl.constexpr, BJ: tl.constexpr, V: tl.constexpr
 ):
@@ -179,10 +199,10 @@ def bn_relu_kernel(
 
 # o = conv3×3(a, W) into columns of the buffer, and partial statistics. Program p: a span of rows, all K outputs; loops
 # over the 9 taps of tiles of the J input columns. The weight (K, J, 3, 3) has the strides wk, wj, wy and wx.
-@triton.jit
+@kernel
 def conv3x3_kernel(
-    a, weight, wk, wj, wy, wx, out, out_stride, partial, span, M, height, width, J, K,
-    BM: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, ASKED: tl.constexpr,
+    a, weight, wk, wj, wy, wx, out, out_stride, partial, asked, span, M, height, width, J, K,
+    BM: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     J = J // V * V
     program = tl.program_id(0).to(tl.int64)
@@ -204,10 +224,10 @@ def conv3x3_kernel(
         value = acc.to(out.dtype.element_ty)
         mask = (rows < M)[:, None] & (outs < K)[None, :]
         tl.store(out + rows[:, None] * out_stride + outs[None, :], value, mask=mask)
-        if ASKED:
+        if asked:
             n, m, q = tile_statistics(value.to(tl.float32), rows, M)
             count, average, square = merge_statistics(count, average, square, n, m, q)
-    if ASKED:
+    if asked:
         store_pair(partial, average, square, program, outs, K)
 
 
@@ -223,23 +243,24 @@ def bn_relu_conv3x3(x, norm, weight, shape, out, statistics):
     relu(x·s + t) is written down on the way, since each pixel of it is read nine times.
     """
     (m, j), k = x.shape, len(weight)
-    a, tiles = x.new_empty(m, j), fitting("bn_relu", x)
+    a, tiles = x.new_empty(m, j), fitting("bn_relu", x, shape)
     bn_relu_kernel[(triton.cdiv(m, tiles["BM"]), triton.cdiv(j, tiles["BJ"]))](
         x, x.stride(0), *norm[:5], a, m, j, **tiles, V=vector(j, x.stride(0))
     )
     bk = power_of_2(k)  # all outputs are in one tile
-    tiles = fitting("conv3x3", x, bk)
-    span, programs = share_rows(m, tiles["BM"])
+    tiles = fitting("conv3x3", x, shape, bk)
+    span, programs = share_rows(x, tiles["BM"])
     partial = x.new_empty(programs, 2, k, dtype=torch.float32)
     conv3x3_kernel[(programs,)](
-        a, weight, *weight.stride(), out, out.stride(0), partial, span, m, shape[2], shape[3], j, k,
-        **tiles, BK=bk, V=vector(j), ASKED=statistics is not None,
+        a, weight, *weight.stride(), out, out.stride(0), partial, int(statistics is not None),
+        span, m, shape[2], shape[3], j, k,
+        **tiles, BK=bk, V=vector(j),
     )  # fmt: skip
     finish_statistics(partial, statistics, span, m)
 
 
 # Partial means and squares (programs, 2, C) of spans of rows → mean and biased variance. Program c: columns c.
-@triton.jit
+@kernel
 def finish_statistics_kernel(partial, mean, var, programs, span, M, C, BP: tl.constexpr, BC: tl.constexpr):
     cols = tl.program_id(0) * BC + tl.arange(0, BC)
     count, average, square = 0.0, tl.zeros((BC,), tl.float32), tl.zeros((BC,), tl.float32)
@@ -269,7 +290,7 @@ def finish_statistics(partial, statistics, span, rows):
 
 
 # g (M, KP): the gradient of outputs y, columns of the buffer, is d − p − q·(y − mean); zero beyond K columns.
-@triton.jit
+@kernel
 def complete_kernel(
     y, y_stride, d, d_stride, mean, p, q, g, M, K, KP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr
 ):
@@ -289,7 +310,7 @@ def complete_kernel(
 
 # dR = (Σ over taps g·W)·[x·s + t > 0], and partial sums of dR·x̂ and dR. Program (p, j): a span of rows, columns j of x;
 # loops over the 9 taps of tiles of the outputs.
-@triton.jit
+@kernel
 def conv3x3_backward_kernel(
     g, x, x_stride, mean, var, gamma, beta, eps, weight, wk, wj, wy, wx,
     d_relu, sums, span, M, height, width, J, K,
@@ -324,7 +345,7 @@ def conv3x3_backward_kernel(
 
 
 # dW, partial: (programs, 9·K, J). Program (p, c, j): a span of rows, columns c of the 9·KP of taps, input columns j.
-@triton.jit
+@kernel
 def conv3x3_weight_kernel(
     g, x, x_stride, mean, var, gamma, beta, eps, partial, span, M, height, width, J, K,
     KP: tl.constexpr, BM: tl.constexpr, BQ: tl.constexpr, BJ: tl.constexpr, V: tl.constexpr,
@@ -355,7 +376,7 @@ def conv3x3_backward(new, x, norm, weight, shape):
     Inverse of bn_relu_conv3x3.
     """
     (m, j), k = x.shape, len(weight)
-    kp, tiles = triton.cdiv(k, 16) * 16, fitting("complete", x)  # tl.dot needs 16
+    kp, tiles = triton.cdiv(k, 16) * 16, fitting("complete", x, shape)  # tl.dot needs 16
     g = x.new_empty(m, kp)
     complete_kernel[(triton.cdiv(m, tiles["BM"]),)](
         new.x, new.x.stride(0), new.d, new.d.stride(0), new.mean, new.p, new.q, g, m, k,
@@ -364,16 +385,16 @@ def conv3x3_backward(new, x, norm, weight, shape):
     given = g, x, x.stride(0), *norm[:5]
     size, common = (m, shape[2], shape[3], j, k), {"KP": kp, "V": vector(j, x.stride(0))}
 
-    d_relu, tiles = x.new_empty(m, j), fitting("conv3x3_backward", x)
+    d_relu, tiles = x.new_empty(m, j), fitting("conv3x3_backward", x, shape)
     column_tiles = triton.cdiv(j, tiles["BJ"])
-    span, programs = share_rows(m, tiles["BM"], column_tiles)
+    span, programs = share_rows(x, tiles["BM"], column_tiles)
     sums = x.new_empty(programs, 2, j, dtype=torch.float32)
     conv3x3_backward_kernel[(programs, column_tiles)](
         *given, weight, *weight.stride(), d_relu, sums, span, *size, **common, **tiles
     )
-    tiles = fitting("conv3x3_weight", x)
+    tiles = fitting("conv3x3_weight", x, shape)
     tap_tiles, column_tiles = triton.cdiv(9 * kp, tiles["BQ"]), triton.cdiv(j, tiles["BJ"])
-    span, programs = share_rows(m, tiles["BM"], tap_tiles * column_tiles)
+    span, programs = share_rows(x, tiles["BM"], tap_tiles * column_tiles)
     partial = x.new_empty(programs, 9, k, j, dtype=torch.float32)
     conv3x3_weight_kernel[(programs, tap_tiles, column_tiles)](*given, partial, span, *size, **common, **tiles)
     return d_relu, *finish_gradients(sums, partial, weight, norm, m)
@@ -382,7 +403,7 @@ def conv3x3_backward(new, x, norm, weight, shape):
 # One pass over x, C columns of the buffer, with dh = u·dR2 + v·h + w, the gradient of the second batch norm's input:
 #   dA = dh·W, dR = dA·[x·s + t > 0], D += s·dR, partial sums of dR·x̂, dR, and of dW = dhᵀ·a.
 # Program (p, c): a span of rows, columns c. weight is (J, C). BATCH: that norm used the batch's statistics.
-@triton.jit
+@kernel
 def conv1x1_backward_kernel(
     d_relu, h, mean2, var2, gamma2, beta2, eps2, d_weight2, d_bias2,
     x, x_stride, mean, var, gamma, beta, eps, weight, d, d_stride, sums, partial, span, M, C, J,
@@ -426,7 +447,7 @@ def conv1x1_backward_kernel(
     tl.store(place, acc, mask=in_weight)
 
 
-def conv1x1_backward(d_relu, h, norm2, d_weight2, d_bias2, read, norm, weight):
+def conv1x1_backward(d_relu, h, norm2, d_weight2, d_bias2, read, norm, weight, shape):
     """dR2 and h (M, J) with their norm and its gradients (J,): adds to the gradient in the Buffer of C columns.
 
     Returns the gradients of γ and β (C,) and of the weight (J, C, 1, 1). Inverse of bn_relu_conv1x1.
@@ -434,9 +455,9 @@ def conv1x1_backward(d_relu, h, norm2, d_weight2, d_bias2, read, norm, weight):
     x, d = read.x, read.d
     (m, c), j = x.shape, len(weight)
     bj = power_of_2(j)  # all outputs are in one tile
-    tiles = fitting("conv1x1_backward", h, bj)
+    tiles = fitting("conv1x1_backward", h, shape, bj)
     column_tiles = triton.cdiv(c, tiles["BC"])
-    span, programs = share_rows(m, tiles["BM"], column_tiles)
+    span, programs = share_rows(x, tiles["BM"], column_tiles)
     sums = x.new_empty(programs, 2, c, dtype=torch.float32)
     partial = x.new_empty(programs, 1, j, c, dtype=torch.float32)
     conv1x1_backward_kernel[(programs, column_tiles)](
@@ -449,7 +470,7 @@ def conv1x1_backward(d_relu, h, norm2, d_weight2, d_bias2, read, norm, weight):
 
 # Adds partial sums: dγ and dβ from (programs, 2, C) and, where the norm used the batch (DEFER), to p and q what these
 # contribute; dW from (programs, taps·K, C), into the weight's strides. The first programs take columns, the others dW.
-@triton.jit
+@kernel
 def finish_gradients_kernel(
     sums, sums_programs, d_weight, d_bias, partial, partial_programs, d_conv, wk, wj, wy, wx,
     var, gamma, eps, p, q, M, size, K, C,

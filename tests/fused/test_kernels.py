@@ -84,7 +84,7 @@ def run(step, v):
     wide = torch.promote_types(v["x"].dtype, torch.float32)
     if name == "bn_relu_conv1x1":
         h, statistics = nan(v["h"].shape, dtype=v["h"].dtype), nan((2, v["h"].shape[1]), dtype=wide)
-        step(v["x"], v["norm1"], v["conv1"], h, statistics)
+        step(v["x"], v["norm1"], v["conv1"], v["shape"], h, statistics)
         return h, *statistics
     if name == "bn_relu_conv3x3":
         matrix = torch.full((len(v["x"]), 500), 7.0, dtype=v["x"].dtype, device=DEVICE)
@@ -96,7 +96,7 @@ def run(step, v):
         new = buffer.select(slice(columns, columns + len(v["conv2"])))
         return *step(new, v["h"], v["norm2"], v["conv2"], v["shape"]), buffer.d
     h = v["d_relu"], v["h"], v["norm2"], v["d_weight2"], v["d_bias2"]
-    results = step(*h, buffer.select(slice(columns)), v["norm1"], v["conv1"])
+    results = step(*h, buffer.select(slice(columns)), v["norm1"], v["conv1"], v["shape"])
     return *results, buffer.d, buffer.p, buffer.q
 
 
@@ -151,18 +151,24 @@ def test_without_bottleneck(name):
     assert_as_exact_as_torch(name, v)
 
 
+def few_programs(monkeypatch):
+    """Two of them share 72 rows in tiles of 32, or 405."""
+    monkeypatch.setattr(kernels, "hardware", lambda device: (kernels.HOPPER, 1))
+    monkeypatch.setattr(kernels, "IMAGES", 0)
+
+
 @pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize(("channels", "growth_rate"), [(36, 12), (204, 12), (60, 24), (88, 40)])
 def test_half_precision(name, channels, growth_rate, monkeypatch):
     """bf16 on a GPU. The interpreter cannot multiply bf16 matrices: there float16, whose rounding is finer."""
-    monkeypatch.setattr(kernels, "PROGRAMS", 1)  # which then has three tiles
+    few_programs(monkeypatch)
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16
     assert_as_exact_as_torch(name, inputs((2, 6, 6), channels, growth_rate, dtype=dtype))
 
 
 @pytest.mark.parametrize("name", STEPS)
 def test_many_tiles_per_program(name, monkeypatch):
-    monkeypatch.setattr(kernels, "PROGRAMS", 2)
+    few_programs(monkeypatch)
     assert_as_exact_as_torch(name, inputs((5, 9, 9), 24, 12))
 
 
@@ -170,8 +176,7 @@ def test_many_tiles_per_program(name, monkeypatch):
 @pytest.mark.parametrize("capability", [kernels.HOPPER, (8, 0)])
 def test_large_tiles(name, capability, monkeypatch):
     """Up to 256 rows, as for 64 images of 32×32 pixels, on Hopper and elsewhere."""
-    monkeypatch.setattr(kernels, "MULTIPROCESSORS", 1)
-    monkeypatch.setattr(kernels, "capability", lambda device: capability)
+    monkeypatch.setattr(kernels, "hardware", lambda device: (capability, 1))
     assert_as_exact_as_torch(name, inputs((5, 9, 9), 24, 12))
 
 
