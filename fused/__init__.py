@@ -76,14 +76,24 @@ def steps_for(x):
 
 @functools.cache
 def kernels_for(device):
-    """The module kernels, or None without Triton (on Windows) or below compute capability 8.0, where it is slow."""
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return None
-    try:
-        from fused import kernels
-    except ImportError:
-        return None
-    return kernels
+    """The module kernels, or None where they cannot run or would be slow, which is said in a line."""
+    if torch.version.hip:
+        problem = "nobody has tried them on ROCm yet"
+    elif torch.cuda.get_device_capability(device) < (8, 0):
+        problem = "they need compute capability 8.0"
+    else:
+        try:
+            from fused import kernels
+
+            ones = torch.ones(1, 2, 16, device=device)
+            kernels.finish_statistics(ones, torch.empty_like(ones[0]), 1, 1)  # a small one shows what is missing
+            torch.cuda.synchronize(device)
+            return kernels
+        except Exception as error:  # of any kind, many of Triton's own
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            problem = f"they need Triton, a C compiler and Python's headers ({reason})"
+    print(f"block 'fused' runs in plain torch here, not by its kernels: {problem}", file=sys.stderr)
+    return None
 
 
 @contextlib.contextmanager

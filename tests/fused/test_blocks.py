@@ -1,7 +1,6 @@
 """The blocks compute one function: outputs, gradients and statistics are those of the naive block."""
 
 import copy
-import sys
 
 import numpy as np
 import pytest
@@ -283,20 +282,6 @@ def test_fused_says_what_it_cannot_do():
         torch.autograd.grad(model(x.requires_grad_()).sum(), x, create_graph=True)
     with pytest.raises(ValueError, match="more than one value per channel"):
         DenseNet(depth=10, growth_rate=4, block="fused").blocks[0](torch.randn(1, 8, 1, 1))
-
-
-@pytest.mark.parametrize(("capability", "installed", "found"), [((8, 0), True, True), ((7, 5), True, False), ((9, 0), False, False)])
-def test_kernels_are_for_gpus_with_bf16_and_triton(monkeypatch, capability, installed, found):
-    pytest.importorskip("triton")
-    from fused import kernels
-
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    if not installed:
-        monkeypatch.setitem(sys.modules, "fused.kernels", None)
-        monkeypatch.delattr(fused, "kernels")
-    fused.kernels_for.cache_clear()
-    assert fused.kernels_for(torch.device("cuda")) is (kernels if found else None)
-    fused.kernels_for.cache_clear()
 
 
 def test_fused_leaves_nothing_behind():

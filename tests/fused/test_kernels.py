@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton")  # torch comes without it on some systems
 from helpers import assert_as_exact_as_naive, make, step, with_block
+from triton.runtime.errors import OutOfResources, PTXASError
 
 import fused
 from fused import Buffer, Norm, kernels
@@ -225,3 +226,29 @@ def test_whole_block(monkeypatch, bottleneck, training, count):
     naive = step(with_block(model, "naive"), x, amp)
     monkeypatch.setattr(fused, "steps_for", lambda x: kernels)
     assert_as_exact_as_naive(step(with_block(model, "fused"), x, amp), naive, exact)
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "error", "words"),
+    [
+        ((9, 0), None, None, ""),
+        ((8, 0), "6.4", None, "nobody has tried them on ROCm"),  # whose MI200 says (9, 0)
+        ((7, 5), None, None, "need compute capability 8.0"),
+        ((9, 0), None, OutOfResources(98_304, 65_536, "shared memory"), "Python's headers (out of resource: shared memory, Req"),
+        ((9, 0), None, PTXASError("no such GPU\nand more"), "(PTXAS error: no such GPU)"),
+        ((9, 0), None, ImportError("No module named 'triton'"), "Triton, a C compiler"),
+        ((9, 0), None, ValueError(), "(ValueError)"),
+    ],
+)
+def test_where_kernels_cannot_run_a_line_says_so(monkeypatch, capsys, capability, hip, error, words):
+    def fails(*args):
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    if error:
+        monkeypatch.setattr(kernels, "finish_statistics", fails)
+    found = fused.kernels_for.__wrapped__(torch.device(DEVICE))  # not what is remembered
+    line = capsys.readouterr().err
+    assert (found is kernels, line.count("\n")) == ((False, 1) if words else (True, 0)) and words in line
