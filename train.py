@@ -25,7 +25,7 @@ from training import distributed
 from training.arguments import parse_args
 from training.choice import choose_block
 from training.ending import Interrupted, NotFinite, ending, interruptible
-from training.finetune import freeze, parameter_groups, read_source, take, training_mode
+from training.finetune import freeze, parameter_groups, take, training_mode
 from training.flags import as_flags, model_options, try_out
 from training.recipe import PAPER, RECIPES, learning_rate, make_optimizer, make_recipe
 from training.run import Figures, Run, provenance
@@ -245,7 +245,8 @@ def train_and_test(args, epoch, model, step, batches):
         "images_per_second": round(int(steps[:, 2].sum()) / (time.monotonic() - start), 1),
         "peak_memory_mib": round(peak_memory_mib(device), 1),
     }
-    rows = {"train": train_rows(steps, epoch, schedule, args.log_every, costs)}
+    factor = step.optimizer.param_groups[0].get("lr_factor", 1)  # of the classifier, where it alone is trained
+    rows = {"train": train_rows(steps, epoch, lambda i: factor * schedule(i), args.log_every, costs)}
     networks = {"": model}
     if step.recipe.average:
         networks["-ema"] = step.recipe.average.model
@@ -310,14 +311,11 @@ def claim(args, checkpoint, run):
         raise Mistake(f"another process went on with {run.path} meanwhile: run again")
 
 
-def train(args, checkpoint, run):
-    """Train to the last epoch, writing into ``run``; ``checkpoint`` is the state to go on from, or None."""
+def train(args, checkpoint, source, run):
+    """Train to the last epoch, writing into ``run``, from a checkpoint or the weights of a source, or neither."""
     device, dataset = distributed.local_rank_0_first(prepare, args, checkpoint)
     amp, precision = choose_precision(args.precision, device)
     distributed.on_rank_0(claim, args, checkpoint, run)
-    source = None
-    if args.init_from is not None and checkpoint is None:
-        source = distributed.on_rank_0(read_source, args.init_from, args.arch)
     dataset = dataset.normalized_as((checkpoint or source or {}).get("normalize"))
 
     model, notes = make_model(args, source, dataset.classes, device)
@@ -373,10 +371,10 @@ def main(argv=None):
     with interruptible() as ignore_signals:
         try:
             with distributed.process_group():
-                args, checkpoint = distributed.on_rank_0(parse_args, argv, __doc__)
+                args, checkpoint, source = distributed.on_rank_0(parse_args, argv, __doc__)
                 run = Run(args.save)
                 with run:
-                    train(args, checkpoint, run)
+                    train(args, checkpoint, source, run)
         except (Exception, Interrupted) as error:
             ignore_signals()  # torchrun sends SIGTERM to those that are left when one has died, while they report it
             status, message = ending(error, run)

@@ -35,7 +35,7 @@ DIGITS = str(ROOT / "work/digits.bc16/weights.pth")
 def write_checkpoint(root, image_size=8, classes=("cat", "dog"), **changed):
     """run.pth: an untrained network for the images that ``write_folder`` writes to ``root``; returns its dict."""
     flags = f"--dataset folder --data {root} --image-size {image_size} --depth 10 --growth-rate 4 --batch-size 4 --save run"
-    args, _ = parse_args(flags.split())
+    args, *_ = parse_args(flags.split())
     options = model_options(args, len(classes))
     torch.manual_seed(0)
     checkpoint = {

@@ -30,8 +30,9 @@ def parse_args(argv=None, description=None):
 
     Where no flag says which network, it is that of the weights to start from, if a run has saved it with them.
 
-    Returns the namespace and, with --resume, the checkpoint to go on from. Raises Mistake where arguments are wrong or
-    contradict each other, SystemExit where argparse finds that.
+    Returns the namespace, with --resume the checkpoint to go on from, and the weights to start from, if any, as
+    ``read_source`` returns them. Raises Mistake where arguments are wrong or contradict each other, SystemExit where
+    argparse finds that.
     """
     parser = make_parser(description)
     defaults = vars(parser.parse_args([]))
@@ -47,12 +48,13 @@ def parse_args(argv=None, description=None):
         checkpoint, saved = read_saved(given)
         args = argparse.Namespace(**saved | given)
     else:
-        source = read_source(given["init_from"], given.get("arch")) if "init_from" in given else None
+        if "init_from" in given:
+            source = read_source(given["init_from"], given.get("arch"), given.get("channels", defaults["channels"]))
         args = argparse.Namespace(**resolve_defaults(defaults, network_of(source, given) | given))
         Run(args.save).check(resume=False, overwrite=args.overwrite)
     check_args(args)
     check_finetuning(args, source)
-    return args, checkpoint
+    return args, checkpoint, source
 
 
 def network_of(source, given):

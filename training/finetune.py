@@ -6,8 +6,9 @@
     print(freeze(model, "stem,blocks.0"))
 """
 
-import hashlib
+import re
 import sys
+from collections import Counter
 from http.client import HTTPException
 from pathlib import Path
 
@@ -21,27 +22,62 @@ from inference.export import NEEDED, read_weights
 from inputs.splits import NORMALIZE
 
 PUBLISHED = [name for name, options in ARCHITECTURES.items() if options.get("stem") == "imagenet"]  # by torchvision
+# What names of tensors begin with: here; in torchvision's networks, below "features."; and what may stand before it.
+OURS, THEIRS = r"(stem|blocks|transitions|norm|classifier)\.", r"(conv0|norm0|norm5|denseblock\d+|transition\d+)\."
+NAME = re.compile(rf"(|.+?\.)(features\.)?({OURS}|{THEIRS})")
 UNUSED = "num_batches_tracked"  # what early releases of torch did not count, and nothing here depends on
 
 
-def read_source(what, arch=None):
+def read_source(what, arch=None, channels=3):
     """Trained weights: {"model": {name here: tensor}} and, as far as it is known, what a checkpoint has in NEEDED.
 
-    ``what`` is a checkpoint of a run, an exported .safetensors file, a file with a state dict in torchvision's names
-    (or with a dict that has one in it), or "imagenet": what torchvision publishes for ``arch``. Raises Mistake.
+    ``what`` is a checkpoint of a run, an exported .safetensors file, a file that has a DenseNet's state dict somewhere,
+    or "imagenet": what torchvision publishes for ``arch``. "found" says what was done to find the weights. Those for
+    other ``channels`` become such that compute the same of a grey image. Raises Mistake.
     """
     content = published(arch) if what == "imagenet" else read_weights(what)
-    found = content.get("model", content.get("state_dict", content)) if isinstance(content, dict) else None
-    pairs = found.items() if isinstance(found, dict) else ()
-    if not pairs or not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in pairs):
-        raise Mistake(f"--init-from {what}: the file holds no weights; name a .pth or .safetensors file that does")
-    source = {"model": {rename(name, FROM_TORCHVISION): value for name, value in pairs}}
-    if content.keys() >= NEEDED:
+    if isinstance(content, dict) and content.keys() >= NEEDED and content["model"]:  # not so an .onnx file
         checkpoint = upgrade(content, what)
-        source |= {name: checkpoint[name] for name in NEEDED}
-    elif any("features." in name for name in found):  # torchvision's names
-        source["normalize"] = NORMALIZE["imagenet"]
+        source = {name: checkpoint[name] for name in ("model", *NEEDED)} | {"found": []}
+    else:
+        source = foreign(content, what)
+    stem = source["model"].get("stem.conv.weight")
+    if stem is not None and stem.ndim == 4 and stem.shape[1] != channels:
+        source["model"]["stem.conv.weight"] = stem.sum(1, keepdim=True).repeat(1, channels, 1, 1) / channels
+        source["found"].append(f"{stem.shape[1]} input channels {'summed' if channels == 1 else 'spread'}")
+        if "normalize" in source:
+            source["normalize"] = [[sum(values) / len(values)] * channels for values in source["normalize"]]
     return source
+
+
+def foreign(content, what):
+    """The weights of another program as a source: those in a file's dict of which most have a DenseNet's names.
+
+    What stands before most of these names, "module.backbone." say, is no part of them. Raises Mistake.
+    """
+
+    def prefixes(weights):
+        return Counter(match[1] for match in map(NAME.match, weights) if match)
+
+    found = max(state_dicts(content), key=lambda item: (prefixes(item[1]).total(), len(item[1])), default=None)
+    if found is None:
+        raise Mistake(f"--init-from {what}: the file holds no weights; name a .pth or .safetensors file that does")
+    place, weights = found
+    [(prefix, _)] = prefixes(weights).most_common(1) or [("", 0)]
+    names = {name: re.sub(rf"^(?={THEIRS})", "features.", name.removeprefix(prefix)) for name in weights}
+    source = {"model": {rename(names[name], FROM_TORCHVISION): value for name, value in weights.items()}}
+    if any(name.startswith("features.") for name in names.values()):
+        source["normalize"] = NORMALIZE["imagenet"]
+    return source | {"found": [f"its {place}"] * bool(place) + [f"names without {prefix}"] * bool(prefix)}
+
+
+def state_dicts(content, place=""):
+    """Yield (where it is, dict) of each dict of tensors by name within a file's content."""
+    if isinstance(content, dict) and content:
+        if all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items()):
+            yield place, content
+        for name, value in content.items():
+            yield from state_dicts(value, f"{place}.{name}".strip("."))
 
 
 def published(arch):
@@ -50,16 +86,16 @@ def published(arch):
 
     if arch not in PUBLISHED:
         raise Mistake(f"--init-from imagenet: say of which network, with --arch: {', '.join(sorted(PUBLISHED))}")
-    weights = get_model_weights(arch).DEFAULT
-    path = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)  # NAME-CHECKSUM.pth
-    if path.exists() and not hashlib.sha256(path.read_bytes()).hexdigest().startswith(path.stem.rpartition("-")[2]):
-        raise Mistake(f"{path} is incomplete or damaged: delete it, then run again")
-    try:
-        options = {"check_hash": True, "map_location": "cpu", "weights_only": True}
-        return weights.get_state_dict(progress=sys.stderr.isatty(), **options)
-    except (OSError, RuntimeError, HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        raise Mistake(f"cannot download {weights.url} ({reason}): put that file into {path.parent} by hand") from error
+    url = get_model_weights(arch).DEFAULT.url
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)  # NAME-CHECKSUM.pth
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), path.stem.rpartition("-")[2], sys.stderr.isatty())
+        except (OSError, RuntimeError, HTTPException) as error:
+            reason = getattr(error, "reason", error)
+            raise Mistake(f"cannot download {url} ({reason}): put that file into {path.parent} by hand") from error
+    return read_weights(path)
 
 
 def unfit(model, source, what, classes=None):
@@ -79,8 +115,8 @@ def unfit(model, source, what, classes=None):
             reasons[name] = "there of other classes"
     if 2 * len(reasons) > len(own):
         raise Mistake(
-            f"--init-from {what}: only {len(own) - len(reasons)} of this network's {len(own)} tensors are there: "
-            "say with --arch, or --depth, --growth-rate and others, of which network they are"
+            f"--init-from {what}: only {len(own) - len(reasons)} of this network's {len(own)} tensors are there, among "
+            f"{', '.join([*found][:3])}, …: say with --arch, or --depth, --growth-rate and others, which network it is"
         )
     return reasons
 
@@ -92,7 +128,7 @@ def take(model, source, what, classes=None):
     model.load_state_dict(taken, strict=False)
     fresh = [f"{name} {tuple(own[name].shape)}, {reason}" for name, reason in reasons.items()]
     left = [name for name in source["model"] if name not in own and not name.endswith(UNUSED)]
-    line = f"weights taken from {what}"
+    line = f"weights taken from {what}" + (f" ({', '.join(source['found'])})" if source.get("found") else "")
     for title, names in (("fresh", fresh), ("not taken", left)):
         more = [f"… {len(names) - 4} more"] if len(names) > 4 else []
         line += f"; {title}: {'; '.join(names[:4] + more)}" if names else ""

@@ -60,7 +60,7 @@ def test_a_flag_that_it_did_not_know_is_off(monkeypatch, capsys):
         return parser
 
     monkeypatch.setattr(arguments, "make_parser", newer)
-    args, _ = arguments.parse_args([*RESUME, "--later", "0"])
+    args, *_ = arguments.parse_args([*RESUME, "--later", "0"])
     assert args.later == 0 and args.epochs == 4 and args.limit_train == 200
     assert status_of(train.main, [*RESUME, "--later", "0.5"]) == 2
     assert "the run in run was started with --later 0.0, not 0.5" in capsys.readouterr().err
