@@ -7,60 +7,79 @@ Example: python check_data.py DIR --workers 2                 (reads every image
 import hashlib
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
-from common.console import Mistake, Parser, between, command, natural, nonempty
+import numpy as np
+
+from common.console import Mistake, Parser, amount, between, command, nonempty
 from inputs.datasets import DATASETS, load
 from inputs.decoding import in_workers
 from inputs.folders import existing, list_images, passed_over
-from inputs.image import STREAM_FROM, Reader, add_reader_flags, in_8_bits, opened, orientation
+from inputs.image import STREAM_FROM, Reader, add_reader_flags, opened, orientation, patient
 from inputs.splits import channel_statistics
 
 
-def inspect(path, reader):
-    """("W×H", mode, digest of the pixels that are seen) of a file; or the Mistake that says why it cannot be read."""
-    try:
-        with opened(path) as image:
-            image.load()
-            seen = in_8_bits(image, reader.channels, reader.white, path)
-            content = hashlib.blake2b(f"{seen.size} {orientation(image)}".encode() + seen.tobytes())
-            return f"{image.width}×{image.height}", image.mode, content.digest()
-    except Mistake as error:
-        return error
+@patient
+def inspect(reader, path):
+    """("W×H", mode, what is lost in reading, digest of the pixels that are seen) of a file. Raises as Reader.read.
+
+    Of what is not read whole, or not in 8 bits, the digest is one of all bits: other pixels may look the same.
+    """
+    losses = reader.losses(path)
+    with opened(path) as image:
+        scale, turned = reader.scale(image, path), orientation(image)
+        image.load()
+        seen = np.asarray(image, np.float64) if scale else reader.in_8_bits(image, scale)
+        content = Path(path).read_bytes() if losses else f"{image.size} {turned}".encode() + seen.tobytes()
+        return f"{image.width}×{image.height}", image.mode, losses, hashlib.blake2b(content).digest()
 
 
 def check_folder(root, reader):
-    """Read every image below ``root`` and print what was found. Returns 1 if some are unreadable or in two splits."""
+    """Read every image below ``root`` and print what was found. Returns 1 if some are unreadable or twice."""
     splits = [root / name for name in ("train", "val", "test") if (root / name).is_dir()] or [existing(root)]
-    passed, found, problems = Counter(), {}, []  # found: path → (split, size, mode, digest)
+    passed, found, problems = Counter(), {}, []  # found: path → (split, class, size, mode, losses, digest)
     for split in splits:
         classes = list_images(split, passed)
-        paths = [path for paths in classes.values() for path in paths]
-        for path, answer in zip(paths, in_workers(inspect, paths, reader, "checking images"), strict=True):
+        files = [(path, name) for name, paths in classes.items() for path in paths]
+        answers = in_workers(partial(inspect, reader), [path for path, _ in files], reader, "checking images")
+        for (path, name), answer in zip(files, answers, strict=True):
             if isinstance(answer, Mistake):
                 problems.append(answer)
             else:
-                found[path] = split, *answer
+                found[path] = split, name, *answer
         counts = ", ".join(f"{name} {len(paths)}" for name, paths in classes.items())
-        print(f"{split}: {len(paths):,} images in {len(classes)} classes: {counts}")
+        print(f"{split}: {len(files):,} images in {len(classes)} classes: {counts}")
     print(*passed_over(passed), sep="\n", end="\n" if passed else "")
-    _, sizes, modes, _ = zip(*found.values(), strict=True) if found else [()] * 4
-    for name, values in (("modes", modes), ("sizes", sizes)):
-        kinds = Counter(values).most_common()
+    for name, column in (("modes", 3), ("sizes", 2)):
+        kinds = Counter(facts[column] for facts in found.values()).most_common()
         others = f", {len(kinds) - 10} others" if len(kinds) > 10 else ""
         print(f"{name}: " + ", ".join(f"{kind} {count:,}" for kind, count in kinds[:10]) + others)
+    for loss, count in Counter(loss for facts in found.values() for loss in facts[4]).items():
+        print(f"{count:,} images: {loss}")
     for problem in problems:
         print(f"unreadable: {problem}")
-    first, twice = {}, 0  # first: digest → the first file with these pixels, and its split
-    for path, (split, _, _, digest) in found.items():
-        other, other_split = first.setdefault(digest, (path, split))
-        if other_split != split:
-            print(f"in two splits: {other} = {path}")
-            twice += 1
-    print(f"{len(found) + len(problems):,} images, {len(problems)} unreadable, {twice} in more than one split")
+    return 1 if print_twice(found, problems) or problems or not found else 0
+
+
+def print_twice(found, problems):
+    """Print which images are in two splits or classes, what that adds up to, and what to do. Returns how many are."""
+    first, twice = {}, Counter()  # first: digest → the first file with these pixels
+    for path, (split, name, *_, digest) in found.items():
+        other = first.setdefault(digest, path)
+        for kind, differ in (("splits", found[other][0] != split), ("classes", found[other][1] != name)):
+            if differ:
+                print(f"in two {kind}: {other} = {path}")
+                twice[kind] += 1
+    counts = f"{twice['splits']} in more than one split, {twice['classes']} in more than one class"
+    print(f"{len(found) + len(problems):,} images, {len(problems)} unreadable, {counts}")
     if problems:
-        print("replace or delete what is damaged, or train with --skip-unreadable")
-    return 1 if problems or twice or not found else 0
+        print("repair, convert or delete what cannot be read, or train with --skip-unreadable")
+    if twice["splits"]:
+        print("delete what is in two splits from the training images: a test of what was learnt by heart says little")
+    if twice["classes"]:
+        print("delete what is in two classes from the wrong one")
+    return twice.total()
 
 
 def parse_args(argv=None):
@@ -74,8 +93,8 @@ def parse_args(argv=None):
     add("--image-size", type=between(1, 100_000, int), default=32, metavar="N",
         help="--stats: resize images of folder and digits to N×N pixels (default: %(default)s)")
     add_reader_flags(add)
-    add("--test-size", type=natural, default=0, metavar="N",
-        help="--stats of class folders alone: set N images apart (default: %(default)s)")
+    add("--test-size", type=amount, default=0, metavar="N",
+        help="--stats of class folders alone: set N images, or a share of them, apart (default: 0.2)")
     return parser.parse_args(argv)
 
 

@@ -50,7 +50,13 @@ def between(low, high, kind=float):
 
 positive, natural = between(1, 10**9, int), between(0, 10**9, int)
 positive_number = between(1e-30, 1e30)  # beyond, float32 would have 0 or infinity
+number = between(-1e30, 1e30)
 workers = between(0, 1000, int)
+
+
+def amount(text):
+    """The type of an argument that is a number of images or, with a point, a share of them."""
+    return between(0, 0.99)(text) if "." in text else natural(text)
 
 
 def nonempty(text):

@@ -12,7 +12,7 @@ from common.console import Mistake
 from densenet import DenseNet
 from inputs import datasets, splits
 from inputs.batches import memory_format, normalizer
-from inputs.decoding import in_workers, read_or_problem
+from inputs.decoding import in_workers
 from inputs.image import Reader
 
 
@@ -125,7 +125,7 @@ def classify_each(probabilities, paths, reader, batch_size):
 
     ``probabilities`` is what ``classifier`` returns. No more than a batch is in memory at once.
     """
-    decoded = iter(in_workers(read_or_problem, paths, reader, "classifying images"))
+    decoded = iter(in_workers(reader.read, paths, reader, "classifying images"))
     while batch := list(itertools.islice(decoded, batch_size)):
         pixels = [torch.from_numpy(item) for item in batch if not isinstance(item, Mistake)]
         rows = iter(probabilities(torch.stack(pixels)) if pixels else ())

@@ -5,7 +5,9 @@ import os
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import PIL
@@ -14,9 +16,9 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from common.checkpoints import load_file
-from common.console import Mistake
+from common.console import Mistake, forget_workers
 from common.files import written_whole
-from inputs.image import Unreadable
+from inputs.image import Unreadable, patient
 
 
 def unreadable(problems):
@@ -24,7 +26,7 @@ def unreadable(problems):
     problems = list(problems)
     shown = "; ".join(problems[:10]) + ("; …" if len(problems) > 10 else "")
     count = f"{len(problems)} images cannot be read: " if len(problems) > 1 else ""
-    return Mistake(f"{count}{shown}: replace or delete what is damaged, or start again with --skip-unreadable")
+    return Mistake(f"{count}{shown}: repair, convert or delete them, or start again with --skip-unreadable")
 
 
 def read_cached(cache, paths, reader):
@@ -36,9 +38,10 @@ def read_cached(cache, paths, reader):
     key = cache_key(paths, cache.parent, reader)
     try:
         cached = load_file(cache)
-        again = [read_or_problem(paths[i], reader) for i in cached["unreadable"]] if cached["key"] == key else [None]
-        if all(isinstance(found, Unreadable) for found in again):
-            return cached["pixels"], dict(zip(cached["unreadable"], map(str, again), strict=True))
+        if cached["key"] == key:
+            again = {i: attempt(reader.read, paths[i]) for i in cached["unreadable"]}
+            if all(isinstance(found, Unreadable) for found in again.values()):
+                return cached["pixels"], {i: str(found) for i, found in again.items()}
     except (Mistake, KeyError, TypeError) as error:  # the images are still there
         if cache.exists():
             print(f"{cache} cannot be read ({type(error).__name__}): decoding the images again", file=sys.stderr)
@@ -55,22 +58,20 @@ def read_cached(cache, paths, reader):
 def cache_key(paths, root, reader):
     """A hash of the files' names and states, and of what decodes them: our modules and Pillow."""
     key = hashlib.sha256(Path(__file__).read_bytes() + Path(__file__).with_name("image.py").read_bytes())
-    key.update(f"{PIL.__version__} {reader.image_size} {reader.channels} {reader.white}".encode())
+    key.update(f"{PIL.__version__} {replace(reader, skip_unreadable=False, workers=0, progress=False)}".encode())
     with ThreadPoolExecutor(8) as threads:
         for path, state in zip(paths, threads.map(partial(state_of, reader=reader), paths), strict=True):
             key.update(os.fsencode(os.path.relpath(path, root)) + b"\0" + state)
     return key.hexdigest()
 
 
+@patient
 def state_of(path, reader):
     """A digest of a file's bytes; of one that is streamed, which would take minutes to read, its size and times."""
     if reader.streams:
         status = os.stat(path)
         return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}".encode()
-    try:
-        return hashlib.blake2b(Path(path).read_bytes()).digest()
-    except OSError:
-        return b"unreadable"
+    return hashlib.blake2b(Path(path).read_bytes()).digest()
 
 
 def read_all(paths, reader, keep=True):
@@ -80,7 +81,7 @@ def read_all(paths, reader, keep=True):
     """
     pixels = torch.zeros(len(paths) if keep else 0, *(reader.image_size,) * 2, reader.channels, dtype=torch.uint8)
     problems, label = {}, "decoding images" if keep else "checking images"
-    for i, found in enumerate(in_workers(read_or_problem, paths, reader, label)):
+    for i, found in enumerate(in_workers(reader.read, paths, reader, label)):
         if isinstance(found, Unreadable):
             problems[i] = str(found)
         elif isinstance(found, Mistake):
@@ -90,18 +91,25 @@ def read_all(paths, reader, keep=True):
     return pixels, problems
 
 
-def read_or_problem(path, reader):
-    """(S, S, C) uint8 as in evaluation, or the Mistake that says why there are none."""
-    try:
-        return reader.read(path)
-    except Mistake as error:
-        return error
-
-
 def in_workers(function, paths, reader, label):
-    """Yield function(path, reader=reader) for each path, in order, from the reader's workers, with a progress bar."""
-    loader = make_loader(paths, reader.workers, collate_fn=partial(function, reader=reader))
-    return tqdm(loader, desc=label, unit="img", disable=not reader.progress, leave=False)
+    """Yield function(path), or the Mistake that it raises, for each path, in order, with a progress bar.
+
+    The reader's workers compute it. An error of the system is raised.
+    """
+    loader = make_loader(paths, reader.workers, collate_fn=partial(attempt, function))
+    for found in tqdm(loader, desc=label, unit="img", disable=not reader.progress, leave=False):
+        if isinstance(found, OSError):
+            forget_workers()  # which may still be waiting to try again
+            raise found
+        yield found
+
+
+def attempt(function, *args):
+    """What a function returns or what it raises, a Mistake or an OSError: torch would hand on a worker's traceback."""
+    try:
+        return function(*args)
+    except (Mistake, OSError) as error:
+        return error
 
 
 def make_loader(dataset, workers, **options):
@@ -110,13 +118,15 @@ def make_loader(dataset, workers, **options):
         dataset,
         batch_size=None,
         num_workers=workers,
-        worker_init_fn=leave_signals_to_parent,
+        worker_init_fn=set_up_worker,
         generator=torch.Generator(),  # not torch's own: weights and dropout must not depend on who decoded what before
         **options,
     )
 
 
-def leave_signals_to_parent(worker):
-    """Ctrl-C reaches every process of a terminal; the parent then ends its workers."""
+def set_up_worker(worker):
+    # Ctrl-C reaches every process of a terminal; the parent then ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # A tensor would go to the parent through /dev/shm, of which containers have 64 MB; an array goes through a pipe.
+    ForkingPickler.register(torch.Tensor, lambda tensor: (torch.from_numpy, (tensor.numpy(),)))

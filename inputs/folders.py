@@ -1,6 +1,8 @@
 """Folders of images: which files belong to which split and class, what is passed over, and how they are loaded."""
 
+import errno
 import os
+import stat
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +12,16 @@ from PIL import Image
 
 from common.console import Mistake
 from inputs.batches import ImageTensors
-from inputs.decoding import read_all, read_cached, unreadable
-from inputs.image import STREAM_FROM, formats
+from inputs.decoding import in_workers, read_all, read_cached, unreadable
+from inputs.image import STREAM_FROM, formats, patient
 from inputs.splits import KINDS, NORMALIZE, Dataset, channel_statistics, check_memory, fingerprint, stratified
 from inputs.streaming import ImageFiles
+
+LIKE_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+OF_SYSTEMS = {  # lower case: bins, thumbnails and snapshots of macOS, Windows, Linux and network storage
+    *("__macosx", "$recycle.bin", "recycler", "system volume information", "lost+found"),
+    *("#recycle", "#snapshot", "@eadir", "@recycle", "@recently-snapshot"),
+}
 
 
 def load_folder(root, reader, test_size=0, manifest=None):
@@ -21,14 +29,14 @@ def load_folder(root, reader, test_size=0, manifest=None):
     if manifest:  # the folders that the run has had
         folders, notes = {split: existing(root / name) for split, name in manifest["folders"].items()}, []
     else:
-        folders, notes = find_splits(root, test_size)
+        folders, test_size, notes = find_splits(root, test_size)
     passed, train = Counter(), folders["train"]
     found = {split: list_images(folder, passed) for split, folder in folders.items()}
     classes = list(found["train"])
     if len(classes) < 2:
         raise Mistake(f"a classifier needs at least two class folders, and {train} has {', '.join(classes) or 'none'}")
     if empty := [name for name in classes if not found["train"][name]]:
-        raise Mistake(f"{train / empty[0]} holds no image that can be read: fill it or delete it")
+        raise Mistake(f"{train / empty[0]} holds no image that can be read: {convert(passed)}fill it or delete it")
     notes += passed_over(passed)
     files = {split: interleave(folders[split], found[split], classes, reader) for split in folders}
     if not reader.streams:
@@ -45,7 +53,7 @@ def load_folder(root, reader, test_size=0, manifest=None):
         files["train"] = files["train"].select(torch.tensor(kept))
     images = read_splits(root, files, classes, notes)
     notes += [line for split in images for line in absent_classes(split, images[split], classes)]
-    notes += check_range(images["train"])
+    notes += look_at(images["train"], reader)
     if reader.streams:
         mean, std = NORMALIZE["imagenet" if reader.channels == 3 else "imagenet in grey"]
     else:
@@ -76,13 +84,18 @@ def load_test_folder(root, reader, classes, manifest):
 
 
 def find_splits(root, test_size):
-    """({split: folder}, lines to print): train, test, and val for validation or, without a test folder, for testing.
+    """({split: folder}, test size, lines to print): train, test, and val for validation or, without test, for testing.
 
-    With ``test_size``, test images are to be taken from the training images, which may lie in ``root`` itself.
+    With a test size, test images are to be taken from the training images, which may lie in ``root`` itself. It is a
+    fifth for class folders alone.
     """
     train, val, test = (root / name for name in ("train", "val", "test"))
+    below = [path.name for path in root.glob("[!.]*") if path.is_dir()]
+    if not test_size and len(below) > 1 and not any(name.lower() in LIKE_SPLITS for name in below):
+        note = f"{root} has class folders alone: a fifth of each is set apart for testing (see --test-size)"
+        return {"train": root}, 0.2, [note]
     if test_size and not (train.is_dir() and any(path.is_dir() for path in train.iterdir())):  # a class may be a train
-        return {"train": existing(root)}, []
+        return {"train": existing(root)}, test_size, []
     if test_size and test.is_dir():
         raise Mistake(f"--test-size: {test} has test images: leave out one of the two")
     splits, notes = {"train": existing(train)}, []
@@ -90,7 +103,7 @@ def find_splits(root, test_size):
         notes, test = [f"{val} is the test split, since there is no {test}"], val
     elif val.is_dir():
         splits["valid"] = val
-    return splits if test_size else splits | {"test": existing(test)}, notes
+    return splits if test_size else splits | {"test": existing(test)}, test_size, notes
 
 
 def existing(folder):
@@ -98,29 +111,35 @@ def existing(folder):
         return folder
     raise Mistake(
         f"{folder} is missing: --dataset folder needs DIR/train/<class>/* and DIR/test/<class>/*, "
-        "or class folders alone and --test-size N"
+        "or class folders alone"
     )
 
 
+@patient
 def list_images(folder, passed):
-    """{class: sorted paths} of the images below ``folder/<class>``, at any depth. Raises Mistake.
+    """{class: sorted paths} of the images below ``folder/<class>``, at any depth. Raises Mistake, OSError.
 
-    Every format that Pillow decodes counts; names that begin with a dot do not. ``passed``, a Counter, is told the
-    suffixes of all other files.
+    Every format that Pillow decodes counts; names that begin with a dot, and folders of systems, do not. ``passed``, a
+    Counter, is told the suffixes of all other files.
     """
-    _, classes, files = next(os.walk(folder, onerror=refuse))
-    passed.update(map(suffix_of, visible(files)))
-    return {name: images_below(os.path.join(folder, name), passed) for name in visible(classes)}
+    kinds = Counter()
+    _, classes, files = next(walk(folder, kinds))
+    kinds.update(map(suffix_of, files))
+    found = {name: images_below(os.path.join(folder, name), kinds) for name in classes}
+    passed.update(kinds)
+    return found
 
 
+@patient
 def find_images(paths, passed):
     """The paths of files to classify: those named and, of folders named, those of ``list_images``. Raises Mistake."""
-    found = []
+    found, kinds = [], Counter()
     for path in paths:
-        images = images_below(path, passed) if os.path.isdir(path) else [path]
+        images = images_below(path, kinds) if os.path.isdir(path) else [path]
         if not images:
-            raise Mistake(f"{path} holds no image: name a folder that has some")
+            raise Mistake(f"{path} holds no image: {convert(kinds)}name a folder that has some")
         found += images
+    passed.update(kinds)
     return found
 
 
@@ -128,13 +147,12 @@ def images_below(top, passed):
     """Sorted paths of the images below a folder, at any depth."""
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in formats()}
     images = []
-    for folder, below, files in os.walk(top, onerror=refuse, followlinks=True):
+    for folder, _, files in walk(top, passed):
         if os.path.islink(folder) and any(os.path.samefile(folder, above) for above in Path(folder).parents):
             raise Mistake(f"{folder} is a link to a folder that it is in: delete it")
-        below[:] = visible(below)
-        for name in visible(files):
+        for name in files:
             path = os.path.join(folder, name)
-            kind = suffix_of(name) if os.path.isfile(path) else "broken link or pipe"
+            kind = suffix_of(name) if is_file(path) else "broken link or pipe"
             if kind in suffixes:
                 images.append(path)
             else:
@@ -142,12 +160,28 @@ def images_below(top, passed):
     return sorted(images)
 
 
-def refuse(error):
-    raise Mistake(f"{error.filename} cannot be read: {error.strerror}") from error
+def walk(top, passed):
+    """os.walk without what is hidden, nor what systems keep beside a user's files; ``passed`` is told the latter."""
+    for folder, below, files in os.walk(top, onerror=fail, followlinks=True):
+        systems = [name for name in below if name.lower() in OF_SYSTEMS]
+        for name in systems:
+            passed.update([name] * sum(len(inside) for *_, inside in os.walk(os.path.join(folder, name))))
+        below[:] = sorted(name for name in below if name not in systems and not name.startswith("."))
+        yield folder, below, sorted(name for name in files if not name.startswith("."))
 
 
-def visible(names):
-    return sorted(name for name in names if not name.startswith("."))
+def fail(error):
+    raise error
+
+
+def is_file(path):
+    """True of a file or a link to one. Raises the system's errors, which os.path.isfile takes for a no."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ELOOP):
+            raise
+        return False
 
 
 def suffix_of(name):
@@ -157,7 +191,12 @@ def suffix_of(name):
 def passed_over(passed):
     """A line to print about files that are no images, from a Counter of their kinds."""
     kinds = ", ".join(f"{kind} {count}" for kind, count in passed.most_common())
-    return [f"passed over {sum(passed.values())} files: {kinds}"] if passed else []
+    return [f"passed over {passed.total()} files: {kinds}"] if passed else []
+
+
+def convert(passed):
+    """How advice begins about a folder that has no images, where what it has is counted in ``passed``."""
+    return f"convert what was {passed_over(passed)[0]}; or " if passed else ""
 
 
 def interleave(folder, found, classes, reader):
@@ -221,15 +260,20 @@ def absent_classes(split, images, classes):
     return [f"no {split} image of {len(absent)} of the classes: {', '.join(absent[:10])}"] if absent else []
 
 
-def check_range(images):
-    """A line to print where training images use less than an eighth of their range: their white may be elsewhere."""
-    if isinstance(images, ImageFiles):  # about 64 of them, small
-        images = images.select(slice(None, None, max(1, len(images) // 64)))
-        pixels, problems = read_all(images.names, replace(images.reader, image_size=32, progress=False))
-    else:
-        pixels, problems = images.pixels, {}
+def look_at(images, reader):
+    """Lines to print about some 64 of the training images: what of them is lost, and how dark they end.
+
+    Where they use less than an eighth of their range, their white may be elsewhere.
+    """
+    some = slice(None, None, max(1, len(images) // 64))
+    quiet, paths = replace(reader, progress=False), images.names[some]
+    losses = in_workers(reader.losses, paths, replace(quiet, workers=0), "")
+    counts = Counter(loss for of_one in losses if not isinstance(of_one, Mistake) for loss in of_one)
+    notes = [f"{count} of {len(paths)} training images that were looked at: {loss}" for loss, count in counts.items()]
+    streamed = isinstance(images, ImageFiles)
+    pixels, problems = read_all(paths, replace(quiet, image_size=32)) if streamed else (images.pixels, {})
     low, high = int(pixels.min()), int(pixels.max())
-    if problems or high - low >= 32:
-        return []
-    used = f"{low} … {high} of 0 … 255"
-    return [f"the training images use only {used}: if their files have over 8 bits, say with --white what is white"]
+    if high - low < 32 and not problems:
+        advice = "if their files have over 8 bits, say with --white and --black what is white and black"
+        notes.append(f"the training images use only {low} … {high} of 0 … 255: {advice}")
+    return notes

@@ -1,23 +1,27 @@
 """One image file → pixels as viewers show it: upright, on white where it is transparent, at its full range."""
 
+import argparse
 import contextlib
 import errno
 import functools
 import os
+import re
+import time
 import warnings
 from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, PngImagePlugin
+from PIL.JpegImagePlugin import JpegImageFile
 
-from common.console import Mistake, positive_number, workers
+from common.console import Mistake, number, workers
 from common.files import readable
 
 # Formats that Pillow recognises but cannot decode, and EPS, whose files are programs.
 NO_IMAGES = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}
 STREAM_FROM = 128  # pixels: folders of images this large or larger are decoded anew in every epoch
-SYSTEM_ERRORS = {errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ETIMEDOUT}  # which say nothing of the file
+NO_FILE = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 BILINEAR = Image.Resampling.BILINEAR
 UPRIGHT = {  # EXIF orientation → what turns the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -34,21 +38,43 @@ class Unreadable(Mistake):
     """An image file that cannot be read. The message names it and says why."""
 
 
+def patient(read):
+    """Decorate what reads files: after an error of the system it tries again, three times, a second apart."""
+
+    @functools.wraps(read)
+    def read_again(*args, **options):
+        for _ in range(3):
+            with contextlib.suppress(OSError):
+                return read(*args, **options)
+            time.sleep(1)
+        return read(*args, **options)
+
+    return read_again
+
+
 @dataclass(frozen=True)
 class Reader:
     """How image files become pixels: square, 8 bits a channel, upright, on white where they are transparent.
 
-    ``channels`` is 3, or 1 for grey. ``white`` is the value that is white in images of more than 8 bits; without it, it
-    is 65535 where a pixel has 16 bits, and images of 32 bits are refused. ``workers`` is the number of processes that
-    decode (0: this one), ``progress`` shows a bar, ``skip_unreadable`` goes on without files that cannot be read.
+    ``channels`` is 3, or 1 for grey. ``black`` and ``white`` are the values that are so in grey images of more than 8
+    bits; without ``white``, it is 65535 where a pixel has 16 bits, and images of 32 bits are refused. Without
+    ``alpha``, transparency is left out. ``workers`` is the number of processes that decode (0: this one), ``progress``
+    shows a bar, ``skip_unreadable`` goes on without files that cannot be read.
     """
 
     image_size: int = 32
     channels: int = 3
     white: float | None = None
+    black: float = 0.0
+    alpha: bool = True
     skip_unreadable: bool = False
     workers: int = 0
     progress: bool = False
+
+    def __post_init__(self):
+        white = 65535 if self.white is None else self.white
+        if self.black >= white:
+            raise Mistake(f"--black {self.black:g} is not below --white {white:g}: choose less")
 
     @classmethod
     def of_run(cls, arguments, **options):
@@ -61,35 +87,96 @@ class Reader:
         """True if images stay on disk until a batch asks for them."""
         return self.image_size >= STREAM_FROM
 
+    @patient
     def read(self, path, choose_box=None):
         """(S, S, C) uint8 from a file: the part that ``choose_box`` chooses, resized.
 
-        ``choose_box``: (width, height) → (left, top, right, bottom), before anything is decoded. Without it, the part
-        is the one for evaluation: the centre of an image that is streamed, the whole of another. Raises Unreadable, and
-        Mistake where ``white`` is missing.
+        ``choose_box``: (width, height) → (left, top, right, bottom), of the image as it is stored, before anything is
+        decoded. Without it, the part is the one for evaluation: the centre of an image that is streamed, the whole of
+        another. Raises Unreadable, Mistake where nothing says which value is white, OSError where the system fails.
         """
         with opened(path) as image:
             return self.pixels(image, path, choose_box)
 
     def pixels(self, image, name, choose_box=None):
         """The same from an image that Pillow has opened, whose ``name`` is for messages."""
-        choose_box = choose_box or (centre(self.image_size) if self.streams else lambda size: (0, 0, *size))
-        box = decode_reduced(image, choose_box(image.size), self.image_size)
-        turn = UPRIGHT.get(orientation(image))
-        image = in_8_bits(image, self.channels, self.white, name)
+        scale = self.scale(image, name)
+        if not isinstance(image, JpegImageFile):  # the one kind that may be decoded at a part of its size
+            image.load()
+        turned = orientation(image)
+        if choose_box:
+            box = choose_box(image.size)
+        else:
+            box = centre(image.size, turned, self.image_size) if self.streams else (0, 0, *image.size)
+        box = decode_reduced(image, box, self.image_size)
+        image = self.in_8_bits(image, scale)
         if all(isinstance(side, int) for side in box):  # then resizing blends nothing in from outside the box
             image, box = image.crop(box), None
         image = image.resize((self.image_size,) * 2, BILINEAR, box)
-        pixels = np.array(image if turn is None else image.transpose(turn))
+        pixels = np.array(image.transpose(UPRIGHT[turned]) if turned in UPRIGHT else image)
         return pixels.reshape(self.image_size, self.image_size, self.channels)
+
+    def scale(self, image, name):
+        """The values that are (black, white) in an opened grey image of more than 8 bits; None of another one.
+
+        Raises Mistake where nothing says them, or they cannot be chosen.
+        """
+        if not image.mode.startswith(("I", "F")):
+            if (self.white, self.black) != (None, 0) and has_deep_colours(image):
+                advice = "--white and --black are for grey images: convert it to 8 bits, or leave them out"
+                raise Mistake(f"{name} has colours of 16 bits, of which the upper 8 are read: {advice}")
+            return None
+        if image.format == "PPM" and image.mode == "I":
+            return 0, 65535  # the file says what is white, and Pillow has scaled it
+        if self.white is None and not image.mode.startswith("I;16"):
+            kind = "floating-point" if image.mode == "F" else "32-bit"
+            advice = "say which value is, with --white, and with --black which is black, if not 0"
+            raise Mistake(f"{name} has {kind} values, which have no white of their own: {advice}")
+        return self.black, 65535 if self.white is None else self.white
+
+    def in_8_bits(self, image, scale):
+        """An image of any mode in "RGB" or, with one channel, "L"; for ``scale``, see there."""
+        if scale:
+            black, white = scale
+            values = np.nan_to_num(np.asarray(image, dtype=np.float64), nan=black) - black
+            image = Image.fromarray((values * (255 / (white - black))).clip(0, 255).round().astype(np.uint8))
+        if self.alpha and image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        if image.mode == "LAB":  # which Pillow converts to RGB alone
+            image = image.convert("RGB")
+        mode = "RGB" if self.channels == 3 else "L"
+        return image if image.mode == mode else image.convert(mode)
+
+    @patient
+    def losses(self, path):
+        """What of an image file is lost, or may be taken for what it is not: a list of words. Raises as ``read``."""
+        found = []
+        with opened(path) as image:
+            bands = getattr(image, "tag_v2", {}).get(277, 1)  # a TIFF file's samples per pixel
+            if has_deep_colours(image):
+                found.append("colours of 16 bits, of which the upper 8 are read")
+            if bands > 4:
+                found.append(f"{bands} bands, of which the first three are read")
+            if bands >= 4 and image.mode == "RGBA" and self.alpha:
+                found.append("a fourth band that is taken as transparency: if it is none, add --no-alpha")
+            if scale := self.scale(image, path):
+                values = np.asarray(image)
+                if (values < scale[0]).any() or (values > scale[1]).any():
+                    found.append("values below {:g} or above {:g}, cut off: see --black and --white".format(*scale))
+        return found
 
 
 def add_reader_flags(add):
     """The flags whose values a Reader takes as they are; ``add`` is a parser's add_argument."""
     add("--channels", type=int, choices=(1, 3), default=3,
         help="of the images; 1: folder and digits in grey (default: %(default)s)")
-    add("--white", type=positive_number, metavar="X",
-        help="folder: the value that is white in images of more than 8 bits (default: 65535)")
+    add("--white", type=number, metavar="X",
+        help="folder: the value that is white in grey images of more than 8 bits (default: 65535)")
+    add("--black", type=number, metavar="X", default=0.0,
+        help="folder: the value that is black in them, such as -1000 (default: %(default)s)")
+    add("--alpha", action=argparse.BooleanOptionalAction, default=True,
+        help="folder: show images on white where they are transparent; else leave their last band out (default: on)")
     add("--skip-unreadable", action="store_true",
         help="folder: go on without images that cannot be read (default: off)")
     add("--workers", type=workers, default=0, metavar="N",
@@ -100,7 +187,7 @@ def add_reader_flags(add):
 def opened(path):
     """An image file, opened by Pillow and not yet decoded.
 
-    Raises Unreadable if it is missing or damaged, Mistake if the system fails to read it.
+    Raises Unreadable if it is missing or damaged, OSError if the system fails to read it.
     """
     if isinstance(path, (str, os.PathLike)):  # and not an opened file
         readable(path)
@@ -110,11 +197,16 @@ def opened(path):
             yield image
     except (Mistake, MemoryError):
         raise
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise Unreadable(f"{path} is not an image file: {error.strerror}") from error
+    except Image.DecompressionBombError as error:
+        most = f"{2 * Image.MAX_IMAGE_PIXELS / 1e6:.4g}"
+        raise Unreadable(f"{path} has more than {most} megapixels, the most that are read: make it smaller") from error
     except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
-        if getattr(error, "errno", None) in SYSTEM_ERRORS:
-            raise Mistake(f"{path} cannot be read: {error.strerror}") from error
+        number = getattr(error, "errno", None)  # which errors of the system have
+        if number in NO_FILE:
+            raise Unreadable(f"{path} is not an image file: {error.strerror}") from error
+        if number not in (None, errno.EINVAL):  # by which the system answers what sends its reader nowhere: damage
+            error.filename = error.filename or str(path)
+            raise
         raise Unreadable(f"{path} is not a readable image ({type(error).__name__})") from error
 
 
@@ -122,6 +214,7 @@ def opened(path):
 def formats():
     """Names of the formats that the installed Pillow decodes."""
     Image.init()
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MB instead of 1, as editors write
     return sorted(set(Image.OPEN) - NO_IMAGES)
 
 
@@ -143,51 +236,32 @@ def decode_reduced(image, box, image_size):
 
 
 def orientation(image):
-    """The EXIF orientation of a decoded image (Pillow turns TIFF files itself), or None."""
+    """The EXIF orientation of a decoded image, or of an opened JPEG; None if it has none, or Pillow has turned it."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # damaged metadata make Pillow raise nearly anything; viewers show the image as it is stored
         return None
 
 
-def white_of(image, white, path):
-    """The value that is white in an image of more than 8 bits, None in others. Raises Mistake where nothing says it."""
-    if not image.mode.startswith(("I", "F")):
-        return None
-    if image.format == "PPM" and image.mode == "I":
-        return 65535  # the file says what is white, and Pillow has scaled it
-    if white is None and not image.mode.startswith("I;16"):
-        kind = "floating-point" if image.mode == "F" else "32-bit"
-        raise Mistake(f"{path} has {kind} values, which have no white of their own: say which value is, with --white")
-    return white or 65535
+def has_deep_colours(image):
+    """True if an opened, not yet decoded image has colours of 16 bits, of which Pillow hands on 8."""
+    return not image.mode.startswith("I") and bool(re.search(";16[BLN]", str(getattr(image, "tile", [])[:1])))
 
 
-def in_8_bits(image, channels, white, path):
-    """An image of any mode in "RGB" or, with one channel, "L". Raises Mistake where its values have no scale."""
-    if scale := white_of(image, white, path):
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64)) * (255 / scale)
-        image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    if image.mode == "LAB":  # which Pillow converts to RGB alone
-        image = image.convert("RGB")
-    mode = "RGB" if channels == 3 else "L"
-    return image if image.mode == mode else image.convert(mode)
+def centre(size, turned, image_size):
+    """The box in evaluation: as torchvision's Resize to 8/7 of the size, then CenterCrop, of the image when upright.
 
-
-def centre(image_size):
-    """A function that chooses the box in evaluation: as torchvision's Resize to 8/7 of the size, then CenterCrop."""
-
-    def choose_box(size):
-        resized = image_size * 8 // 7
-        short = min(size)
-        width, height = (resized if side == short else int(resized * side / short) for side in size)
-        left, top = round((width - image_size) / 2), round((height - image_size) / 2)
-        x, y = size[0] / width, size[1] / height
-        return left * x, top * y, (left + image_size) * x, (top + image_size) * y
-
-    return choose_box
+    ``size`` is (width, height) as it is stored, ``turned`` its EXIF orientation: a box that is rounded to the left of
+    the middle is to the right of it where the image is mirrored.
+    """
+    resized, short, sides = image_size * 8 // 7, min(size), []
+    for side, mirrored in zip(size, (turned in (2, 3, 7, 8), turned in (3, 4, 6, 7)), strict=True):
+        whole = resized if side == short else int(resized * side / short)
+        start = round((whole - image_size) / 2)
+        start = whole - image_size - start if mirrored else start
+        sides.append((start * (side / whole), (start + image_size) * (side / whole)))
+    (left, right), (top, bottom) = sides
+    return left, top, right, bottom
 
 
 def random_box(size):

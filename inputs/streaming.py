@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from common.console import Mistake
+from common.console import forget_workers
 from inputs.batches import Batches, chosen, outside
-from inputs.decoding import make_loader, read_all, unreadable
+from inputs.decoding import attempt, make_loader, read_all, unreadable
 from inputs.image import Reader, Unreadable, random_box
 
 
@@ -69,7 +69,8 @@ class StreamedBatches(Batches):
         for shown, batch in zip(plan, self.loader, strict=True):
             if isinstance(batch, Unreadable):  # name all of them, not only the first
                 raise unreadable(read_all(files.names, files.reader, keep=False)[1].values() or [str(batch)])
-            if isinstance(batch, Mistake):
+            if isinstance(batch, Exception):
+                forget_workers()  # which may still be waiting to try again
                 raise batch
             pixels, labels = (part.to(files.device, non_blocking=True) for part in batch)
             images = self.normalized(pixels)
@@ -79,7 +80,7 @@ class StreamedBatches(Batches):
 
 
 class DecodedFiles(torch.utils.data.Dataset):
-    """Item (positions, seed): pixels (B, S, S, C) uint8 and labels (B,) of those files, or a Mistake.
+    """Item (positions, seed): pixels (B, S, S, C) uint8 and labels (B,) of those files, or the error.
 
     With a seed, images are augmented: what is random for image i depends on (seed, i) alone, not on workers.
     """
@@ -90,12 +91,10 @@ class DecodedFiles(torch.utils.data.Dataset):
         self.labels, self.reader = files.labels, files.reader
 
     def __getitem__(self, batch):
-        positions, seed = batch
-        try:
-            pixels = [self.read(i, seed) for i in positions]
-        except Mistake as error:  # raised here, it would reach the parent with this process's traceback in its message
-            return error
-        return torch.from_numpy(np.stack(pixels)), self.labels[positions]
+        return attempt(self.decode, *batch)
+
+    def decode(self, positions, seed):
+        return torch.from_numpy(np.stack([self.read(i, seed) for i in positions])), self.labels[positions]
 
     def read(self, i, seed):
         reader, path = self.reader, os.fsdecode(self.paths[i])

@@ -2,6 +2,8 @@
 
 import shutil
 
+import numpy as np
+import pytest
 from helpers import write_folder
 from PIL import Image
 
@@ -25,7 +27,7 @@ def test_statistics(capsys, tmp_path):
 def test_every_image_is_read(tmp_path, capsys):
     root = write_folder(tmp_path)
     for path in (root / "test").rglob("*.png"):
-        Image.new("RGB", (40, 20), (9, 9, ord(path.stem) + ord(path.parent.name[0]))).save(path)
+        Image.new("RGB", (40, 20), (9, 9, ord(path.stem) + 9 * ord(path.parent.name[0]) - 850)).save(path)
     assert check_data.main([str(root)]) == 0
     for name in ("cat/0.png", "cat/1.png", "dog/2.png"):
         (root / "train" / name).write_bytes(b"no image")
@@ -41,7 +43,8 @@ def test_every_image_is_read(tmp_path, capsys):
         assert "passed over 1 files: .txt 1" in out and "modes: RGB 8, L 1" in out and "sizes: 40×20 8, 9×7 1" in out
         assert sum(line.startswith("unreadable: ") for line in out) == 3
         assert f"in two splits: {root / 'train/dog/copy.png'} = {root / 'test/dog/1.png'}" in out
-        assert out[-2] == "12 images, 3 unreadable, 1 in more than one split" and "--skip-unreadable" in out[-1]
+        assert out[-3] == "12 images, 3 unreadable, 1 in more than one split, 0 in more than one class"
+        assert "--skip-unreadable" in out[-2] and out[-1].startswith("delete what is in two splits from the training images")
 
 
 def test_copies_are_found_by_what_is_seen(tmp_path, capsys):
@@ -51,4 +54,21 @@ def test_copies_are_found_by_what_is_seen(tmp_path, capsys):
     Image.open(root / "train/cat/0.png").save(root / "test/cat/0.png", exif=exif)
     Image.open(root / "train/dog/0.png").save(root / "test/dog/0.tif")
     (root / "test/dog/0.png").unlink()
-    assert check_data.main([str(root)]) == 1 and "1 in more than one split" in capsys.readouterr().out
+    assert check_data.main([str(root)]) == 1 and "1 in more than one split, 0 in" in capsys.readouterr().out
+    shutil.copy(root / "train/dog/1.png", root / "train/cat/one.png")
+    (root / "test/dog/0.tif").unlink()
+    assert check_data.main([str(root)]) == 1
+    out = capsys.readouterr().out.splitlines()
+    assert out[-3] == f"in two classes: {root}/train/cat/one.png = {root}/train/dog/1.png"
+    assert out[-2].endswith("0 in more than one split, 1 in more than one class") and "delete" in out[-1]
+
+
+@pytest.mark.parametrize(("dtype", "flags"), [(np.uint16, []), (np.int32, ["--white", "4000"])])
+def test_images_that_differ_in_what_is_lost_are_not_copies(tmp_path, capsys, dtype, flags):
+    root = write_folder(tmp_path, train=2, test=1)
+    for i, path in enumerate(sorted(root.rglob("*.png"))):
+        Image.fromarray(np.full((20, 20), 10 * i, dtype) * (-1 if flags else 1)).save(path.with_suffix(".tif"))
+        path.unlink()
+    assert check_data.main([str(root), *flags]) == 0
+    out = capsys.readouterr().out
+    assert ("5 images: values below 0 or above 4000, cut off: see --black and --white" in out) is bool(flags)

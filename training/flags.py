@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from common.console import Mistake, Parser, between, natural, nonempty, one_line, positive, positive_number
+from common.console import Mistake, Parser, amount, between, natural, nonempty, one_line, positive, positive_number
 from common.hardware import PRECISIONS, choose_device, choose_precision, compiler_problem
 from densenet import ARCHITECTURES, BLOCKS, DenseNet
 from inputs import datasets
-from inputs.image import STREAM_FROM, add_reader_flags
+from inputs.image import STREAM_FROM, Reader, add_reader_flags
 from training import distributed
 from training.recipe import RECIPES
 
@@ -82,10 +82,11 @@ def add_data_flags(add):
     add("--augment", action=switch, help="random crops and mirror images (default: on; digits and svhn off)")
     add("--crop-fill", choices=("mean", "black"), default="mean",
         help="beyond the border of a shifted image: mean colour (paper) or raw zeros (default: %(default)s)")
-    add("--valid-size", type=natural, metavar="N",
-        help="training images to hold out for validation (default: 0; svhn 6000)")
-    add("--test-size", type=natural, default=0, metavar="N",
-        help="folder without test images: set N images apart, the same for every seed (default: %(default)s)")
+    add("--valid-size", type=amount, metavar="N",
+        help="training images to hold out for validation, or a share such as 0.1 (default: 0; svhn 6000)")
+    add("--test-size", type=amount, default=0, metavar="N",
+        help="folder without test images: set N images apart, or a share, the same for every seed "
+        "(default: 0.2 of class folders alone)")
     add("--limit-train", type=positive, metavar="N", help="train on the first N images (default: all)")
     add("--limit-test", type=positive, metavar="N",
         help="test and validate on the first N images (default: all)")
@@ -261,9 +262,10 @@ def check_args(args):
             raise Mistake(f"--channels {args.channels}: the images of {args.dataset} have 3 channels")
         if Path(args.data, "train").is_dir():
             raise Mistake(f"{args.data}/train is not of {args.dataset}: for image folders, add --dataset folder")
-    for name in ("white", "test_size", "skip_unreadable"):
-        if getattr(args, name) and args.dataset != "folder":
+    for name in ("white", "black", "alpha", "test_size", "skip_unreadable"):
+        if getattr(args, name) != getattr(Reader, name, 0) and args.dataset != "folder":
             raise Mistake(f"--{name.replace('_', '-')} is for --dataset folder: leave it out")
+    Reader.of_run(vars(args))  # raises Mistake
     streamed = args.dataset == "folder" and size >= STREAM_FROM
     if args.crop_fill == "black" and (streamed or not args.augment):
         raise Mistake("--crop-fill black: no image is shifted in this run, so that nothing shows beyond its border")

@@ -2,12 +2,14 @@
 
 import errno
 import os
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import write_folder
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from common.console import Mistake
 from inputs import datasets, decoding
@@ -113,21 +115,42 @@ def test_damage_in_all_splits_is_reported_together_and_ten_files_are_named(tmp_p
             datasets.load("folder", root, Reader(image_size, skip_unreadable=True))
 
 
-@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE])
+@pytest.fixture
+def failing(monkeypatch):
+    """failing(function, number, times): let a function of Pillow or the system fail so often for what has "dog" in it.
+
+    Returns the pauses that are made, as a list.
+    """
+    pauses = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+
+    def fail(owner, name, number, times):
+        real, left = getattr(owner, name), [times]
+
+        def fails(thing, *args, **options):
+            if "dog" in str(getattr(thing, "filename", thing)) and left[0] > 0:
+                left[0] -= 1
+                raise OSError(number, os.strerror(number))
+            return real(thing, *args, **options)
+
+        monkeypatch.setattr(owner, name, fails)
+        return pauses
+
+    return fail
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE, errno.ETIMEDOUT, errno.EACCES])
+@pytest.mark.parametrize("place", [(Image, "open"), (PngImageFile, "load"), (os, "scandir"), (os, "stat")], ids=lambda place: place[1])
 @pytest.mark.parametrize("image_size", [32, 128])
-def test_an_error_of_the_system_is_not_taken_for_a_damaged_file(tmp_path, monkeypatch, number, image_size):
-    root, real = write_folder(tmp_path), Image.open
-
-    def fails(path, *args, **options):
-        if "dog" in str(path):
-            raise OSError(number, os.strerror(number), path)
-        return real(path, *args, **options)
-
-    monkeypatch.setattr(Image, "open", fails)
-    with pytest.raises(Mistake, match=rf"dog/0.png cannot be read: {os.strerror(number)}"):
+def test_an_error_of_the_system_is_not_taken_for_a_damaged_file(tmp_path, failing, place, number, image_size):
+    root = write_folder(tmp_path)
+    pauses = failing(*place, number, 3)
+    assert len(datasets.load("folder", root, Reader(image_size)).train) == 6 and pauses == [1] * 3
+    (root / ".train-32.cache").unlink(missing_ok=True)
+    failing(*place, number, 1000)
+    with pytest.raises(OSError, match=os.strerror(number)) as caught:
         datasets.load("folder", root, Reader(image_size, skip_unreadable=True))
-
-
+    assert place[0] is os or caught.value.filename.endswith("dog/0.png")
 @pytest.mark.parametrize("image_size", [16, 128])
 def test_reading_images_draws_no_random_number(tmp_path, image_size):
     """Weights are drawn after the images are read: they must not depend on whether these come from a cache."""

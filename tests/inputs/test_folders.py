@@ -45,13 +45,16 @@ def test_class_folders_are_searched_to_any_depth_and_nothing_is_passed_over_in_s
     wanted = [tmp_path / name for name in ("cat/2.PNG", "cat/a/3.webp", "cat/a/b/1.jfif", "dog/1.gif")]
     hidden = "cat/.hidden.png", "cat/._2.png", ".trash/1.png", "cat/.a/1.png", ".DS_Store"
     others = "cat/photo.heic", "cat/notes.txt", "dog/more.heic", "dog/README", "dog/data.h5", "labels.csv"
-    for path in (*wanted, *(tmp_path / name for name in (*hidden, *others))):
+    bins = "__MACOSX/cat/1.png", "__MACOSX/2.png", "cat/$RECYCLE.BIN/1.png", "dog/@eaDir/1.png", "lost+found/1.png"
+    for path in (*wanted, *(tmp_path / name for name in (*hidden, *others, *bins))):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    (tmp_path / "none").mkdir()
+    (tmp_path / "none/#recycle").mkdir(parents=True)
     classes, passed = listed(tmp_path)
     assert classes == {"cat": [str(path) for path in wanted[:3]], "dog": [str(wanted[3])], "none": []}
-    assert passed == {".heic": 2, ".txt": 1, "no suffix": 1, ".h5": 1, ".csv": 1}
+    assert passed == {".heic": 2, ".txt": 1, "no suffix": 1, ".h5": 1, ".csv": 1} | {
+        "__MACOSX": 2, "$RECYCLE.BIN": 1, "@eaDir": 1, "lost+found": 1
+    }  # fmt: skip
     root = write_folder(tmp_path / "images")
     for name in ("train/cat/photo.heic", "test/cat/photo.heic", "train/cat/notes.txt"):
         (root / name).touch()
@@ -96,9 +99,10 @@ def test_loops_of_links_and_folders_without_permission_are_named(tmp_path, monke
         return real(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    message = "is a link to a folder that it is in" if links else "secret cannot be read: Permission denied"
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    message = "is a link to a folder that it is in" if links else "Permission denied: .*secret"
     for find in (lambda: listed(root / "test"), lambda: folders.find_images([root / "test"], Counter())):
-        with pytest.raises(Mistake, match=message):
+        with pytest.raises(Mistake if links else PermissionError, match=message):
             find()
 
 
@@ -130,9 +134,13 @@ def test_images_of_a_folder(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda root: (root / "train").rename(root / "elsewhere"), "train is missing: .* or class folders alone and --test-size N"),
+        (lambda root: (root / "train").rename(root / "elsewhere"), "train is missing: .* or class folders alone"),
         (lambda root: (root / "test/dog").rename(root / "test/wolf"), "/test has class folders that the training images have not: wolf"),
-        (lambda root: (root / "train/eel").mkdir(), "eel holds no image"),
+        (lambda root: (root / "train/eel").mkdir(), "eel holds no image that can be read: fill it or delete it"),
+        (
+            lambda root: [path.rename(path.with_suffix(".dcm")) for path in (root / "train/cat").iterdir()],
+            "cat holds no image that can be read: convert what was passed over 3 files: .dcm 3; or fill it",
+        ),
         (lambda root: shutil.rmtree(root / "train/dog"), "needs at least two class folders, and .*train has cat"),
         (lambda root: [path.unlink() for path in (root / "test").rglob("*.png")], "no test image in a class folder can be read"),
     ],
@@ -214,11 +222,13 @@ def flat_folder(root):
     return write_folder(root / "x", train=10).joinpath("train").rename(root / "flat")
 
 
-@pytest.mark.parametrize("image_size", [16, 128])
-def test_class_folders_alone_are_divided_the_same_way_for_every_seed(tmp_path, image_size, monkeypatch):
+@pytest.mark.parametrize(("image_size", "test_size"), [(16, 4), (128, 0), (16, 0.2)])
+def test_class_folders_alone_are_divided_the_same_way_for_every_seed(tmp_path, image_size, test_size, monkeypatch):
     root, reader = flat_folder(tmp_path), Reader(image_size)
-    dataset = datasets.load("folder", root, reader, test_size=4)
-    manifest = dataset.manifest
+    dataset = datasets.load("folder", root, reader, test_size=test_size)
+    note = f"{root} has class folders alone: a fifth of each is set apart for testing (see --test-size)"
+    manifest, told = dataset.manifest, [] if test_size else [note]
+    assert dataset.notes == told
     assert (len(dataset.train), len(dataset.test)) == (16, 4)
     assert dataset.test.labels.bincount().tolist() == [2, 2] and len(manifest["test_files"]) == 4
     assert [Path(path).relative_to(root).as_posix() for path in dataset.test.names] == manifest["test_files"]
@@ -227,7 +237,7 @@ def test_class_folders_alone_are_divided_the_same_way_for_every_seed(tmp_path, i
         patch.setattr(Reader, "read", lambda *args: pytest.fail("decoded again"))
         test, _ = datasets.load_test("folder", root, reader, dataset.classes, manifest)
     Image.new("RGB", (40, 20)).save(root / "dog/00.png")  # would change the draw: goes to the training images
-    again = datasets.load("folder", root, reader, test_size=4, manifest=manifest)
+    again = datasets.load("folder", root, reader, test_size=test_size, manifest=manifest)
     assert len(again.train) == 17 and again.manifest["test_files"] == manifest["test_files"]
     assert not set(again.test.names) & set(again.train.names)
     assert splits.changed(manifest, again) == ["train"]
@@ -247,9 +257,10 @@ def test_class_folders_alone_are_divided_the_same_way_for_every_seed(tmp_path, i
         datasets.load("folder", root, reader, test_size=1)
 
 
-def test_a_run_keeps_its_test_images(tmp_path, capsys):
+@pytest.mark.parametrize("test_size", [["--test-size", "4"], []])
+def test_a_run_keeps_its_test_images(tmp_path, capsys, test_size):
     root = flat_folder(tmp_path)
-    checkpoint = trained(root, "--test-size", "4", "--seed", "3")
+    checkpoint = trained(root, *test_size, "--seed", "3")
     kept, logged = checkpoint["manifest"]["test_files"], Path("run/test.csv").read_text().split(",")[-1].strip()
     assert len(kept) == 4
     Image.new("RGB", (40, 20)).save(root / "cat/00.png")  # would change the draw
@@ -280,12 +291,31 @@ def test_a_run_keeps_its_splits(tmp_path, capsys, older):
         assert "4 training, 2 validation, 4 test images" in out and ("an earlier release" in out) is told
 
 
+def test_splits_of_another_name_are_no_classes(tmp_path):
+    root = write_folder(tmp_path)
+    for split, other in (("train", "Training"), ("test", "testing")):
+        (root / split).rename(root / other)
+    with pytest.raises(Mistake, match="train is missing: --dataset folder needs DIR/train/<class>"):
+        datasets.load("folder", root)
+
+
 def test_a_run_that_was_tested_on_val_stays_so(tmp_path):
     root = write_folder(tmp_path / "images")
     (root / "test").rename(root / "val")
     trained(root)
     shutil.copytree(root / "train", root / "test")
     assert len(load_split(resumed(2))[0]) == 4
+
+
+def test_what_is_lost_of_the_training_images_is_said(tmp_path):
+    root = write_folder(tmp_path, train=5, mode="RGBA")
+    for path in (root / "train/cat").iterdir():
+        Image.open(path).save(path.with_suffix(".tif"))
+        path.unlink()
+    for image_size in (16, 128):
+        [note] = datasets.load("folder", root, Reader(image_size)).notes
+        assert note.startswith("5 of 10 training images that were looked at: a fourth band that is taken as transparency")
+        assert datasets.load("folder", root, Reader(image_size, alpha=False)).notes == []
 
 
 def test_white_and_channels_are_kept_by_a_run(tmp_path):

@@ -121,7 +121,7 @@ def test_presets_set_the_architecture(capsys):
         ("--dataset digits --image-size 3", "images of 3×3 pixels are too small for this network"),
         ("--channels 1", "--channels 1: the images of cifar10 have 3 channels"),
         ("--dataset digits --white 9", "--white is for --dataset folder: leave it out"),
-        ("--dataset folder --white 0", "argument --white: 0 is not in 1e-30 … 1e+30"),
+        ("--dataset folder --white 0", "--black 0 is not below --white 0: choose less"),
         ("--image-size 64", "--image-size 64: the images of cifar10 have 32×32 pixels"),
         ("--dataset digits --crop-fill black", "--crop-fill black: no image is shifted in this run"),
         ("--arch densenet_bc_100_12 --reduction 0.9", "--arch densenet_bc_100_12 sets the reduction"),
