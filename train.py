@@ -84,21 +84,21 @@ def log_row(epoch, loss, error):
     return {"epoch": round(epoch, 6), "loss": round(loss, 6), "error": round(error, 4)}
 
 
-def prepare(args, checkpoint):
-    """The device of this rank, and the data set there. Raises Mistake if either cannot be had, or is not the run's."""
-    device = distributed.device_of_rank(choose_device(args.device))
+def prepare(args, checkpoint, device):
+    """The data set, on the device of this rank. Raises Mistake if it cannot be had, or is not the run's."""
     set_up_device(device)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = not args.deterministic
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a check of programs, not part of the numbers
     reader = Reader.of_run(vars(args), progress=args.progress and distributed.rank() == 0)
     dataset = datasets.load_run(vars(args), args.data, reader, checkpoint["manifest"] if checkpoint else None)
     check_batches(args, len(dataset.train))
     if checkpoint:
         check_data(checkpoint, args, dataset)
-    return device, dataset.to(device)
+    return dataset.to(device)
 
 
 def check_batches(args, count):
@@ -313,7 +313,8 @@ def claim(args, checkpoint, run):
 
 def train(args, checkpoint, source, run):
     """Train to the last epoch, writing into ``run``, from a checkpoint or the weights of a source, or neither."""
-    device, dataset = distributed.local_rank_0_first(prepare, args, checkpoint)
+    device = distributed.device_of_rank(distributed.on_every_rank(choose_device, args.device))
+    dataset = distributed.local_rank_0_first(prepare, args, checkpoint, device)
     amp, precision = choose_precision(args.precision, device)
     distributed.on_rank_0(claim, args, checkpoint, run)
     dataset = dataset.normalized_as((checkpoint or source or {}).get("normalize"))

@@ -113,20 +113,29 @@ def process_group():
 
 
 def device_of_rank(device):
-    """The device of this rank, of the kind of ``device``. Raises Mistake where there are not enough."""
-    if world_size() == 1 or device.type == "cpu":
+    """The device of this rank, of the kind of ``device``, which all ask for at once. Raises Mistake where it lacks one.
+
+    A rank may see one GPU alone, which nobody else sees (``--gpus-per-task=1``).
+    """
+    if world_size() == 1:
         return device
-    if device.type != "cuda":
-        raise Mistake(f"--device {device.type} runs one process: leave out torchrun, or use --device cpu")
-    if device.index is not None:
-        raise Mistake(f"--device {device}: each of several processes takes a GPU of its own, so use --device cuda")
-    processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
-    if processes > gpus:
-        raise Mistake(
-            f"{processes} processes, but {gpus} GPUs on {socket.gethostname()}: use --nproc_per_node={gpus}, "
-            "or --device cpu"
-        )
-    return torch.device("cuda", local_rank())
+    number = local_rank() % max(1, torch.cuda.device_count())
+    gpus = all_gather(str(torch.cuda.get_device_properties(number).uuid) if device.type == "cuda" else None)
+
+    def mine():
+        if device.type == "cpu":
+            return device
+        if device.type != "cuda":
+            raise Mistake(f"--device {device.type} runs one process: leave out torchrun, or use --device cpu")
+        if device.index is not None:
+            raise Mistake(f"--device {device}: each of several processes takes a GPU of its own, so use --device cuda")
+        if gpus.count(gpus[rank()]) > 1:
+            processes, found = os.environ["LOCAL_WORLD_SIZE"], torch.cuda.device_count()
+            where = f"{processes} processes, but {found} GPUs on {socket.gethostname()}"
+            raise Mistake(f"{where}: use --nproc_per_node={found}, or --device cpu")
+        return torch.device("cuda", number)
+
+    return on_every_rank(mine)
 
 
 def all_gather(value):

@@ -13,6 +13,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -164,17 +165,19 @@ class Figures:
     later; leaving it by an exception ends a drawing that is under way.
     """
 
-    LONGEST = 120
+    LONGEST, EVERY = 120, 60
 
     def __init__(self, path, enabled=True):
         self.path, self.enabled, self.process, self.reported = Path(path), enabled, None, False
+        self.due = 0.0  # by time.monotonic()
         self.command = [sys.executable, str(ROOT / "plot.py"), "--", str(path)]
 
     def redraw(self):
-        """Start drawing, unless the last drawing is still under way: the next epoch will draw again."""
-        if not self.enabled or (self.process and self.process.poll() is None):
+        """Start drawing, unless a drawing is under way or was begun within ``EVERY`` seconds: a later epoch will."""
+        if not self.enabled or time.monotonic() < self.due or (self.process and self.process.poll() is None):
             return
         self._finish()
+        self.due = time.monotonic() + self.EVERY
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
         try:
             self.process = subprocess.Popen(self.command, **streams, text=True)
@@ -217,6 +220,7 @@ class Figures:
         if self.process:
             self._end()  # it may miss the last rows
         if kind is None:
+            self.due = 0.0
             self.redraw()
             self._finish()
 

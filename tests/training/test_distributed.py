@@ -5,6 +5,7 @@ import json
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import psutil
@@ -150,16 +151,25 @@ def test_a_mistake_is_told_once_and_ends_all_ranks(flags, message):
     assert not Path("run").exists()
 
 
-def test_more_processes_than_gpus(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    def sees(*gpus):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: SimpleNamespace(uuid=gpus[number]))
+
+    environment = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
+    for name, value in environment.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "all_gather", lambda value: ["A" if isinstance(value, str) else None, value])
+    sees("A")
     with pytest.raises(Mistake, match=r"2 processes, but 1 GPUs on .*: use --nproc_per_node=1, or --device cpu"):
         distributed.device_of_rank(torch.device("cuda"))
+    assert distributed.device_of_rank(torch.device("cpu")) == torch.device("cpu")
+    sees("A", "B")
     with pytest.raises(Mistake, match="so use --device cuda"):
         distributed.device_of_rank(torch.device("cuda", 1))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert distributed.device_of_rank(torch.device("cuda")) == torch.device("cuda", 1)
+    sees("B")  # as with Slurm's --gpus-per-task=1
+    assert distributed.device_of_rank(torch.device("cuda")) == torch.device("cuda", 0)
 
 
 def test_an_unexpected_exception_ends_a_rank_at_once(tmp_path):

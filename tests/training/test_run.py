@@ -306,6 +306,16 @@ def test_a_failing_plot_is_reported_once_and_hurts_nothing(tiny, capsys, monkeyp
     assert len(pd.read_csv("run/test.csv")) == 4
 
 
+def test_figures_are_drawn_once_a_minute_and_at_the_end():
+    figures = run.Figures(".")
+    figures.command = [sys.executable, "-c", "print(end='x', file=open('drawn', 'a'))"]
+    with figures:
+        for _epoch in range(3):
+            figures.redraw()
+            figures.process.wait()
+    assert Path("drawn").read_text() == "xx"
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, None])
 def test_a_drawing_that_hangs_is_ended_and_leaves_nothing(capsys, monkeypatch, error):
     monkeypatch.setattr(run.Figures, "LONGEST", 2)

@@ -95,6 +95,11 @@ def test_a_batch_of_one_image_is_refused_where_batch_norm_would_fail(tiny, capsy
     assert tiny(*flags, "--image-size", "8", "--save", "other") == 0
 
 
+def test_deterministic_fills_no_new_memory(tiny):
+    assert tiny("--deterministic", "--epochs", "1") == 0
+    assert torch.are_deterministic_algorithms_enabled() and not torch.utils.deterministic.fill_uninitialized_memory
+
+
 def test_log_every_adds_rows_within_epochs(tiny):
     assert tiny("--save", "run", "--epochs", "2", "--log-every", "2", "--batch-size", "50") == 0
     log = pd.read_csv("run/train.csv")
