@@ -116,6 +116,21 @@ def device_name(device):
     return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
 
 
+def busy_note(device, seconds=0.2):
+    """What would be faster beside other programs, in a list of lines; sleeps for so long to see what they do.
+
+    The threads of a loop wait for the last of them: one that has to share its core slows down all.
+    """
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        return []
+    idle = sum(1 - busy / 100 for busy in psutil.cpu_percent(seconds, percpu=True))
+    if idle > threads - 0.5:
+        return []
+    fewer = max(1, round(idle))
+    return [f"{threads} threads for {idle:.1f} idle cores: OMP_NUM_THREADS={fewer} before the command may be faster"]
+
+
 def peak_memory_mib(device):
     """Most memory in use so far: of the CUDA allocator (since its last reset), elsewhere of the whole process."""
     if device.type == "cuda":
