@@ -141,10 +141,10 @@ def make_model(args, source, classes, device):
 
 
 def make_step(model, optimizer, amp, precision, recipe=PAPER, graph=False):
+    options = distributed.world_size(), precision == "fp16", recipe
     if graph:
-        return GraphedStep(model, optimizer, amp, recipe)
-    parallel = distributed.data_parallel(model)
-    return Step(parallel, optimizer, amp, distributed.world_size(), precision == "fp16", recipe)
+        return GraphedStep(model, optimizer, amp, *options)
+    return Step(distributed.data_parallel(model), optimizer, amp, *options)
 
 
 def restore(optimizer, saved):
@@ -236,7 +236,8 @@ def train_and_test(args, epoch, model, step, batches):
     # cuDNN's trials in the first epoch need more memory than any step after them. A CUDA graph allocates only there.
     if device.type == "cuda" and not isinstance(step, GraphedStep):
         torch.cuda.reset_peak_memory_stats(device)
-    start, step.skipped = time.monotonic(), 0
+    start = time.monotonic()
+    step.skipped.zero_()
     hidden, label = not args.progress or distributed.rank() > 0, f"epoch {epoch}/{args.epochs}"
     with tqdm(total=batches["train"].num_images, desc=label, unit="img", leave=False, disable=hidden) as bar:
         steps = train_epoch(step, batches["train"].shuffled(epoch_seed), schedule, bar)
@@ -355,13 +356,15 @@ def train_epochs(args, checkpoint, run, model, step, batches, state):
     first_epoch, main_process = checkpoint["epoch"] + 1, distributed.rank() == 0
     with Figures(run.path, args.plot and main_process) as figures:
         for epoch in range(first_epoch, args.epochs + 1):
-            begin = time.monotonic()
+            begin, refused = time.monotonic(), step.refused
             rows = train_and_test(args, epoch, model, step, batches)
+            if step.refused and not refused:
+                print(f"no CUDA graph ({step.refused}): this run goes on with eager steps", flush=True)
             if main_process:
                 seconds = time.monotonic() - begin
                 checkpoint["seconds"] += seconds
                 run.finish_epoch(state(epoch), rows)
-                print_epoch(args, rows, step.skipped, seconds)
+                print_epoch(args, rows, int(step.skipped), seconds)
                 figures.redraw()
     if main_process:
         print_end(args, first_epoch, run, checkpoint["seconds"])

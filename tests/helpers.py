@@ -16,7 +16,7 @@ from PIL import Image
 
 from densenet import BLOCKS, DenseNet
 from inputs.batches import ImageTensors
-from training.step import GraphedStep, Step, set_capturable
+from training.step import GraphedStep
 
 # batches
 
@@ -68,30 +68,30 @@ no_amp = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=False)
 
 
 class Replayed(GraphedStep):
-    """A graph that is captured and replayed like a CUDA graph: it knows only tensors, at the addresses of the capture."""
-
-    def __init__(self, model, optimizer, amp, recipe):
-        Step.__init__(self, model, optimizer, lambda: amp(cache_enabled=False), recipe=recipe)
-        set_capturable(optimizer, True)
-        self.seen, self.replay, self.static = 0, None, None
+    """With a stand-in for CUDA graphs, which knows only tensors, at the addresses of the capture, and fills them anew."""
 
     def beside(self, function, *args):
         return function(*args)
 
-    def capture(self, count):
-        result, addresses = torch.full((3,), float("nan")), self.addresses()
+    def capture(self, function):
+        start, addresses = self.copied(), self.addresses()
+        result = function()
+        held = [(p, p.grad) for group in self.optimizer.param_groups for p in group["params"]]
+        self.restore(start)  # a capture computes nothing
 
         def replay():
             assert self.addresses() == addresses
-            images, labels, *mixed = self.static
-            result.copy_(self.eager(images, labels, count, *mixed))
+            for parameter, gradient in held:
+                parameter.grad = gradient
+            found = function()
+            for parameter, gradient in held:
+                parameter.grad = gradient.copy_(parameter.grad)
+            return result if result is None else result.copy_(found)
 
-        return replay, result
+        return replay
 
     def addresses(self):
-        momenta = [value for state in self.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        return [t.data_ptr() for t in (*self.model.parameters(), *self.model.buffers(), *self.static, *momenta, *rates)]
+        return [tensor.data_ptr() for tensor in (*filter(torch.is_tensor, self.static), *self.state())]
 
 
 # blocks

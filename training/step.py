@@ -1,4 +1,4 @@
-"""One training step: forward pass, loss, backward pass and update, eager or replayed as a CUDA graph."""
+"""One training step: forward pass, loss, backward pass and update, eager or replayed as CUDA graphs."""
 
 import contextlib
 import functools
@@ -6,6 +6,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
+from common.console import memory_problem
 from inference.network import predict
 from inputs.batches import IGNORE_INDEX
 from training import distributed
@@ -25,20 +26,24 @@ def evaluate(model, batches, amp):
 
 
 WARM_UP = 3  # eager steps before one is captured: libraries set themselves up, the optimiser makes its state
+DIFFERENCE = 0.05  # at most, between what a replayed and an eager step change: rounding and the order of sums differ
 
 
 class Step:
     """Calling it trains ``model`` on a batch; ``ranks`` processes share each batch.
 
-    ``amp`` makes the autocast context. Nothing is read back from the device, but with ``scaled``: for fp16, in which
-    small gradients would be 0, ``scaler`` multiplies the loss, and leaves out an update where that was too much.
-    ``skipped`` counts those. ``recipe`` says what is done beyond the paper's.
+    ``amp`` makes the autocast context. Nothing is read back from the device. With ``scaled``, for fp16, in which small
+    gradients would be 0, ``scaler`` multiplies the loss, and leaves out an update where that was too much. ``skipped``,
+    on the device, counts those. ``recipe`` says what is done beyond the paper's.
     """
+
+    refused = None  # why steps are not replayed, where they were to be
 
     def __init__(self, model, optimizer, amp, ranks=1, scaled=False, recipe=PAPER):
         self.model, self.optimizer, self.amp, self.ranks, self.recipe = model, optimizer, amp, ranks, recipe
+        device = next(model.parameters()).device
         # Where it is not enabled, its methods do nothing.
-        self.scaler, self.skipped = torch.amp.GradScaler(next(model.parameters()).device.type, enabled=scaled), 0
+        self.scaler, self.skipped = torch.amp.GradScaler(device.type, enabled=scaled), torch.zeros((), device=device)
         set_capturable(optimizer, False)
 
     def set_learning_rate(self, value):
@@ -49,16 +54,18 @@ class Step:
     def __call__(self, images, labels, count, *mixed):
         """Images (B, C, H, W), labels (B,), how many images all ranks have, and what mixup adds: (3,), summed
         cross-entropy of the labels, wrong, images."""
-        return self.eager(images, labels, count, *mixed)
+        result = self.add_gradients(images, labels, count, *mixed)
+        self.update()
+        return result
 
-    def eager(self, images, labels, count, *mixed):
+    def add_gradients(self, images, labels, count, *mixed):
+        """Forward and backward passes over the parts of a batch. Returns what ``__call__`` does."""
         self.optimizer.zero_grad()
         parts = -(-len(images) // (self.recipe.part or len(images)))
         *first, last = zip(*(tensor.tensor_split(parts) for tensor in (images, labels, *mixed)), strict=True)
         with getattr(self.model, "no_sync", contextlib.nullcontext)():  # several ranks: the last pass sums gradients up
             sums = [self.add_gradient(count, *part) for part in first]
         sums.append(self.add_gradient(count, *last))
-        self.update()
         return functools.reduce(torch.add, sums)
 
     def add_gradient(self, count, images, labels, *mixed):
@@ -75,47 +82,127 @@ class Step:
         return torch.stack((loss.detach(), wrong.sum(), counted.sum()))
 
     def update(self):
-        scale = self.scaler.get_scale()
+        one = torch.ones_like(self.skipped)
+        before = self.scaler.scale(one)
         if self.recipe.clip:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.skipped += self.scaler.get_scale() < scale
+        if self.scaler.is_enabled():
+            self.skipped += self.scaler.scale(one) < before
 
 
 class GraphedStep(Step):
-    """The same with a few launches: batches of the first one's shape replay a CUDA graph, others are eager.
+    """The same with a few launches: batches of the first one's shape replay CUDA graphs, others are eager.
 
     The steps before the capture are steps of the training. A graph reads and writes at fixed addresses: the batch and
-    the learning rate are copied there, and weights, momentum and statistics stay where they are.
+    the learning rate are copied there, and weights, momentum and statistics stay where they are. There is one for the
+    gradients and one for the update; between them, ranks exchange what no graph holds.
+
+    Where a replay does not compute what an eager step does, ``refused`` says why, and all steps are eager.
     """
 
-    def __init__(self, model, optimizer, amp, recipe=PAPER):
+    def __init__(self, model, optimizer, amp, ranks=1, scaled=False, recipe=PAPER):
         # A cached cast would outlive its weight.
-        super().__init__(model, optimizer, lambda: amp(cache_enabled=False), recipe=recipe)
+        super().__init__(model, optimizer, lambda: amp(cache_enabled=False), ranks, scaled, recipe)
         set_capturable(optimizer, True)
-        self.stream, self.seen, self.replay, self.static = torch.cuda.Stream(), 0, None, None
+        self.stream = torch.cuda.Stream() if self.skipped.is_cuda else None
+        self.seen, self.static, self.graphs = 0, None, None
 
     def set_learning_rate(self, value):
         for group in self.optimizer.param_groups:
             group["lr"].fill_(value * group.get("lr_factor", 1))
 
-    def __call__(self, images, labels, count, *mixed):
-        batch = (images, labels, *mixed)
+    def __call__(self, *batch):
+        images, _, count, *_ = batch
         if self.static is None:
-            self.static = [torch.empty_like(tensor) for tensor in batch]
-        if images.shape != self.static[0].shape:
-            return self.eager(images, labels, count, *mixed)
+            self.static = [value.clone() if torch.is_tensor(value) else value for value in batch]
+        if self.refused or (images.shape, count) != (self.static[0].shape, self.static[2]):
+            return self.eager(*batch)
         if self.seen < WARM_UP:
             self.seen += 1
-            return self.beside(self.eager, images, labels, count, *mixed)
+            return self.beside(self.eager, *batch)
         for place, value in zip(self.static, batch, strict=True):
-            place.copy_(value)
-        if self.replay is None:
-            self.replay, self.result = self.capture(count)
-        self.replay()
-        return self.result.clone()
+            if torch.is_tensor(place):
+                place.copy_(value)
+        if self.graphs is None and (reason := self.prepare()):
+            self.refused, self.graphs = reason, None
+            return self.eager(*batch)
+        return self.in_turn(*self.graphs).clone()
+
+    def eager(self, *batch):
+        return self.in_turn(functools.partial(self.add_gradients, *batch), self.update)
+
+    def in_turn(self, add_gradients, update, gradients=None):
+        """The two halves of a step. In between, all ranks get the mean of their gradients, in one vector."""
+        result = add_gradients()
+        if self.ranks > 1:
+            parts = [x.as_strided((x.numel(),), (1,)) for x in gradients or self.gradients()]  # as they lie in memory
+            mean = distributed.all_reduce(torch.cat(parts).div_(self.ranks))
+            torch._foreach_copy_(parts, mean.split([len(part) for part in parts]))
+        update()
+        return result
+
+    def prepare(self):
+        """Capture a step. Returns why it cannot be replayed, in words, or None. The training stands where it stood.
+
+        A replay has to compute what an eager step does, from the same weights, momentum, random numbers and batch; and
+        again from half the weights, at a tenth of the learning rate. A second eager step shows how far rounding goes,
+        which --deterministic excludes. Both need memory beside the graphs', as the odd last batch of an epoch will.
+        """
+        start, scaler = self.copied(), self.scaler.state_dict()
+        state, eager = start, (functools.partial(self.add_gradients, *self.static), self.update)
+        bound = 0 if torch.are_deterministic_algorithms_enabled() else DIFFERENCE
+        try:
+            replays = [self.beside(self.capture, half) for half in eager]
+            self.graphs = *replays, self.gradients()
+            self.scaler.update(1.0)  # so small that no update is left out
+            for _ in range(2):
+                replayed, again, right = (self.outcome(state, *halves) for halves in (self.graphs, eager, eager))
+                for kind, value in right.items():
+                    rounding = max(bound * value.norm(), 2 * (again[kind] - value).norm())
+                    if not (replayed[kind] - value).norm() <= rounding:  # nor NaN
+                        return f"a replayed step computes other {kind} than an eager one"
+                with torch.no_grad():
+                    torch._foreach_div_(list(self.model.parameters()), 2)
+                    torch._foreach_div_([group["lr"] for group in self.optimizer.param_groups], 10)
+                state = self.copied()
+        except (RuntimeError, MemoryError) as error:  # a capture has many words for lack of memory
+            return in_words(error)
+        finally:
+            self.restore(start)
+            self.scaler.load_state_dict(scaler)
+            self.scaler.update(scaler.get("scale"))  # forgets a step that an error has ended
+
+    def outcome(self, start, add_gradients, update, gradients=None):
+        """What a step changes in the state ``start``, by kind, in float64; ranks exchange nothing."""
+        self.restore(start)
+        with torch.random.fork_rng([self.skipped.device] if self.skipped.is_cuda else []):
+            result = self.beside(add_gradients)
+            self.beside(update)
+        changes = [new.detach() - old for new, old in zip(self.state(), start, strict=True)]
+        weights = len(list(self.model.parameters()))
+        kinds = {"losses": [result], "gradients": gradients or self.gradients(), "weights": changes[:weights]}
+        kinds["statistics or momentum"] = changes[weights:]
+        flat = {kind: torch.cat([x.double().flatten() for x in tensors]) for kind, tensors in kinds.items()}
+        return {kind: vector.nan_to_num(0, 0, 0) for kind, vector in flat.items()}
+
+    def gradients(self):
+        return [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+    def state(self):
+        """All tensors that a step changes, which graphs know by their addresses, the weights first."""
+        kept = [value for state in self.optimizer.state.values() for value in state.values()]
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        return [*self.model.parameters(), *self.model.buffers(), *kept, *rates, self.skipped]
+
+    def copied(self):
+        return [tensor.detach().clone() for tensor in self.state()]
+
+    @torch.no_grad()
+    def restore(self, state):
+        torch._foreach_copy_(self.state(), state)
 
     def beside(self, function, *args):
         """Call a function on the stream of captures."""
@@ -125,15 +212,23 @@ class GraphedStep(Step):
         torch.cuda.current_stream().wait_stream(self.stream)
         return result
 
-    def capture(self, count):
-        """A function that repeats the step on what ``static`` holds, and the tensor that it leaves its result in."""
+    def capture(self, function):
+        """A function that does again what ``function`` does, to the same tensors, and returns the same tensor."""
         graph = torch.cuda.CUDAGraph()
-        self.optimizer.zero_grad()  # the gradients are to be the graph's own
         # The thread that pins a DataLoader's memory may go on meanwhile.
         with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-            images, labels, *mixed = self.static
-            result = self.eager(images, labels, count, *mixed)
-        return graph.replay, result
+            result = function()
+
+        def replay():
+            graph.replay()
+            return result
+
+        return replay
+
+
+def in_words(error):
+    """An error's first line, or that memory ran out."""
+    return "out of memory" if memory_problem(error) else str(error).partition("\n")[0] or type(error).__name__
 
 
 def compile_model(model):
@@ -150,7 +245,8 @@ def compile_model(model):
 def set_capturable(optimizer, capturable):
     """Let an optimiser keep on the device what a CUDA graph has to find there, or not, whatever state it has loaded.
 
-    That is the learning rate, which becomes a tensor, and Adam's counts of steps.
+    That is the learning rate, which becomes a tensor, and Adam's counts of steps; a fused kernel leaves out an update
+    by itself. SGD's momentum is there from the start: that kernel would leave it as it found the memory.
     """
     for group in optimizer.param_groups:
         device = group["params"][0].device if capturable else "cpu"
@@ -158,8 +254,11 @@ def set_capturable(optimizer, capturable):
         group["lr"] = torch.tensor(rate, device=device) if capturable else rate
         if "capturable" in group:
             group["capturable"] = capturable
-        else:  # SGD, which can be captured where it is one kernel
+        if "fused" in group:
             group["fused"] = capturable or None
-        for state in filter(None, map(optimizer.state.get, group["params"])):
-            if "step" in state:
-                state["step"] = state["step"].to(device)
+        optimizer._step_supports_amp_scaling = capturable and "fused" in group  # what a GradScaler asks
+        for p in group["params"]:
+            if capturable and isinstance(optimizer, torch.optim.SGD) and group["momentum"]:
+                optimizer.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+            if "step" in optimizer.state.get(p, ()):
+                optimizer.state[p]["step"] = optimizer.state[p]["step"].to(device)
