@@ -117,6 +117,7 @@ class GraphedStep(Step):
     def __call__(self, *batch):
         images, _, count, *_ = batch
         if self.static is None:
+            set_capturable(self.optimizer, True)  # whatever state has been loaded meanwhile
             self.static = [value.clone() if torch.is_tensor(value) else value for value in batch]
         if self.refused or (images.shape, count) != (self.static[0].shape, self.static[2]):
             return self.eager(*batch)

@@ -117,7 +117,7 @@ def test_presets_set_the_architecture(capsys):
         ("--device privateuseone", "device 'privateuseone' is not available here"),
         ("--resume --overwrite", "--resume and --overwrite exclude each other"),
         ("--block fused --compile", "--block fused leaves --compile nothing to fuse"),
-        ("--cuda-graph --device cpu", "--cuda-graph is for one process on a CUDA GPU"),
+        ("--cuda-graph --device cpu", "--cuda-graph is for CUDA GPUs, not with"),
         ("--dataset digits --image-size 3", "images of 3×3 pixels are too small for this network"),
         ("--channels 1", "--channels 1: the images of cifar10 have 3 channels"),
         ("--dataset digits --white 9", "--white is for --dataset folder: leave it out"),
