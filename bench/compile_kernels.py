@@ -2,8 +2,9 @@
 
 Example: python bench/compile_kernels.py
 
-Ends with status 1 if a kernel needs more shared memory than a block of that GPU may have, or spills although it has
-all 255 registers. With fewer, it is the assembler's choice: some bytes in memory, so that more blocks run at once.
+Ends with status 1 if a kernel needs more shared memory than a block of that GPU may have, multiplies a row's number in
+32 bits, or spills although it has all 255 registers. With fewer, it is the assembler's choice: some bytes in memory, so
+that more blocks run at once.
 """
 
 import contextlib
@@ -99,7 +100,7 @@ def training_step(architecture, block, batch_size=64, training=True):
 
 
 def compile_kernel(kernel, given, constants, capability):
-    """(registers, stack bytes, shared bytes) of a variant compiled for an NVIDIA GPU, without one."""
+    """A variant compiled for an NVIDIA GPU, without one."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -112,7 +113,13 @@ def compile_kernel(kernel, given, constants, capability):
     attributes = {(i,): [["tt.divisibility", 16]] for i, is_even in enumerate(even) if is_even}
     constants = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def usage(compiled):
+    """(registers, stack bytes, shared bytes) of a compiled kernel."""
+    import triton
+
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -120,6 +127,20 @@ def compile_kernel(kernel, given, constants, capability):
         text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK"))
     return registers, stack, compiled.metadata.shared
+
+
+def narrow_products(compiled):
+    """Lines of a kernel that multiply a row's number, which follows from program_id(0), in 32 bits.
+
+    A row's offset passes 2³¹ in a large batch. The interpreter computes with 64 bits anyway.
+    """
+    from_rows, found = set(), []
+    for line in compiled.asm["ttir"].splitlines():
+        results, _, operation = line.partition(" = ")
+        if "get_program_id x" in line or from_rows.intersection(re.findall(r"%\w+", operation)):
+            from_rows.update(re.findall(r"%\w+", results), re.findall(r"scf\.for (%\w+)", line))
+            found += [line.strip()] if re.match(r"arith\.muli.* : (tensor<.*x)?i32", operation) else []
+    return found
 
 
 @command
@@ -144,12 +165,16 @@ def main(argv=None):
             with as_on_a_gpu(divmod(capability, 10)) as launches:
                 training_step(name, "fused")()
             for kernel, *variant in sorted(set(launches), key=lambda launch: (launch[0].__name__, launch[1:])):
-                found.setdefault(kernel.__name__, []).append(compile_kernel(kernel, *variant, capability))
+                compiled = compile_kernel(kernel, *variant, capability)
+                found.setdefault(kernel.__name__, []).append(usage(compiled))
+                if not kernel.__name__.startswith("finish") and (narrow := narrow_products(compiled)):
+                    fits = False
+                    print(f"{kernel.__name__} multiplies rows in 32 bits: {narrow[0]}", file=sys.stderr)
             for kernel, usages in found.items():
                 fits &= all(shared <= limit and not (r == MOST_REGISTERS and stack) for r, stack, shared in usages)
                 registers, stack, shared = map(max, zip(*usages, strict=True))
-                usage = f"{registers} | {stack} | {shared:,} | {limit:,}"
-                print(f"| {name} | sm_{capability} | {kernel} | {len(usages)} | {usage} |", flush=True)
+                row = f"{registers} | {stack} | {shared:,} | {limit:,}"
+                print(f"| {name} | sm_{capability} | {kernel} | {len(usages)} | {row} |", flush=True)
     return 0 if fits else 1
 
 
