@@ -44,7 +44,8 @@ def finished(directory, ema=False):
     if missing := {*KEPT, "metrics" if latest else "test"} - checkpoint.keys():
         raise Mistake(f"{path} has no {min(missing)}: another program or version wrote it")
     parse_again(checkpoint, path)
-    if checkpoint["epoch"] < checkpoint["config"]["arguments"]["epochs"]:
+    config = checkpoint["config"]
+    if checkpoint["epoch"] < config["arguments"]["epochs"] and not config.get("stopped_early"):
         raise Mistake(f"{directory} has finished {checkpoint['epoch']} epochs, not all: go on with --resume first")
     return averaged(checkpoint) if ema and latest else checkpoint
 

@@ -19,7 +19,7 @@ from common.console import Mistake, command, one_line
 from common.hardware import busy_note, choose_device, choose_precision, peak_memory_mib, set_up_device
 from densenet import DenseNet
 from inputs import datasets, splits
-from inputs.batches import batch_positions, memory_format
+from inputs.batches import FLIPS, batch_positions, memory_format
 from inputs.image import Reader
 from training import distributed
 from training.arguments import parse_args
@@ -96,6 +96,8 @@ def prepare(args, checkpoint, device):
     reader = Reader.of_run(vars(args), progress=args.progress and distributed.rank() == 0)
     dataset = datasets.load_run(vars(args), args.data, reader, checkpoint["manifest"] if checkpoint else None)
     check_batches(args, len(dataset.train))
+    if args.patience and dataset.valid is None:
+        raise Mistake("--patience waits for a lower validation error: hold images out with --valid-size")
     if checkpoint:
         check_data(checkpoint, args, dataset)
     return dataset.to(device)
@@ -119,7 +121,7 @@ def make_batches(args, dataset, device):
     """Batches by split: "train", "valid" if images are held out, "test"."""
     common = {"normalize": dataset.normalize, "share": distributed.share()}
     training = {"batch_size": args.batch_size * args.accumulate, "crop_fill": args.crop_fill if args.augment else None}
-    training |= {"cutout": args.cutout, "mixup": args.mixup}
+    training |= {"cutout": args.cutout, "mixup": args.mixup, "flip": args.flip, "shift": args.shift}
     # A GPU waits for launches with fewer images, and needs less memory than in training for as many. Running statistics
     # make the answers the same, but for rounding.
     size = args.batch_size * (4 if device.type == "cuda" else 1)
@@ -260,6 +262,17 @@ def train_and_test(args, epoch, model, step, batches):
     return rows
 
 
+def advice(args, dataset):
+    """Lines about a data set that the flags may not suit."""
+    lines, names = [], {name.lower() for name in dataset.classes}
+    if args.dataset == "folder" and not (args.init_from or args.resume) and len(dataset.train) < 5000:
+        lines.append("few training images: weights trained on others may help, see --init-from")
+    opposites = names & {name.replace("left", "right") for name in names if "left" in name}
+    if opposites and args.augment and 1 in FLIPS[args.flip]:
+        lines.append(f"class {min(opposites)} has an opposite, and images are mirrored: see --flip")
+    return lines
+
+
 def print_start(args, checkpoint, stage, dataset, notes):
     name = args.arch or f"DenseNet{'-BC' if args.bottleneck else ''}-{args.depth} (k = {args.growth_rate})"
     counts = ", ".join(f"{len(split):,} {splits.KINDS[name]}" for name, split in dataset.splits.items())
@@ -268,8 +281,6 @@ def print_start(args, checkpoint, stage, dataset, notes):
     print(f"{args.dataset}: {counts} images in {len(dataset.classes)} classes")
     if args.recipe:
         print(f"recipe {args.recipe}: {as_flags({name: getattr(args, name) for name in RECIPES.get(args.recipe, {})})}")
-    if args.dataset == "folder" and not (args.init_from or args.resume) and len(dataset.train) < 5000:
-        notes = [*notes, "few training images: weights trained on others may help, see --init-from"]
     for note in notes:
         print(one_line(note))
     doing = f"resuming {args.save} after epoch {checkpoint['epoch']}" if args.resume else f"writing {args.save}"
@@ -288,7 +299,9 @@ def print_epoch(args, rows, skipped, seconds):
 
 
 def print_end(args, first_epoch, run, seconds):
-    if first_epoch > args.epochs:
+    if run.stopped_early:
+        print(f"stopped early: no lower validation error since epoch {run.best('valid')['epoch']}")
+    elif first_epoch > args.epochs:
         print(f"all {args.epochs} epochs are done; a larger --epochs goes further")
     final, best = run.rows["test"][-1], run.best("test")
     took = datetime.timedelta(seconds=round(seconds))
@@ -344,7 +357,7 @@ def train(args, checkpoint, source, run):
 
     def start():
         run.start(state(checkpoint["epoch"]))
-        print_start(args, checkpoint, stage, dataset, [*dataset.notes, *notes, *reasons])
+        print_start(args, checkpoint, stage, dataset, [*dataset.notes, *advice(args, dataset), *notes, *reasons])
 
     distributed.on_rank_0(start)
     run.epoch = checkpoint["epoch"]
@@ -356,6 +369,8 @@ def train_epochs(args, checkpoint, run, model, step, batches, state):
     first_epoch, main_process = checkpoint["epoch"] + 1, distributed.rank() == 0
     with Figures(run.path, args.plot and main_process) as figures:
         for epoch in range(first_epoch, args.epochs + 1):
+            if distributed.on_rank_0(lambda: run.stopped_early):
+                break
             begin, refused = time.monotonic(), step.refused
             rows = train_and_test(args, epoch, model, step, batches)
             if step.refused and not refused:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 PAD = 4  # pixels by which the augmentation shifts an image at most (section 4.2 of the paper)
+FLIPS = {"horizontal": (1,), "vertical": (0,), "both": (1, 0), "none": ()}  # axes of (rows, columns) that are mirrored
 IGNORE_INDEX = -100  # the label that F.cross_entropy passes over
 
 
@@ -54,12 +55,16 @@ class Batches:
     ``crop_fill`` turns augmentation on and says what a shifted image shows beyond its border: "mean" (zero after
     normalisation, as in the paper's Lua code) or "black" (zero before it, as bamos and gpleiss do). ``share``, (rank,
     ranks), gives a rank every ranks-th image of each batch, so that all together see the batches of a single process.
+    ``flip`` and ``shift`` say how images are mirrored, and by how many pixels they are shifted at most.
     ``cutout``: pixels of the side of a square that is filled likewise; ``mixup``: α of Beta(α, α).
     """
 
-    def __init__(self, images, batch_size, normalize, crop_fill=None, share=(0, 1), cutout=0, mixup=0.0):
+    def __init__(
+        self, images, batch_size, normalize, crop_fill=None, share=(0, 1), cutout=0, mixup=0.0,
+        flip="horizontal", shift=PAD,
+    ):  # fmt: skip
         self.images, self.batch_size, self.crop_fill, self.share = images, batch_size, crop_fill, share
-        self.cutout, self.mixup = cutout, mixup
+        self.cutout, self.mixup, self.flip, self.shift = cutout, mixup, flip, shift
         self.normalized = normalizer(normalize, images.device)
         self.num_images = len(images)
 
@@ -116,8 +121,10 @@ class Batches:
         return draws
 
     def draw_crops(self, generator):
-        offsets = torch.randint(-PAD, PAD + 1, (self.num_images, 2), generator=generator)  # rows, columns
-        flips = torch.randint(0, 2, (self.num_images,), generator=generator).bool()
+        offsets = torch.randint(-self.shift, self.shift + 1, (self.num_images, 2), generator=generator)  # rows, columns
+        flips = torch.zeros(self.num_images, 2, dtype=torch.bool)
+        for axis in FLIPS[self.flip]:
+            flips[:, axis] = torch.randint(0, 2, (self.num_images,), generator=generator)
         return {"offsets": offsets, "flips": flips} if self.crop_fill else {}
 
     def load(self, plan, seed=None):
@@ -128,8 +135,8 @@ class Batches:
     def augmented(self, order, offsets=None, flips=None, centres=None, **_):
         """The images at ``order`` (B,) as the other draws say, normalised: (B, C, H, W).
 
-        They are shifted by ``offsets`` (B, 2), then mirrored where ``flips`` (B,) says. Shuffling, cropping and
-        flipping are one gather of pixels: image i shows at (row, column) its source pixel (row + offset, ±column +
+        They are shifted by ``offsets`` (B, 2), then mirrored where ``flips`` (B, 2) says. Shuffling, cropping and
+        flipping are one gather of pixels: image i shows at (row, column) its source pixel (±row + offset, ±column +
         offset). The fill shows where that lies outside, or in a square around ``centres`` (B, 2).
         """
         pixels = self.images.pixels
@@ -138,9 +145,9 @@ class Batches:
         if offsets is None:
             pixels = pixels[order]
         else:
-            columns = torch.arange(width, device=pixels.device)
-            rows = torch.arange(height, device=pixels.device) + offsets[:, :1]  # (B, H)
-            columns = torch.where(flips[:, None], columns.flip(0), columns) + offsets[:, 1:]  # (B, W)
+            rows, columns = (torch.arange(side, device=pixels.device) for side in (height, width))
+            rows = torch.where(flips[:, :1], rows.flip(0), rows) + offsets[:, :1]  # (B, H)
+            columns = torch.where(flips[:, 1:], columns.flip(0), columns) + offsets[:, 1:]  # (B, W)
             inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
             source = (order[:, None] * height + rows.clamp(0, height - 1))[:, :, None] * width
             source = source + columns.clamp(0, width - 1)[:, None, :]  # (B, H, W), into rows of pixels

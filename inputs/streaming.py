@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from common.console import forget_workers
-from inputs.batches import Batches, chosen, outside
+from inputs.batches import FLIPS, Batches, chosen, outside
 from inputs.decoding import attempt, make_loader, read_all, unreadable
 from inputs.image import Reader, Unreadable, random_box
 
@@ -55,7 +55,7 @@ class StreamedBatches(Batches):
         self.plan = []  # positions and seed of each batch of a pass
         workers, pin = files.reader.workers, "cuda" in str(files.device)
         self.loader = make_loader(
-            DecodedFiles(files), workers, sampler=self.plan, persistent_workers=workers > 0, pin_memory=pin
+            DecodedFiles(files, self.flip), workers, sampler=self.plan, persistent_workers=workers > 0, pin_memory=pin
         )
         if self.crop_fill:  # before there are workers, which would each take seconds to import it
             import torchvision.transforms  # noqa: F401
@@ -85,10 +85,10 @@ class DecodedFiles(torch.utils.data.Dataset):
     With a seed, images are augmented: what is random for image i depends on (seed, i) alone, not on workers.
     """
 
-    def __init__(self, files):
+    def __init__(self, files, flip="horizontal"):
         # One array of bytes: a million objects would be copied to every worker, one by one.
         self.paths = np.array([os.fsencode(path) for path in files.names])
-        self.labels, self.reader = files.labels, files.reader
+        self.labels, self.reader, self.flip = files.labels, files.reader, flip
 
     def __getitem__(self, batch):
         return attempt(self.decode, *batch)
@@ -104,4 +104,4 @@ class DecodedFiles(torch.utils.data.Dataset):
             # torch.manual_seed would seed the GPU, too, where the masks of dropout are drawn.
             torch.default_generator.manual_seed((seed * 1_000_003 + i) % 2**63)
             pixels = reader.read(path, random_box)
-            return pixels[:, ::-1] if torch.rand(1) < 0.5 else pixels
+            return np.flip(pixels, [axis for axis in FLIPS[self.flip] if torch.rand(1) < 0.5])

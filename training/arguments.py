@@ -21,6 +21,7 @@ RESUMABLE = {
     "lr",  # a run whose loss is not finite would come to the same loss again
     *("data", "workers", "block", "epochs", "device", "precision", "compile", "cuda_graph", "deterministic"),
     *("save", "resume", "overwrite", "log_every", "plot", "progress"),
+    *("patience", "keep_every", "tensorboard"),
 }
 OWN = {"save", "resume", "overwrite", "progress"}  # arguments that a process does not take from the run it resumes
 
@@ -132,7 +133,9 @@ def parse_again(checkpoint, path):
     saved = {name: value for name, value in saved.items() if name in defaults and name not in OWN}
     for name, value in saved.items():
         flag = name.replace("_", "-")
-        if value != defaults[name]:
+        if isinstance(value, list):
+            flags += [f"--{flag}", *map(str, value)]
+        elif value != defaults[name]:
             flags.append(f"--{'' if value else 'no-'}{flag}" if type(value) is bool else f"--{flag}={value}")
     try:
         parsed = vars(parser.parse_args(flags))

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from common.console import Mistake, Parser, amount, between, natural, nonempty, 
 from common.hardware import PRECISIONS, choose_device, choose_precision, compiler_problem
 from densenet import ARCHITECTURES, BLOCKS, DenseNet
 from inputs import datasets
+from inputs.batches import FLIPS, PAD
 from inputs.image import STREAM_FROM, Reader, add_reader_flags
 from training import distributed
 from training.recipe import RECIPES
@@ -80,6 +82,10 @@ def add_data_flags(add):
         f"a folder is streamed from disk, not held in memory, from {STREAM_FROM} on")
     add_reader_flags(add)
     add("--augment", action=switch, help="random crops and mirror images (default: on; digits and svhn off)")
+    add("--flip", choices=FLIPS, default="horizontal",
+        help="how --augment mirrors images, each way for half of them (default: %(default)s)")
+    add("--shift", type=natural, default=PAD, metavar="N",
+        help="pixels by which --augment shifts images at most (default: %(default)s)")
     add("--crop-fill", choices=("mean", "black"), default="mean",
         help="beyond the border of a shifted image: mean colour (paper) or raw zeros (default: %(default)s)")
     add("--valid-size", type=amount, metavar="N",
@@ -124,6 +130,9 @@ def add_optimisation_flags(add):
     add("--schedule", choices=("step", "cosine", "constant"),
         help="step: ×0.1 in the epochs (from 1) at 50 %% and 75 %%, not in the first "
         "(default: step; adam, adamw, rmsprop constant)")
+    add("--milestones", type=positive, nargs="+", metavar="EPOCHS",
+        help="step: multiply the learning rate by --gamma when so many epochs are over (default: see --schedule)")
+    add("--gamma", type=between(0, 1), default=0.1, metavar="X", help="see --milestones (default: %(default)s)")
     add("--seed", type=between(0, 2**32 - 1, int), default=1, metavar="N",
         help="of split, weights, order, augmentation, dropout (default: %(default)s)")
 
@@ -183,6 +192,12 @@ def add_run_flags(add):
         help="repeat bit for bit on a GPU, too (default: off)")
     add("--log-every", type=natural, default=0, metavar="N",
         help="more train.csv rows, one per N iterations (default: %(default)s: one per epoch)")
+    add("--keep-every", type=natural, default=0, metavar="N",
+        help="keep the checkpoint of every Nth epoch: epoch-0100.pth, … (default: off)")
+    add("--patience", type=natural, default=0, metavar="N",
+        help="stop early, after N epochs without a lower validation error (default: off)")
+    add("--tensorboard", action=switch, default=False,
+        help="write the logs for TensorBoard, too, one point per epoch (default: off)")
     add("--plot", action=switch, default=True, help="redraw the figures after each epoch (default: on)")
     add("--progress", action=switch, default=sys.stderr.isatty(),
         help="progress bars (default: on in a terminal)")
@@ -240,6 +255,10 @@ def check_args(args):
         raise Mistake(f"--warmup {args.warmup:g} takes all of {args.epochs} epochs: choose less, 0, or more --epochs")
     if args.decay == "weights" and args.weight_decay == 0:
         raise Mistake("--decay weights: nothing decays with --weight-decay 0: leave out one of the two")
+    if args.milestones and args.schedule != "step":
+        raise Mistake("--milestones are of --schedule step: add that, or leave them out")
+    if args.gamma != 0.1 and not args.milestones:
+        raise Mistake(f"--gamma {args.gamma} is the factor at --milestones: add those, or leave it out")
     if args.nesterov and args.opt == "sgd" and args.momentum == 0:
         raise Mistake("--momentum 0 excludes Nesterov momentum: add --no-nesterov")
     if args.block == "fused" and args.compile:
@@ -265,8 +284,12 @@ def check_args(args):
             raise Mistake(f"--{name.replace('_', '-')} is for --dataset folder: leave it out")
     Reader.of_run(vars(args))  # raises Mistake
     streamed = args.dataset == "folder" and size >= STREAM_FROM
-    if args.crop_fill == "black" and (streamed or not args.augment):
-        raise Mistake("--crop-fill black: no image is shifted in this run, so that nothing shows beyond its border")
+    for name, usual in (("flip", "horizontal"), ("shift", PAD), ("crop_fill", "mean")):
+        if getattr(args, name) != usual and (not args.augment or (streamed and name != "flip")):
+            done = "shifted" if args.augment else "augmented"
+            raise Mistake(f"--{name.replace('_', '-')}: no image is {done} in this run: leave it out")
+    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise Mistake("--tensorboard needs a package that is not installed: pip install tensorboard")
     with possible(size):
         try_out(args, batch_size=2)
 

@@ -43,6 +43,8 @@ def learning_rate(args, epoch, progress):
     """The learning rate of an epoch (from 1), at ``progress`` in [0, 1) through it."""
     done = epoch - 1 + progress
     peak = args.lr * min(1, 0.01 + 0.99 * done / args.warmup) if args.warmup else args.lr
+    if args.milestones:
+        return peak * args.gamma ** sum(epoch > milestone for milestone in args.milestones)
     if args.schedule == "step":  # with 300 epochs: epoch 150 is the first at a tenth, as in the paper's Lua code
         drops = (epoch >= 0.5 * args.epochs) + (epoch >= 0.75 * args.epochs)
         return peak / 10 ** (drops if epoch > 1 else 0)  # a run of one or two epochs has to learn in the first

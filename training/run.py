@@ -36,20 +36,21 @@ COLUMNS = {
 FIGURES = ("loss.png", "error.png", "loss-error.png")
 WEIGHTS = tuple(f"weights.{suffix}" for suffix in ("pth", "onnx", "safetensors", "pt2"))
 CHECKPOINTS = ("latest.pth", "previous.pth")  # what a run goes on from: the first of them that is whole
-FILES = (*CHECKPOINTS, "best.pth", *WEIGHTS, "config.json", *(f"{name}.csv" for name in COLUMNS), *FIGURES)
+KEPT = [f"epoch-{'[0-9]' * digits}.pth" for digits in (4, 5, 6, 7)]  # by --keep-every
+FILES = (*CHECKPOINTS, "best.pth", *WEIGHTS, "config.json", *(f"{name}.csv" for name in COLUMNS), *FIGURES, *KEPT)
 
 
 class Run:
     """One run directory.
 
     ``rows`` maps "train", "valid", "test", … to the rows (dicts) logged so far, and is the "metrics" of the checkpoints
-    that are written; ``epoch`` counts the epochs that are over, None before this process has written anything. As a
-    context manager it lets go of its lock at the end.
+    that are written; ``epoch`` counts the epochs that are over, None before this process has written anything;
+    ``stopped_early`` is True if --patience has ended. As a context manager it lets go of its lock at the end.
     """
 
     def __init__(self, path):
         self.path = Path(path)
-        self.rows, self.epoch, self._held = {}, None, None
+        self.rows, self.epoch, self.stopped_early, self.events = {}, None, False, None
         self._lock = FileLock(self.path / ".lock")  # flock: the kernel lets go of it when the process dies
 
     def check(self, resume, overwrite):
@@ -96,14 +97,12 @@ class Run:
             self._lock.acquire(timeout=0)
         except Timeout as error:
             raise Mistake(f"{self.path} is in use by another process: wait, or choose another --save") from error
-        self._held = open(self.path / ".lock")  # noqa: SIM115
+        self._held = os.stat(self.path / ".lock")
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        if self._held:
-            self._held.close()
         self._lock.release()
 
     def start(self, checkpoint):
@@ -112,41 +111,62 @@ class Run:
         A run at its beginning takes the place of an earlier one as soon as latest.pth is written. What else that one
         has left, and nothing else, is deleted after that, now or when the new run is resumed.
         """
-        self.rows, self.epoch = checkpoint["metrics"], checkpoint["epoch"]
+        self.rows = checkpoint["metrics"]
         for name in FILES:
             for unfinished in self.path.glob(f"{name}*.tmp"):  # when a process was killed
                 unfinished.unlink(missing_ok=True)
-        self._write_checkpoints(checkpoint)
-        for name in FILES[1:] if self.epoch == 0 else ():
-            (self.path / name).unlink(missing_ok=True)
-        write(self.path / "config.json", json.dumps(checkpoint["config"], indent=2) + "\n")
-        self._write_logs()
+        self._write(checkpoint)
 
     def finish_epoch(self, checkpoint, new_rows):
         """Save the state after an epoch, its rows and those before, then write the logs."""
         self.rows = {name: [*rows, *new_rows.get(name, ())] for name, rows in self.rows.items()}
-        self._write_checkpoints(checkpoint, previous=self.path / "previous.pth")
-        self._write_logs()
+        self._write(checkpoint, previous=self.path / "previous.pth")
 
-    def _write_checkpoints(self, checkpoint, previous=None):
-        """latest.pth, then best.pth if this epoch is the best; a kill in between is mended when the run is resumed."""
+    def _write(self, checkpoint, previous=None):
+        """latest.pth, then all that follows from it; a kill in between is mended when the run is resumed."""
         lock = self.path / ".lock"
-        if lock.exists() and not os.path.samefile(self._held.fileno(), lock):
+        if lock.exists() and not os.path.samestat(self._held, os.stat(lock)):
             self.epoch = None
             raise Mistake(f"{self.path} was deleted and begun anew by another process, which it is left to")
-        checkpoint = checkpoint | {"metrics": self.rows}
+        config = checkpoint["config"]
+        arguments, valid = config["arguments"], [row["error"] for row in self.rows.get("valid", ())]
+        waited = len(valid) - 1 - valid.index(min(valid)) if valid else 0  # epochs since the best
+        self.stopped_early = 0 < arguments["patience"] <= waited and checkpoint["epoch"] < arguments["epochs"]
+        config = config | {"stopped_early": self.stopped_early}
+        checkpoint = checkpoint | {"metrics": self.rows, "config": config}
         write_checkpoint(self.path / "latest.pth", checkpoint, previous)
         self.epoch = checkpoint["epoch"]
-        if self.rows.get("valid") and self.best("valid")["epoch"] == self.epoch:
+        for stale in [path for name in FILES[1:] for path in self.path.glob(name)] if self.epoch == 0 else ():
+            stale.unlink()
+        if valid and waited == 0:
             write_checkpoint(self.path / "best.pth", checkpoint)
-
-    def _write_logs(self):
+        if self.epoch and arguments["keep_every"] and self.epoch % arguments["keep_every"] == 0:
+            write_checkpoint(self.path / f"epoch-{self.epoch:04}.pth", checkpoint)
+        write(self.path / "config.json", json.dumps(config, indent=2) + "\n")
         for name, rows in self.rows.items():
             text = io.StringIO()
             log = csv.DictWriter(text, COLUMNS[name], lineterminator="\n")
             log.writeheader()
             log.writerows(rows)
             write(self.path / f"{name}.csv", text.getvalue())
+        if arguments["tensorboard"]:
+            self._write_events()
+
+    def _write_events(self):
+        """The rows of whole epochs for TensorBoard: first all of them, in place of what processes before have written.
+
+        Later on, those of the last epoch.
+        """
+        from torch.utils.tensorboard import SummaryWriter
+
+        first = self.events is None
+        if first:
+            self.events = SummaryWriter(self.path / "tensorboard", purge_step=0)
+        for name, rows in self.rows.items():
+            for row in rows if first else rows[-1:]:
+                for column in COLUMNS[name][1:] if isinstance(row["epoch"], int) else ():
+                    self.events.add_scalar(f"{column}/{name}", row[column], row["epoch"])
+        self.events.flush()
 
     def best(self, name):
         """The first row with the lowest error in a log."""

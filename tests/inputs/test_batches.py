@@ -19,13 +19,14 @@ def test_crop_and_flip_equal_torchvision_for_every_shift(fill):
     images = random_images(1)
     batches, image = images.batches(64, NORMALIZE, fill), images.pixels[0].permute(2, 0, 1) / 255
     mean, std = ([value / 255 for value in values] for values in NORMALIZE)
-    for top, left, flip in itertools.product(range(9), range(9), (False, True)):
-        ours = batches.augmented(torch.tensor([0]), torch.tensor([[top - 4, left - 4]]), torch.tensor([flip]))
+    for top, left, down, flip in itertools.product(range(9), range(9), (False, True), (False, True)):
+        ours = batches.augmented(torch.tensor([0]), torch.tensor([[top - 4, left - 4]]), torch.tensor([[down, flip]]))
         if fill == "black":  # pad, then normalise
             expected = tv.normalize(tv.crop(tv.pad(image, 4), top, left, 32, 32), mean, std)
         else:  # normalise, then pad
             expected = tv.crop(tv.pad(tv.normalize(image, mean, std), 4), top, left, 32, 32)
         expected = tv.horizontal_flip(expected) if flip else expected
+        expected = tv.vertical_flip(expected) if down else expected
         torch.testing.assert_close(ours[0], expected, rtol=1e-4, atol=1e-5)
 
 

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -112,15 +113,15 @@ Image.Image.resize = resize
     assert again.returncode == (0 if damaged else 1)
 
 
-def test_streamed_images_are_mirrored_half_of_the_time(tmp_path):
-    image = Image.new("L", (200, 200))
-    image.paste(255, (100, 0, 200, 200))
-    image.save(tmp_path / "right.png")
-    stream = streaming.ImageFiles([tmp_path / "right.png"] * 200, torch.zeros(200, dtype=torch.int64), Reader(128, channels=1))
-    batches = stream.batches(200, ((0.0,), (1.0,)), "mean")
+@pytest.mark.parametrize(("flip", "shares"), [("horizontal", (0, 0.5)), ("vertical", (0.5, 0)), ("both", (0.5, 0.5)), ("none", (0, 0))])
+def test_streamed_images_are_mirrored_half_of_the_time(tmp_path, flip, shares):
+    """They are brighter at the bottom, and to the right."""
+    rows, columns = np.mgrid[:200, :200]
+    Image.fromarray((rows / 2 + columns / 2).astype(np.uint8)).save(tmp_path / "image.png")
+    stream = streaming.ImageFiles([tmp_path / "image.png"] * 200, torch.zeros(200, dtype=torch.int64), Reader(128, channels=1))
+    batches = stream.batches(200, ((0.0,), (1.0,)), "mean", flip=flip)
     [(x, _, _)] = batches.shuffled(1)
-    left, right = x[:, 0, 64, 8], x[:, 0, 64, -8]
-    told = left != right  # a crop of one half alone tells nothing
-    assert told.sum() > 100 and 0.35 < (left > right)[told].float().mean() < 0.65
+    mirrored = x[:, 0, 8, 64] > x[:, 0, -8, 64], x[:, 0, 64, 8] > x[:, 0, 64, -8]
+    assert [one.float().mean().item() for one in mirrored] == pytest.approx(shares, abs=0.15)
     [(x, _)] = batches.in_order()
     assert (x[:, 0, 64, 8] < x[:, 0, 64, -8]).all()

@@ -21,7 +21,7 @@ from sklearn.model_selection import train_test_split
 from densenet import DenseNet
 
 PAPER = dict(opt="sgd", momentum=0.9, nesterov=True, weight_decay=1e-4, crop_fill="mean", drop_rate=0.0, bottleneck=True)
-OFF = dict(label_smoothing=0, cutout=0, mixup=0, warmup=0, ema=0, decay="all", accumulate=1, clip_grad=0, class_weights=None, head_lr=0)
+OFF = dict(label_smoothing=0, cutout=0, mixup=0, warmup=0, ema=0, decay="all", accumulate=1, clip_grad=0, class_weights=None, head_lr=0, flip="horizontal", shift=4, milestones=())
 ADAM = dict(lr=0.001, schedule="constant")
 RATES = {"sgd": dict(lr=0.1, schedule="step"), "adam": ADAM, "adamw": ADAM | dict(weight_decay=0.01), "rmsprop": dict(schedule="constant")}
 
@@ -48,11 +48,12 @@ def batches_of(epoch, x, labels, value, o):
     n = o.limit_train
     random = torch.Generator().manual_seed(o.seed * 1_000_003 + epoch)
     order = torch.randperm(n, generator=random)
-    shifts, mirrored = torch.randint(-4, 5, (n, 2), generator=random), torch.randint(0, 2, (n,), generator=random)
-    if not o.augment:
-        shifts, mirrored = torch.zeros_like(shifts), torch.zeros_like(mirrored)
+    shifts = torch.randint(-o.shift, o.shift + 1, (n, 2), generator=random) * o.augment
     crops = [x[i, :, 4 + dy : 12 + dy, 4 + dx : 12 + dx] for i, (dy, dx) in zip(order, shifts.tolist(), strict=True)]
-    crops = torch.stack([crop.flip(-1) if flip else crop for crop, flip in zip(crops, mirrored, strict=True)])
+    for axis in {"horizontal": [2], "vertical": [1], "both": [2, 1], "none": []}[o.flip if o.augment else "none"]:
+        mirrored = torch.randint(0, 2, (n,), generator=random)
+        crops = [crop.flip(axis) if flip else crop for crop, flip in zip(crops, mirrored, strict=True)]
+    crops = torch.stack(crops)
     y = labels[order]
     targets = F.one_hot(y, 10).double()
     if o.cutout:
@@ -75,6 +76,8 @@ def batches_of(epoch, x, labels, value, o):
 def learning_rate(o, epoch, part):
     """``part`` is the share of the epoch that is over."""
     peak = o.lr * min(1, 0.01 + 0.99 * (epoch - 1 + part) / o.warmup) if o.warmup else o.lr
+    if o.milestones:
+        return peak * o.gamma ** len([milestone for milestone in o.milestones if milestone < epoch])
     if o.schedule == "step":
         return peak * (1 if epoch == 1 else 0.01 if epoch >= 0.75 * o.epochs else 0.1 if epoch >= 0.5 * o.epochs else 1)
     return peak / 2 * (1 + math.cos(math.pi * (epoch - 1 + part) / o.epochs)) if o.schedule == "cosine" else peak
@@ -155,6 +158,7 @@ CONSTANT = dict(schedule="constant")
 CASES = [
     {},
     dict(epochs=8, limit_train=8, lr=0.03),  # lr in epochs 1 to 3, lr/10 in 4 and 5, lr/100 from 6 on
+    dict(epochs=4, limit_train=8, milestones=[1, 3], gamma=0.3),
     dict(schedule="cosine", head_lr=0.3),
     CONSTANT,
     CONSTANT | dict(nesterov=False),
@@ -163,7 +167,9 @@ CASES = [
     CONSTANT | dict(weight_decay=0.02),
     CONSTANT | dict(crop_fill="black"),
     CONSTANT | dict(augment=False),
-    CONSTANT | dict(limit_train=10),  # whole batches
+    CONSTANT | dict(flip="both", shift=2),
+    CONSTANT | dict(flip="vertical", crop_fill="black", cutout=3),
+    CONSTANT | dict(flip="none", limit_train=10),  # whole batches
     CONSTANT | dict(seed=16),
     CONSTANT | dict(drop_rate=0.2, block="naive"),
     CONSTANT | dict(bottleneck=False),
@@ -173,7 +179,6 @@ CASES = [
     dict(opt="rmsprop", lr=1e-4),
     dict(opt="rmsprop", lr=1e-4, weight_decay=0.1),
     CONSTANT | dict(label_smoothing=0.1),
-    CONSTANT | dict(cutout=4, crop_fill="black"),
     CONSTANT | dict(mixup=0.5),
     CONSTANT | dict(mixup=1.0, cutout=3, label_smoothing=0.1, class_weights="balanced"),
     dict(warmup=1, schedule="cosine"),
@@ -195,7 +200,8 @@ def name(options):
 def flags(options):
     for key, value in (SMALL | options).items():
         flag = key.replace("_", "-")
-        yield from [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+        values = map(str, value if isinstance(value, list) else [value])
+        yield from [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", *values]
     yield from "--precision fp32 --limit-test 9 --save run".split()
 
 

@@ -70,7 +70,7 @@ def test_a_replacement_that_is_cut_short_leaves_the_old_run_or_the_new(tiny, mon
     assert not list(Path("run").glob("*.tmp")) or deleted == "latest.pth.tmp"
 
 
-@pytest.mark.parametrize(("write", "epoch"), [(15, 1), (17, 2)])  # the second epoch's checkpoint, its train.csv
+@pytest.mark.parametrize(("write", "epoch"), [(17, 1), (21, 2)])  # the second epoch's checkpoint, its train.csv
 def test_a_full_disk_keeps_the_last_epoch(tiny, capsys, monkeypatch, write, epoch):
     assert tiny("--save", "whole") == 0
     real, calls = os.fsync, []
@@ -217,14 +217,12 @@ KILLED = {
             return kill() if len(steps) == 10 else real(self, *args)
         torch.optim.SGD.step = step""",
     "while a checkpoint is written": """
-        real = run.os.fsync
-        def fsync(descriptor):
-            steps.append(1)
-            if len(steps) == 21:
-                os.truncate(descriptor, 3000)
-                kill()
-            real(descriptor)
-        run.os.fsync = fsync""",
+        real = run.write_checkpoint
+        def write_checkpoint(path, checkpoint, *previous):
+            if checkpoint["epoch"] == 3:
+                os.fsync = lambda descriptor: (os.truncate(descriptor, 3000), kill())
+            real(path, checkpoint, *previous)
+        run.write_checkpoint = write_checkpoint""",
     "between checkpoint and log": """
         real = run.write
         def write(path, text):
@@ -233,10 +231,13 @@ KILLED = {
 }
 
 
+SEVERAL = "--valid-size 100 --augment --flip both --shift 2 --milestones 1 3 --gamma 0.5 --keep-every 2 --patience 3 --no-progress".split()
+
+
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
     path = tmp_path_factory.mktemp("whole") / "run"
-    assert train.main([*TINY, "--save", str(path), "--no-progress"]) == 0
+    assert train.main([*TINY, *SEVERAL, "--save", str(path)]) == 0
     return path
 
 
@@ -251,14 +252,14 @@ steps = []
 kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
 if True:{KILLED[moment]}
 sys.exit(train.main(sys.argv[1:]))"""
-    command = [sys.executable, "-c", program, *TINY, "--save", "run", "--no-progress"]
-    assert subprocess.run(command, timeout=120).returncode == -signal.SIGKILL
+    assert subprocess.run([sys.executable, "-c", program, *TINY, *SEVERAL, "--save", "run"], timeout=120).returncode == -signal.SIGKILL
     saved = torch.load("run/latest.pth", weights_only=True)["epoch"]
     assert saved == (3 if "log" in moment else 2)
     if "written" in moment:
         assert Path("run/latest.pth.tmp").stat().st_size == 3000
     assert train.main(["--resume", "--save", "run", "--no-progress"]) == 0
-    assert_same_run(whole_run, "run")
+    for name in ("latest.pth", "best.pth", "epoch-0002.pth", "epoch-0004.pth"):
+        assert_same_run(whole_run, "run", ("train.csv", "valid.csv", "test.csv"), name)
     for name in ("loss.png", "error.png", "loss-error.png"):
         assert Path("run", name).read_bytes() == (whole_run / name).read_bytes()
 
@@ -334,7 +335,8 @@ def test_a_drawing_that_hangs_is_ended_and_leaves_nothing(capsys, monkeypatch, e
 
 
 def test_checkpoints_have_the_rows_of_all_epochs_and_best_pth_is_the_first_with_the_lowest_validation_error():
-    checkpoint = {"epoch": 0, "metrics": {"train": [], "valid": [], "test": []}, "config": {}}
+    arguments = {"epochs": 9, "patience": 0, "keep_every": 0, "tensorboard": False}
+    checkpoint = {"epoch": 0, "metrics": {"train": [], "valid": [], "test": []}, "config": {"arguments": arguments}}
     with run.Run("run") as directory:
         directory.lock()
         directory.start(checkpoint)

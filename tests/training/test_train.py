@@ -13,6 +13,7 @@ from conftest import assert_same_run
 from helpers import write_folder
 from PIL import Image
 
+import publish
 import train
 
 
@@ -122,6 +123,49 @@ def test_validation_chooses_best_pth(tiny, capsys):
     assert tiny("--save", "other", "--valid-size", "1437") == 2
     assert "train.py: error: --valid-size 1437: cannot take the same share of each class" in capsys.readouterr().err
     assert not Path("other").exists()
+
+
+def test_patience_ends_a_run_early_and_a_larger_one_goes_on(tiny, capsys):
+    flags = ["--valid-size", "100", "--schedule", "constant", "--lr", "1", "--epochs", "9", "--patience"]
+    assert tiny("--save", "whole", *flags, "0", "--keep-every", "4") == 0
+    error = pd.read_csv("whole/valid.csv").error
+    assert sorted(path.name for path in Path("whole").glob("epoch-*")) == ["epoch-0004.pth", "epoch-0008.pth"]
+    best = [int(error[:n].argmin()) + 1 for n in range(1, 10)]  # after each epoch
+    end = next(n for n in range(1, 10) if n - best[n - 1] == 2)
+    assert tiny("--save", "run", *flags, "2") == 0
+    capsys.readouterr()
+    for _ in range(2):
+        assert json.loads(Path("run/config.json").read_text())["stopped_early"] and len(pd.read_csv("run/valid.csv")) == end
+        assert tiny("--save", "run", "--resume", args=[]) == 0
+        out = capsys.readouterr().out
+        assert f"stopped early: no lower validation error since epoch {end - 2}\n" in out and "images/s" not in out
+    assert publish.main(["run"]) == 0
+    assert tiny("--save", "run", "--resume", "--patience", "0", args=[]) == 0
+    assert_same_run("whole", "run", ("train.csv", "valid.csv", "test.csv"))
+    assert not json.loads(Path("run/config.json").read_text())["stopped_early"]
+
+
+def test_classes_that_mirroring_makes_alike_are_told(tiny, capsys, tmp_path):
+    write_folder(tmp_path / "images", classes=("Left hand", "right hand"))
+    for flags, told in (([], 1), (["--flip", "vertical"], 0), (["--no-augment"], 0)):
+        tiny(*"--dataset folder --data images --depth 10 --epochs 1 --overwrite --save run".split(), *flags, args=[])
+        out = capsys.readouterr().out
+        assert out.count("class right hand has an opposite, and images are mirrored: see --flip\n") == told
+        assert "few training images: weights trained on others may help, see --init-from\n" in out
+
+
+def test_a_tensorboard_file_holds_the_logs_once_whatever_was_resumed(tiny):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    flags = ["--save", "run", "--tensorboard", "--log-every", "2"]
+    assert tiny(*flags, "--epochs", "2") == 0 and tiny("--save", "run", "--resume", "--epochs", "3", args=[]) == 0
+    events = accumulator.EventAccumulator("run/tensorboard").Reload()
+    for tag in events.Tags()["scalars"]:
+        column, name = tag.split("/")
+        log = pd.read_csv(f"run/{name}.csv")
+        log = log[log.epoch % 1 == 0]
+        assert [point.step for point in events.Scalars(tag)] == log.epoch.tolist() == [1, 2, 3]
+        assert [point.value for point in events.Scalars(tag)] == pytest.approx(log[column].tolist())
+    assert len(events.Tags()["scalars"]) == 7
 
 
 def test_a_variant_trains(tiny):
