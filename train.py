@@ -27,7 +27,7 @@ from training.choice import choose_block
 from training.ending import Interrupted, NotFinite, ending, interruptible
 from training.finetune import freeze, parameter_groups, take, training_mode
 from training.flags import as_flags, model_options, try_out
-from training.recipe import PAPER, RECIPES, learning_rate, make_optimizer, make_recipe
+from training.recipe import RECIPES, learning_rate, make_optimizer, make_recipe
 from training.run import Figures, Run, provenance
 from training.step import GraphedStep, Step, compile_model, evaluate
 
@@ -53,11 +53,6 @@ def train_epoch(step, batches, schedule, bar):
                 break
             bar.set_postfix(loss=f"{mean_loss:.3f}", error=f"{error:.1f} %")
             refreshed = time.monotonic()
-    return read_log(log)
-
-
-def read_log(log):
-    """The per-step sums of an epoch over all ranks, on the CPU. Raises NotFinite for the first loss that is not."""
     steps = distributed.all_reduce(torch.stack(log).cpu().double())
     broken = (~steps[:, 0].isfinite()).nonzero()
     if len(broken):
@@ -142,13 +137,6 @@ def make_model(args, source, classes, device):
     return model, notes
 
 
-def make_step(model, optimizer, amp, precision, recipe=PAPER, graph=False):
-    options = distributed.world_size(), precision == "fp16", recipe
-    if graph:
-        return GraphedStep(model, optimizer, amp, *options)
-    return Step(distributed.data_parallel(model), optimizer, amp, *options)
-
-
 def restore(optimizer, saved):
     """Load an optimiser's state, not its settings: those are the arguments'. Raises Mistake where it is of another one.
 
@@ -207,19 +195,15 @@ def logs_of(args, dataset):
 
 def check_data(checkpoint, args, dataset):
     """Raises Mistake if the data to go on with are not those of the run."""
-    options = model_options(args, len(dataset.classes))
+    options, logs, run = model_options(args, len(dataset.classes)), logs_of(args, dataset), f"the run in {args.save}"
     before = options | checkpoint["config"]["model"], checkpoint["classes"], checkpoint["measured"]
     if before != (options, list(dataset.classes), dataset.normalize):
-        older = checkpoint["manifest"] == FIRST_MANIFEST
-        reason = ", or by a release that read them differently" if older else ""
-        raise Mistake(
-            f"the run in {args.save} was trained on other images or classes than {args.data} holds now{reason}"
-        )
+        older = ", or by a release that read them differently" if checkpoint["manifest"] == FIRST_MANIFEST else ""
+        raise Mistake(f"{run} was trained on other images or classes than {args.data} holds now{older}")
     if changed := splits.changed(checkpoint["manifest"], dataset):
-        raise Mistake(f"images in {args.data} ({', '.join(changed)}) have changed since the run in {args.save} began")
-    if checkpoint["metrics"].keys() != set(logs_of(args, dataset)):
-        logged, found = ", ".join(checkpoint["metrics"]), ", ".join(logs_of(args, dataset))
-        raise Mistake(f"the run in {args.save} was trained with the splits {logged}, not {found}")
+        raise Mistake(f"images in {args.data} ({', '.join(changed)}) have changed since {run} began")
+    if checkpoint["metrics"].keys() != set(logs):
+        raise Mistake(f"{run} was trained with the splits {', '.join(checkpoint['metrics'])}, not {', '.join(logs)}")
 
 
 def train_and_test(args, epoch, model, step, batches):
@@ -339,7 +323,11 @@ def train(args, checkpoint, source, run):
     model.set_block(how["block"])
     optimizer = make_optimizer(args, parameter_groups(model, args.head_lr and args.head_lr / args.lr))
     recipe = make_recipe(args, model, dataset, distributed.world_size())
-    step = make_step(model, optimizer, amp, precision, recipe, how["cuda_graph"])
+    options = distributed.world_size(), precision == "fp16", recipe
+    if how["cuda_graph"]:
+        step = GraphedStep(model, optimizer, amp, *options)
+    else:
+        step = Step(distributed.data_parallel(model), optimizer, amp, *options)
     parts = {"model": model, "optimizer": optimizer, "scaler": step.scaler}
     parts |= {"ema": recipe.average} if recipe.average else {}
 

@@ -69,39 +69,38 @@ def make_parser(description=None):
     add_finetuning_flags(parser.add_argument_group("fine-tuning").add_argument)
     add_newer_flags(parser.add_argument_group("newer than the paper").add_argument)
     add_run_flags(parser.add_argument_group("run").add_argument)
+    for action in parser._actions[1:]:
+        if "(default: " not in action.help:
+            action.help += f" (default: {action.default or 'off'})"
     return parser
 
 
 def add_data_flags(add):
-    add("--dataset", choices=datasets.DATASETS, default="cifar10",
-        help="digits needs no download (default: %(default)s)")
+    add("--dataset", choices=datasets.DATASETS, default="cifar10", help="digits needs no download")
     add("--data", type=nonempty, metavar="DIR", default="data",
-        help="where data sets live; folder: has train/<class>/* and test/<class>/* (default: %(default)s)")
+        help="where data sets live; folder: has train/<class>/* and test/<class>/*")
     add("--image-size", type=pixels, metavar="N",
         help="folder and digits: resize images to N×N pixels (default: 32; folder with ImageNet's networks 224); "
         f"a folder is streamed from disk, not held in memory, from {STREAM_FROM} on")
     add_reader_flags(add)
     add("--augment", action=switch, help="random crops and mirror images (default: on; digits and svhn off)")
-    add("--flip", choices=FLIPS, default="horizontal",
-        help="how --augment mirrors images, each way for half of them (default: %(default)s)")
-    add("--shift", type=natural, default=PAD, metavar="N",
-        help="pixels by which --augment shifts images at most (default: %(default)s)")
+    add("--flip", choices=FLIPS, default="horizontal", help="how --augment mirrors, half of the time")
+    add("--shift", type=natural, default=PAD, metavar="N", help="pixels by which --augment shifts at most")
     add("--crop-fill", choices=("mean", "black"), default="mean",
-        help="beyond the border of a shifted image: mean colour (paper) or raw zeros (default: %(default)s)")
+        help="beyond a shifted image: mean colour (paper) or raw zeros")
     add("--valid-size", type=amount, metavar="N",
         help="training images to hold out for validation, or a share such as 0.1 (default: 0; svhn 6000)")
     add("--test-size", type=amount, default=0, metavar="N",
         help="folder without test images: set N images apart, or a share, the same for every seed "
         "(default: 0.2 of class folders alone)")
     add("--limit-train", type=positive, metavar="N", help="train on the first N images (default: all)")
-    add("--limit-test", type=positive, metavar="N",
-        help="test and validate on the first N images (default: all)")
+    add("--limit-test", type=positive, metavar="N", help="test and validate on the first N images (default: all)")
 
 
 def add_network_flags(add, depth):
     """The flags that say which network: arguments of DenseNet; ``depth`` is what the help says of the default depth."""
     add("--arch", choices=ARCHITECTURES, metavar="NAME",
-        help=f"a network of the paper or its authors by name: {', '.join(ARCHITECTURES)}")
+        help=f"a network of the paper or its authors: {', '.join(ARCHITECTURES)} (default: see --depth)")
     add("--depth", type=between(1, 2000, int), metavar="L",
         help=f"layers with weights: 6n + 4, or 3n + 4 without bottlenecks (default: {depth})")
     add("--growth-rate", type=channels, default=12, metavar="K",
@@ -118,23 +117,20 @@ def add_network_flags(add, depth):
 
 def add_optimisation_flags(add):
     add("--epochs", type=between(1, 10**6, int), metavar="N",
-        help="passes over the training set (default: 300; digits 20, svhn 40)")
-    add("--batch-size", type=positive, default=64, metavar="N", help="images (default: %(default)s)")
-    add("--opt", choices=BY_OPTIMIZER, default="sgd", help="optimiser (default: %(default)s)")
-    add("--lr", type=rate, metavar="X",
-        help="initial learning rate (default: 0.1; adam and adamw 0.001, rmsprop 0.01)")
-    add("--momentum", type=rate, default=0.9, metavar="X", help="sgd only (default: %(default)s)")
+        help="passes over the images (default: 300; digits 20, svhn 40)")
+    add("--batch-size", type=positive, default=64, metavar="N", help="images")
+    add("--opt", choices=BY_OPTIMIZER, default="sgd", help="optimiser")
+    add("--lr", type=rate, metavar="X", help="initial learning rate (default: 0.1; adam and adamw 0.001, rmsprop 0.01)")
+    add("--momentum", type=rate, default=0.9, metavar="X", help="sgd only")
     add("--nesterov", action=switch, default=True, help="sgd only (default: on)")
     add("--weight-decay", type=rate, default=1e-4, metavar="X",
-        help="see --decay; of adamw, apart from the gradient (default: %(default)s; adamw 0.01)")
+        help="see --decay (default: %(default)s; adamw 0.01, apart from the gradient)")
     add("--schedule", choices=("step", "cosine", "constant"),
-        help="step: ×0.1 in the epochs (from 1) at 50 %% and 75 %%, not in the first "
-        "(default: step; adam, adamw, rmsprop constant)")
+        help="step: ×0.1 in the epochs at 50 %% and 75 %%, not in the first (default: step; other optimisers constant)")
     add("--milestones", type=positive, nargs="+", metavar="EPOCHS",
-        help="step: multiply the learning rate by --gamma when so many epochs are over (default: see --schedule)")
-    add("--gamma", type=between(0, 1), default=0.1, metavar="X", help="see --milestones (default: %(default)s)")
-    add("--seed", type=between(0, 2**32 - 1, int), default=1, metavar="N",
-        help="of split, weights, order, augmentation, dropout (default: %(default)s)")
+        help="step: drop after these many epochs, by --gamma (default: see --schedule)")
+    add("--gamma", type=between(0, 1), default=0.1, metavar="X", help="see --milestones")
+    add("--seed", type=between(0, 2**32 - 1, int), default=1, metavar="N", help="of all that is random")
 
 
 def add_finetuning_flags(add):
@@ -142,9 +138,8 @@ def add_finetuning_flags(add):
         help="start from trained weights: a checkpoint, .safetensors or torchvision's state dict, or imagenet: "
         "torchvision's published ones (default: none)")
     add("--freeze", action=Joined, nargs="+", metavar="PART",
-        help="do not train these: features, stem, blocks.0, transitions.0, norm, … (default: none)")
-    add("--head-lr", type=positive_number, metavar="X",
-        help="initial learning rate of the classifier (default: as --lr)")
+        help="parts not to train: features, stem, blocks.0, … (default: none)")
+    add("--head-lr", type=positive_number, metavar="X", help="of the classifier, initially (default: as --lr)")
 
 
 def as_flags(values):
@@ -157,50 +152,38 @@ def add_newer_flags(add):
     add("--recipe", choices=RECIPES, metavar="NAME",
         help=f"stands for several flags, each of which can be given, too; {sets} (default: the paper's)")
     add("--label-smoothing", type=between(0, 0.999), default=0.0, metavar="E",
-        help="share of a label that is spread over all classes (default: off)")
-    add("--cutout", type=natural, default=0, metavar="N",
-        help="pixels of the side of a square that is hidden in each training image (default: off)")
+        help="share of a label that all classes get")
+    add("--cutout", type=natural, default=0, metavar="N", help="side of a square that is hidden in each image")
     add("--mixup", type=between(0, 1000), default=0.0, metavar="ALPHA",
-        help="mix each training image with another one, in shares drawn from Beta(ALPHA, ALPHA) (default: off)")
-    add("--warmup", type=rate, default=0.0, metavar="EPOCHS",
-        help="let the learning rate rise from 1 %% to all of the schedule's meanwhile (default: off)")
+        help="mix images, in shares drawn from Beta(ALPHA, ALPHA)")
+    add("--warmup", type=rate, default=0.0, metavar="EPOCHS", help="let the learning rate rise from 1 %% meanwhile")
     add("--ema", type=between(0, 0.999999), default=0.0, metavar="DECAY",
-        help="average weights over the last 1 / (1 − DECAY) updates or so, and test these, too (default: off)")
-    add("--decay", choices=("all", "weights"), default="all",
-        help="weight decay on every parameter, or not on batch norms and biases (default: %(default)s)")
-    add("--accumulate", type=positive, default=1, metavar="N",
-        help="batches per update; batch norm sees each by itself (default: %(default)s)")
-    add("--clip-grad", type=rate, default=0.0, metavar="X", help="largest norm of the gradient (default: off)")
-    add("--class-weights", choices=("balanced",),
-        help="classes with fewer training images weigh more, so that all weigh the same (default: off)")
+        help="average weights over 1 / (1 − DECAY) updates, and test these, too")
+    add("--decay", choices=("all", "weights"), default="all", help="what decays: batch norms and biases, too, or not")
+    add("--accumulate", type=positive, default=1, metavar="N", help="batches per update, each by itself for batch norm")
+    add("--clip-grad", type=rate, default=0.0, metavar="X", help="largest norm of the gradient")
+    add("--class-weights", choices=("balanced",), help="let all classes weigh the same")
 
 
 def add_run_flags(add):
     add("--save", type=nonempty, metavar="DIR", help="the run directory (default: work/<dataset>.base)")
     add("--resume", nargs="?", const=True, default=False, choices=("if-any",), metavar="if-any",
-        help="continue the run in the run directory, with its arguments; if-any: or start one (default: off)")
+        help="continue the run in the run directory, with its arguments; if-any: or start one")
     add("--overwrite", action="store_true", help="replace the run in the run directory (default: off)")
-    add("--device", default="auto", metavar="NAME",
-        help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps")
     add("--precision", choices=("auto", *PRECISIONS), default="auto",
-        help="auto is bf16 where the hardware has it, fp16 on GPUs without, else fp32 (default: %(default)s)")
+        help="auto is bf16 where the hardware has it, fp16 on GPUs without, else fp32")
     add("--compile", action=switch, default=False, help="use torch.compile (default: off)")
     add("--cuda-graph", action=switch, default=None,
         help="replay training steps as CUDA graphs, if they do what eager steps do; without --compile "
              "(default: on, on CUDA GPUs)")
-    add("--deterministic", action=switch, default=False,
-        help="repeat bit for bit on a GPU, too (default: off)")
-    add("--log-every", type=natural, default=0, metavar="N",
-        help="more train.csv rows, one per N iterations (default: %(default)s: one per epoch)")
-    add("--keep-every", type=natural, default=0, metavar="N",
-        help="keep the checkpoint of every Nth epoch: epoch-0100.pth, … (default: off)")
-    add("--patience", type=natural, default=0, metavar="N",
-        help="stop early, after N epochs without a lower validation error (default: off)")
-    add("--tensorboard", action=switch, default=False,
-        help="write the logs for TensorBoard, too, one point per epoch (default: off)")
+    add("--deterministic", action=switch, default=False, help="repeat bit for bit on a GPU, too (default: off)")
+    add("--log-every", type=natural, default=0, metavar="N", help="more train.csv rows, one per N iterations")
+    add("--keep-every", type=natural, default=0, metavar="N", help="keep every Nth checkpoint: epoch-0100.pth, …")
+    add("--patience", type=natural, default=0, metavar="N", help="end after N epochs without a lower validation error")
+    add("--tensorboard", action=switch, default=False, help="write the logs for TensorBoard, too (default: off)")
     add("--plot", action=switch, default=True, help="redraw the figures after each epoch (default: on)")
-    add("--progress", action=switch, default=sys.stderr.isatty(),
-        help="progress bars (default: on in a terminal)")
+    add("--progress", action=switch, default=sys.stderr.isatty(), help="progress bars (default: on in a terminal)")
 
 
 def modernize(argv):
