@@ -111,7 +111,7 @@ class Run:
         A run at its beginning takes the place of an earlier one as soon as latest.pth is written. What else that one
         has left, and nothing else, is deleted after that, now or when the new run is resumed.
         """
-        self.rows = checkpoint["metrics"]
+        self.rows, self.epoch = checkpoint["metrics"], checkpoint["epoch"]
         for name in FILES:
             for unfinished in self.path.glob(f"{name}*.tmp"):  # when a process was killed
                 unfinished.unlink(missing_ok=True)
@@ -137,7 +137,7 @@ class Run:
         write_checkpoint(self.path / "latest.pth", checkpoint, previous)
         self.epoch = checkpoint["epoch"]
         for stale in [path for name in FILES[1:] for path in self.path.glob(name)] if self.epoch == 0 else ():
-            stale.unlink()
+            stale.unlink(missing_ok=True)
         if valid and waited == 0:
             write_checkpoint(self.path / "best.pth", checkpoint)
         if self.epoch and arguments["keep_every"] and self.epoch % arguments["keep_every"] == 0:
