@@ -34,7 +34,7 @@ def test_a_run_writes_what_it_should(tiny, capsys):
     checkpoint = torch.load("run/latest.pth", weights_only=True)
     assert set(checkpoint) == {
         "model", "optimizer", "epoch", "seconds", "rng", "config", "normalize", "classes", "metrics", "scaler",
-        "manifest", "measured",
+        "manifest", "measured", "digest",
     }  # fmt: skip
     assert checkpoint["classes"] == list("0123456789")
     assert checkpoint["metrics"]["test"][-1]["error"] == test.error.iloc[-1]
