@@ -68,7 +68,7 @@ def upgrade(checkpoint, path):
     """A checkpoint with all that later releases write. Raises Mistake if another program wrote it, or a hand."""
     try:
         written = checkpoint.pop("digest", None)  # none in what an earlier release wrote, nor in an exported file
-        if written not in (None, digest(checkpoint)):
+        if written is not None and written != digest(checkpoint):
             raise ValueError("edited by hand: without its entry digest, it would be taken as it is")
         config = upgrade_config(checkpoint["config"])
         weights = {name.removeprefix("module."): value for name, value in checkpoint["model"].items()}

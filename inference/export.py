@@ -3,8 +3,8 @@
     from inference import classify, read_network
     checkpoint = read_network("work/digits.bc16/weights.onnx")  # for classify, like that of weights.pth
 
-Each file has what a checkpoint holds beside its weights in its metadata, as JSON by name: "classes", "normalize" (mean
-and standard deviation of each channel, of 255) and "config", with the architecture and how images are read.
+Each file has what a checkpoint holds beside its weights in its metadata, as JSON by name: "classes", "config" with the
+architecture, and "images": size, colours, resizing, and mean and standard deviation of each channel, of 255.
 """
 
 import importlib.util
@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 
 from common.checkpoints import load_file, upgrade
+from common.config import stages
 from common.console import Mistake, memory_problem
 from common.files import readable, written_whole
-from inference.network import load_model
+from inference.network import load_model, reader_of
 
 SIZES = (1, 3, 64)  # of the batches that an exported network is checked with
 TOLERANCE = 1e-5  # of the largest logit, or of 1
@@ -82,8 +83,28 @@ def require(*packages):
 
 
 def describe(checkpoint):
-    """Everything but the weights, as JSON by name."""
-    return {name: json.dumps(value) for name, value in checkpoint.items() if name != "model"}
+    """Everything but the weights, as JSON by name, and "images": what the network takes. Neither commands nor files."""
+    first, *resumed = ({**stage, "command": None} for stage in stages(checkpoint["config"]))
+    own = {"images": reading(checkpoint), "config": first | {"resumed": resumed}}
+    if checkpoint["manifest"]:
+        own["manifest"] = checkpoint["manifest"] | {"test_files": []}
+    return {name: json.dumps(value) for name, value in (checkpoint | own).items() if name != "model"}
+
+
+def reading(checkpoint):
+    """How images become what the network takes, for who has no Reader."""
+    reader, (mean, std) = reader_of(checkpoint), checkpoint["normalize"]
+    size, resized = reader.image_size, reader.image_size * 8 // 7
+    return {
+        "shape": ["N", reader.channels, size, size],
+        "colours": "RGB" if reader.channels == 3 else "grey",
+        "resize": f"the shorter side to {resized}" if reader.streams else f"the whole image to {size}×{size}",
+        "crop": f"the centre, {size}×{size}" if reader.streams else None,
+        "filter": "bilinear, antialiased (Pillow's BILINEAR)",
+        "values": "(0 … 255 - mean) / std, of each channel",
+        "mean": mean,
+        "std": std,
+    }
 
 
 def described(metadata):
@@ -104,11 +125,15 @@ def traced(checkpoint):
 
 def to_onnx(checkpoint):
     require("onnx", "onnxscript", "onnxruntime")
+    import onnx
+
     model, inputs, sizes = traced(checkpoint)
     names = dict(input_names=["images"], output_names=["logits"])
     program = torch.onnx.export(model, inputs, dynamo=True, dynamic_shapes=sizes, verbose=False, **names)
     program.model.metadata_props.update(describe(checkpoint))
-    return program.model_proto.SerializeToString()
+    content = program.model_proto
+    content.ir_version = onnx.helper.find_min_ir_version_for(content.opset_import)  # that older runtimes read
+    return content.SerializeToString()
 
 
 def from_onnx(content):

@@ -60,7 +60,7 @@ def load_split(checkpoint, split="test", directory=None, reader=None):
     trained, reader = checkpoint["config"]["arguments"], reader or reader_of(checkpoint)
     root, manifest = directory or trained["data"], checkpoint["manifest"]
     try:
-        if split == "test":
+        if split == "test" and (manifest["test_files"] if trained["test_size"] else True):  # not in exported files
             images, notes = datasets.load_test(trained["dataset"], root, reader, checkpoint["classes"], manifest)
             return images.select(slice(trained["limit_test"])), notes
         dataset = datasets.load_run(trained, root, reader, manifest)
