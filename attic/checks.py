@@ -1,9 +1,7 @@
-"""What the scripts of this folder share: the way to the repository's modules, a bug to be found, tables and verdicts.
-
-Example: python attic/numcheck_grads.py --with-bug
-"""
+"""What the scripts of this folder share: flags, data, networks, the bug of 2017, tables and verdicts."""
 
 import contextlib
+import itertools
 import sys
 from pathlib import Path
 
@@ -24,36 +22,38 @@ from inputs.image import Reader
 def make_parser(doc):
     """A parser with the flags of every script; ``doc`` is the script's docstring."""
     parser = Parser(description=doc)
-    parser.add_argument("--seed", type=int, default=1, help="of weights and inputs (default: %(default)s)")
-    parser.add_argument("--with-bug", action="store_true", help="emulate the bug of 2017: can this check see it?")
+    add = parser.add_argument
+    add("--seed", type=int, default=1, help="of weights and inputs (default: %(default)s)")
+    add("--with-bug", action="store_true", help="emulate the bug of 2017: can this check see it?")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
     return parser
 
 
-def add_device_flag(parser):
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
-
-
 def add_data_flags(parser):
-    add_device_flag(parser)
     add, several = parser.add_argument, between(2, 10**9, int)  # images, as batch norm needs
-    names = datasets.DATASETS
-    add("--dataset", choices=names, default="digits", help="digits needs no download (default: %(default)s)")
+    add("--dataset", choices=datasets.DATASETS, default="digits", help="(default: %(default)s)")
     add("--data", metavar="DIR", default="data", help="where data sets live (default: %(default)s)")
     add("--image-size", type=int, default=16, metavar="N", help="pixels; digits and folder (default: %(default)s)")
     add("--batch-size", type=several, default=64, metavar="N", help="images (default: %(default)s)")
     add("--depth", type=int, default=22, metavar="L", help="of the DenseNet-BC: 6n + 4 (default: %(default)s)")
 
 
-def device_of(args):
-    """The torch.device of the arguments, set up. Raises Mistake if this machine lacks it."""
-    device = choose_device(args.device)
-    set_up_device(device)
-    return device
+def parse(parser, argv):
+    """Arguments, with ``device`` as a torch.device, set up. Raises Mistake if this machine lacks it."""
+    args = parser.parse_args(argv)
+    args.device = choose_device(args.device)
+    set_up_device(args.device)
+    return args
 
 
-def load(args, device):
+def devices(args):
+    """The CPU and, if it is chosen, the GPU: those that compute in float64."""
+    return ("cpu", "cuda") if args.device.type == "cuda" else ("cpu",)
+
+
+def load(args):
     """The data set and its training batches, not augmented. Raises Mistake if there is none."""
-    dataset = datasets.load(args.dataset, args.data, Reader(args.image_size)).to(device)
+    dataset = datasets.load(args.dataset, args.data, Reader(args.image_size)).to(args.device)
     return dataset, dataset.train.batches(args.batch_size, dataset.normalize)
 
 
@@ -67,29 +67,23 @@ def densenet(args, classes, block):
 
 def vgg(classes):
     """A small VGG-style network: 3×3 convolutions and max-pooling, nothing concatenated."""
-    layers, channels = [], 3
-    for width in (32, 64, 128):
-        layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-        layers += [nn.MaxPool2d(2)]
-        channels = width
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+    layers = []
+    for channels, width in itertools.pairwise((3, 32, 64, 128)):
+        convolution = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+        layers += [convolution, nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, classes))
 
 
 def randomize_norms(model):
     """Move batch norms away from the initial 1 and 0, where some mistakes cannot be seen."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.weight)
-            nn.init.normal_(module.bias)
+    for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
+        for parameter in norm.parameters():
+            nn.init.normal_(parameter)
     return model
 
 
 class ReadAsOutput(torch.autograd.Function):
-    """Identity whose gradient is read with the strides of the output, whatever its own are.
-
-    So did PyTorch's cuDNN convolution until February 2017. The gradient that cat hands back to one of its inputs is a
-    slice of a wider tensor; read as if it were dense, every image but the first comes from the wrong place.
-    """
+    """Identity that reads its gradient with the strides of the output, as PyTorch's cuDNN convolution did in 2017."""
 
     @staticmethod
     def forward(ctx, output):
@@ -103,7 +97,7 @@ class ReadAsOutput(torch.autograd.Function):
 
 @contextlib.contextmanager
 def bug_of_2017(on=True):
-    """Within this context every convolution that autograd differentiates has the bug."""
+    """In this context every convolution that autograd differentiates has the bug."""
     right = F.conv2d
     if on:
         F.conv2d = lambda *args, **options: ReadAsOutput.apply(right(*args, **options))

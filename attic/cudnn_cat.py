@@ -3,13 +3,12 @@
 Example: python attic/cudnn_cat.py
          python attic/cudnn_cat.py --with-bug     (what the bug would look like)
 
-What it was: the gradient that cat hands back to one of its inputs is a slice of a wider tensor, with gaps between the
-images. PyTorch described it to cuDNN by the strides of the convolution's output, which has no gaps, so that every image
-of the batch but the first was read from the wrong place (https://github.com/pytorch/pytorch/pull/708).
+The gradient that cat hands back to one of its inputs is a slice of a wider tensor, with gaps between the images. It was
+read with the strides of the convolution's output, which has no gaps: every image of the batch but the first came from
+the wrong place (https://github.com/pytorch/pytorch/pull/708).
 
-The check computes y = conv(x, w1), z = conv(cat(x, y), w2), a dense layer and its reader, and compares with a sum that
-needs no cat: z = conv(x, w2[:, :c]) + conv(y, w2[:, c:]). On the CPU this is exact to rounding, in float64; on a GPU it
-is repeated with cuDNN on and off, in float64 and float32, against the CPU.
+Compares y = conv(x, w1), z = conv(cat(x, y), w2) with a sum without cat: z = conv(x, w2[:, :c]) + conv(y, w2[:, c:]),
+on the CPU in float64; on a GPU with cuDNN on and off, in float64 and float32.
 """
 
 import itertools
@@ -24,13 +23,11 @@ from common.console import command
 CHANNELS, GROWTH = 6, 4
 
 
-def with_cat(x, w1, w2):
-    y = F.conv2d(x, w1, padding=1)
+def with_cat(x, y, w2):
     return F.conv2d(torch.cat((x, y), 1), w2, padding=1)
 
 
-def without_cat(x, w1, w2):
-    y = F.conv2d(x, w1, padding=1)
+def without_cat(x, y, w2):
     of_x, of_y = w2.split((CHANNELS, GROWTH), dim=1)
     return F.conv2d(x, of_x, padding=1) + F.conv2d(y, of_y, padding=1)
 
@@ -47,7 +44,8 @@ def errors(function, tensors, device="cpu", dtype=torch.float64):
 
     def compute(function, device, dtype):
         *inputs, gradient = (t.to(device, dtype, copy=True) for t in tensors)
-        output = function(*(t.requires_grad_() for t in inputs))
+        x, w1, w2 = (t.requires_grad_() for t in inputs)
+        output = function(x, F.conv2d(x, w1, padding=1), w2)
         return [t.detach().double().cpu() for t in (output, *torch.autograd.grad(output, inputs, gradient))]
 
     exact = compute(without_cat, "cpu", torch.float64)
@@ -56,12 +54,10 @@ def errors(function, tensors, device="cpu", dtype=torch.float64):
 
 @command
 def main(argv=None):
-    args = checks.make_parser(__doc__).parse_args(argv)
+    args = checks.parse(checks.make_parser(__doc__), argv)
     cases = [("cpu", torch.float64, True, batch) for batch in (4, 1)]
-    if torch.cuda.is_available():
-        cases += [("cuda", *case, 4) for case in itertools.product((torch.float64, torch.float32), (True, False))]
-    else:
-        print("no CUDA GPU here: what needs one is skipped")
+    for device in checks.devices(args)[1:]:
+        cases += [(device, *case, 4) for case in itertools.product((torch.float64, torch.float32), (True, False))]
     rows, failures = [], []
     for device, dtype, enabled, batch in cases:
         tensors, name = make_tensors(batch, args.seed), f"{device}, {str(dtype).removeprefix('torch.')}, batch {batch}"

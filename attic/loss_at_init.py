@@ -3,11 +3,10 @@
 Example: python attic/loss_at_init.py
          python attic/loss_at_init.py --dataset cifar10 --image-size 32 --depth 40
 
-A network that has learnt nothing gives every class about the same probability: its loss is ln(classes). More means
-that it is sure of something it cannot know: weights or images are too large, or the logits are not what the loss
-expects. The table shows, for each convolution and linear layer of a VGG-style network and of a DenseNet-BC, the
-standard deviation of its output, the norm of the gradient of the loss by its output, and that by its weight relative to
-the weight.
+A network that has learnt nothing gives every class about the same probability: its loss is ln(classes). If it is more,
+weights or images are too large, or the logits are not what the loss expects. The tables show, for each layer of a
+VGG-style network and of a DenseNet-BC, the standard deviation of its output and the norms of the gradient by its output
+and by its weight, the latter relative to the weight.
 """
 
 import math
@@ -28,32 +27,28 @@ def check_images(dataset, batches):
     """Print mean and standard deviation of the normalised training images and the classes; returns the failures."""
     pixels = torch.cat([images.transpose(0, 1).flatten(1) for images, *_ in batches.in_order()], 1)  # (C, pixels)
     mean, std, counts = pixels.mean(1), pixels.std(1), dataset.train.labels.bincount(minlength=len(dataset.classes))
-    print("training images, normalised: mean", *(f"{m:.3f}" for m in mean), " standard deviation", end=" ")
-    print(*(f"{s:.3f}" for s in std))
     print(f"images per class: {counts.min()} to {counts.max()}, in {len(counts)} classes\n")
-    failures = []
-    if any(dataset.normalize[0]) and not (mean.abs().max() < 0.2 and (std - 1).abs().max() < 0.2):
-        failures.append("the images are not normalised to mean 0 and standard deviation 1")
-    return failures + [f"class {name} has no image" for name, n in zip(dataset.classes, counts, strict=True) if n == 0]
+    checks.table(["training images, normalised: mean", "deviation"], zip(mean.tolist(), std.tolist(), strict=True))
+    wrong = any(dataset.normalize[0]) and not (mean.abs().max() < 0.2 and (std - 1).abs().max() < 0.2)
+    return ["the images are not normalised to mean 0 and standard deviation 1"] if wrong else []
 
 
 def layer_rows(model, images, labels):
     """The loss, and (name, output's deviation, norms of two gradients) of each convolution and linear layer."""
-    outputs = {}
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
+    layers = {module: name for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
+    outputs, rows = {}, []
 
-            def keep(module, inputs, output, name=name):
-                output.retain_grad()
-                outputs[name] = module, output
+    def keep(module, inputs, output):
+        output.retain_grad()
+        outputs[module] = output
 
-            module.register_forward_hook(keep)
+    for module in layers:
+        module.register_forward_hook(keep)
     loss = F.cross_entropy(model(images), labels)
     loss.backward()
-    rows = []
-    for name, (module, output) in outputs.items():
+    for module, output in outputs.items():
         by_output, by_weight = (0.0 if t.grad is None else t.grad.norm().item() for t in (output, module.weight))
-        rows.append([name, output.std().item(), by_output, by_weight / module.weight.norm().item()])
+        rows.append([layers[module], output.std().item(), by_output, by_weight / module.weight.norm().item()])
     return loss.item(), rows
 
 
@@ -76,12 +71,11 @@ def check_network(name, model, images, labels, classes):
 def main(argv=None):
     parser = checks.make_parser(__doc__)
     checks.add_data_flags(parser)
-    args = parser.parse_args(argv)
-    device = checks.device_of(args)
-    dataset, batches = checks.load(args, device)
+    args = checks.parse(parser, argv)
+    dataset, batches = checks.load(args)
     torch.manual_seed(args.seed)
     classes = len(dataset.classes)
-    vgg, densenet = checks.vgg(classes).to(device), checks.densenet(args, classes, "naive").to(device)
+    vgg, densenet = (model.to(args.device) for model in (checks.vgg(classes), checks.densenet(args, classes, "naive")))
     failures = check_images(dataset, batches)
     images, labels, *_ = next(batches.shuffled(args.seed))
     images = images.contiguous()  # (N, C, H, W) in memory too, as everything was in 2017

@@ -23,14 +23,6 @@ FLAGS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Run a script in this process: run("cudnn_cat", "--with-bug") → exit status and output."""
@@ -44,9 +36,9 @@ def run(monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_passes(run, name):
-    status, output = run(name)
+@pytest.mark.parametrize("command", [*SCRIPTS, "compare_grads --block checkpoint"])
+def test_passes(run, command):
+    status, output = run(*command.split(" ", 1))
     assert status == 0, output
     assert output.endswith("verdict: passed\n")
     assert "FAILED" not in output
@@ -106,7 +98,7 @@ PLANTED = {  # script and flags, what is replaced, what makes its replacement, w
         lambda right: lambda pixels: tuple(tuple(v / 255 for v in values) for values in right(pixels)), ["not normalised"], []),
     "no training": (
         "overfit_one_batch", "torch.optim.SGD.step", lambda right: lambda self: None,
-        ["the training code does not train", "VGG-style network: error"], []),
+        ["VGG-style network: error"], []),
 }  # fmt: skip
 
 
@@ -120,20 +112,8 @@ def test_notices(run, monkeypatch, fault):
     assert all(words in failures for words in said) and not any(words in failures for words in unsaid), output
 
 
-def test_recomputation_updates_statistics_once(run):
-    assert run("compare_grads", "--block checkpoint")[0] == 0
-
-
-@pytest.mark.parametrize(
-    ("name", "flags", "message"),
-    [
-        ("loss_at_init", "--depth 43", "loss_at_init.py: error: --depth 43: a network with bottlenecks needs"),
-        ("loss_at_init", "--batch-size 1", "error: argument --batch-size: 1 is not in 2 …"),
-        ("overfit_one_batch", "--dataset folder --data nowhere", "overfit_one_batch.py: error: nowhere"),
-    ],
-)
-def test_mistakes_end_in_one_line(run, name, flags, message):
-    status, output = run(name, flags)
+def test_a_mistake_ends_in_one_line(run):
+    status, output = run("loss_at_init", "--depth 43")
     assert status == 2
-    assert message in output
+    assert output.startswith("loss_at_init.py: error: --depth 43: a network with bottlenecks needs")
     assert output.count("\n") == 1
