@@ -182,7 +182,7 @@ def add_run_flags(add):
     add("--keep-every", type=natural, default=0, metavar="N", help="keep every Nth checkpoint: epoch-0100.pth, …")
     add("--patience", type=natural, default=0, metavar="N", help="end after N epochs without a lower validation error")
     add("--tensorboard", action=switch, default=False, help="write the logs for TensorBoard, too (default: off)")
-    add("--plot", action=switch, default=True, help="redraw the figures after each epoch (default: on)")
+    add("--plot", action=switch, default=True, help="draw figures, at most once a minute (default: on)")
     add("--progress", action=switch, default=sys.stderr.isatty(), help="progress bars (default: on in a terminal)")
 
 
