@@ -1,7 +1,7 @@
 """What speed.py measures: our blocks, torchvision's, timm's and two known repositories' networks, each in a process.
 
-A job is a dict: candidate, depth, batch_size, precision, graph, device and task: "check", "profile" or "steps". Its
-process prints its answer or, for the last one, an answer to each word that it is told.
+A job is a dict: candidate, depth, batch_size, precision, graph, kernels (two constants of theirs, or None), device and
+task: "check", "profile" or "steps". Its process prints its answer or, for the last one, one for each word it is told.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts of this folder run from anywhere
 
-from common.console import command
+from common.console import Mistake, command
 from common.hardware import choose_device, choose_precision, peak_memory_mib, set_up_device
 from densenet import BLOCKS, FROM_TORCHVISION, DenseNet, rename
 from inputs.batches import memory_format
@@ -155,12 +155,13 @@ def step_functions(job, device):
     images, labels = make_images(job["batch_size"], 1, device)
     images = images.to(memory_format=layout)
     job["saved_mib"] = round(saved_bytes(lambda: model(images), model, amp) / 2**20, 1)
-    scaled = job["precision"] == "fp16"
-    step = GraphedStep(model, optimizer, amp) if job["graph"] else Step(model, optimizer, amp, scaled=scaled)
+    step = (GraphedStep if job["graph"] else Step)(model, optimizer, amp, scaled=job["precision"] == "fp16")
 
     def train():
         model.train()
         step(images, labels, len(labels))
+        if step.refused:
+            raise Mistake(f"{job['candidate']} cannot be timed as a CUDA graph: {step.refused}")
 
     @torch.no_grad()
     def infer():
@@ -205,6 +206,10 @@ def serve(job):
     On a GPU a word means several steps, of which one alone would be too short to time; the seconds are those of one.
     """
     device = choose_device(job["device"])
+    if job["kernels"]:
+        from fused import kernels
+
+        kernels.PROGRAMS, kernels.IMAGES = job["kernels"]
     torch.backends.cudnn.benchmark = True
     if device.type == "cuda" or job["candidate"] not in MODELS:  # on a CPU, the allocator as train.py sets it up
         set_up_device(device)

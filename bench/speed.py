@@ -87,8 +87,9 @@ def jobs_of(args):
         for precision in args.precisions:
             for name in args.candidates:
                 if precision == "fp32" or name not in candidates.FP32_ONLY:
-                    yield {"candidate": name, "depth": depth, "batch_size": args.batch_size, "precision": precision,
-                           "graph": args.cuda_graph, "device": args.device, "task": "steps"}  # fmt: skip
+                    kind = {"candidate": name, "depth": depth, "batch_size": args.batch_size, "precision": precision}
+                    how = {"graph": args.cuda_graph, "kernels": args.kernels, "device": args.device}
+                    yield kind | how | {"task": "steps"}
 
 
 def rows_of(args):
@@ -187,7 +188,7 @@ def plot_speed(rows, figure):
     axes.set_yticks(rows.index, labels)
 
 
-def parse_args(argv=None):
+def make_parser():
     parser = Parser(prog="speed.py", description=__doc__)
     names = candidates.NAMES
     eager = [name for name in names if not name.endswith(candidates.COMPILED)]
@@ -201,11 +202,17 @@ def parse_args(argv=None):
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, metavar="NAME",
         help=f"of {', '.join(PRECISIONS)} (default: fp32, and what auto is for train.py)")  # fmt: skip
     parser.add_argument("--cuda-graph", action="store_true", help="replay training steps as CUDA graphs")
+    parser.add_argument("--kernels", nargs=2, type=positive, metavar=("PROGRAMS", "IMAGES"),
+        help="other constants of fused/kernels.py (default: 2 64)")  # fmt: skip
     parser.add_argument("--profile", action="store_true", help="print where a training step's time goes instead")
     parser.add_argument("--csv", metavar="FILE", help="write the rows there, too")
     parser.add_argument("--plot", metavar="FILE", help="draw speed there or, with several depths, memory")
     parser.add_argument("--from", dest="source", metavar="FILE", help="draw the rows of a CSV file; measure nothing")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def parse_args(argv=None):
+    args = make_parser().parse_args(argv)
     device = choose_device(args.device)
     for depth in args.depths:
         try:
@@ -213,8 +220,8 @@ def parse_args(argv=None):
         except ValueError as error:
             raise Mistake(f"--depths: {error}") from error
     args.precisions = args.precisions or list(dict.fromkeys(("fp32", choose_precision("auto", device)[1])))
-    if args.cuda_graph and (device.type != "cuda" or "fp16" in args.precisions):
-        raise Mistake("--cuda-graph is for a CUDA GPU, in bf16 or fp32: leave it out")
+    if args.cuda_graph and device.type != "cuda":
+        raise Mistake("--cuda-graph is for a CUDA GPU: leave it out")
     if not list(jobs_of(args)):
         raise Mistake(f"{', '.join(candidates.FP32_ONLY)} run in fp32: choose other --candidates, or --precisions fp32")
     return args, device

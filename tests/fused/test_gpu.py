@@ -49,7 +49,7 @@ def stop_after_epoch_2(args, rows, skipped, seconds):
 
 @pytest.mark.parametrize("name", [*BLOCKS, "bamos"])
 def test_benchmark(name):
-    job = {"candidate": name, "depth": 10, "batch_size": 4, "precision": "fp32", "graph": False, "device": "cuda"}
+    job = {"candidate": name, "depth": 10, "batch_size": 4, "precision": "fp32", "graph": False, "kernels": None, "device": "cuda"}
     process, _ = speed.take_turns(job | {"task": "steps"}, job | {"task": "steps"}, times=2)
     assert len(process.seconds["train"]) == 2 and min(process.peaks) > 0
 

@@ -1,5 +1,8 @@
 """The benchmark measures the right networks, refuses wrong ones, and compares recipes by seed."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import candidates
@@ -16,7 +19,7 @@ from helpers import write_folder
 from common.hardware import choose_device
 from training.arguments import parse_args
 
-JOB = {"candidate": "fused", "depth": 10, "precision": "fp32"}
+JOB = {"candidate": "fused", "depth": 10, "precision": "fp32", "kernels": None}
 
 
 COMPILED = [pytest.param(name, marks=pytest.mark.slow) for name in candidates.NAMES if name.endswith("-compiled")]
@@ -111,6 +114,11 @@ def test_mistakes_end_with_one_line_and_status_2(capsys, flags, words):
     assert status_of(speed.main, flags.split()) == 2
     err = capsys.readouterr().err
     assert err.startswith("speed.py: error: ") and words in err and err.count("\n") == 1
+
+
+def test_the_script_for_gpus_names_what_exists():
+    result = subprocess.run(["bash", ROOT / "bench/gpu.sh", "plan"], capture_output=True, text=True, env=os.environ | {"PY": sys.executable})
+    assert (result.returncode, result.stderr) == (0, "") and result.stdout.count("python bench/speed.py") >= 9
 
 
 def test_recipes_are_compared_by_seed(capsys):
