@@ -74,10 +74,10 @@ class Replayed(GraphedStep):
         return function(*args)
 
     def capture(self, function):
-        start, addresses = self.copied(), self.addresses()
+        start, addresses = [tensor.clone() for tensor in self.state()], self.addresses()
         result = function()
         held = [(p, p.grad) for group in self.optimizer.param_groups for p in group["params"]]
-        self.restore(start)  # a capture computes nothing
+        torch._foreach_copy_(self.state(), start)  # a capture computes nothing
 
         def replay():
             assert self.addresses() == addresses

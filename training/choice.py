@@ -56,34 +56,27 @@ def choose_block(args, checkpoint, dataset, model, device, precision):
     graph = not same or last["cuda_graph"] if args.cuda_graph is None else args.cuda_graph
     graph = graph and can_replay(args, device, precision)
     block, note = args.block, None
-    if block == "auto" and (args.compile or device.type not in ("cpu", "cuda")):
-        block = "naive"
-    elif block == "auto" and same and checkpoint["config"]["arguments"]["block"] == "auto":
-        block = last["block"]
-    elif block == "auto" and args.deterministic:
-        block = default_block(device)
-    elif block == "auto":
-        blocks = [name for name in BLOCKS if computes_the_same(name)]
-        job = make_job(args, dataset, device, precision) | {"graph": graph, "blocks": blocks}
-        finished = checkpoint["epoch"] if checkpoint else 0
-        steps = (args.epochs - finished) * -(-len(dataset.train) // args.batch_size)
-        block, note = fastest_block(job, default_block(device), steps)
+    if block == "auto":
+        block = "naive" if args.compile else default_block(device)
+        if same and checkpoint["config"]["arguments"]["block"] == "auto" and not args.compile:
+            block = last["block"]
+        elif not (args.compile or args.deterministic) and device.type in ("cpu", "cuda"):
+            job = {
+                "model": model_options(args, len(dataset.classes)),
+                "batch_size": min(-(-args.batch_size // distributed.world_size()), len(dataset.train)),
+                "image_size": args.image_size,
+                "precision": precision,
+                "device": str(device),
+                "graph": graph,
+                "blocks": [name for name in BLOCKS if computes_the_same(name)],
+            }
+            epochs = args.epochs - (checkpoint["epoch"] if checkpoint else 0)
+            block, note = fastest_block(job, block, epochs * -(-len(dataset.train) // args.batch_size))
     if not computes_the_same(block):
         block = "naive"
     notes = [f"block {x} does not compute this network ({why}): this run takes {block}" for x, why in refused.items()]
     entries = {"block": block, "cuda_graph": graph} | ({"refused": refused} if refused else {})
     return entries, [*notes, *filter(None, [note])]
-
-
-def make_job(args, dataset, device, precision):
-    """What a run asks of training/trial.py, but for graph and blocks."""
-    return {
-        "model": model_options(args, len(dataset.classes)),
-        "batch_size": min(-(-args.batch_size // distributed.world_size()), len(dataset.train)),
-        "image_size": args.image_size,
-        "precision": precision,
-        "device": str(device),
-    }
 
 
 def default_block(device):
@@ -144,31 +137,26 @@ def describe(found, default):
 def seconds_to_measure(job, steps):
     """Seconds that measuring on a CPU may take, 0 where it would not pay."""
     share = SHARE * steps
-    step = expected_seconds(job) if share >= WORK else 0
-    return share * step if (share - WORK) * step >= START else 0
-
-
-def expected_seconds(job):
-    """About how long a training step takes, from a forward pass: the backward pass takes twice as long."""
-    with torch.random.fork_rng([]):  # the run's own draws stay as they are
-        model = make_model(job, "naive").eval()
-    amp, _ = choose_precision(job["precision"], torch.device("cpu"))
+    if share < WORK:
+        return 0
+    model, (amp, _) = make_model(job, "naive").eval(), choose_precision(job["precision"], torch.device("cpu"))
     images, _ = make_images(job["batch_size"], job, 0)
     with torch.no_grad(), amp():
         model(images)  # which allocates, and chooses algorithms
-        return 3 * min(seconds(lambda: model(images), images.device) for _ in range(2))
+        step = 3 * min(seconds(lambda: model(images), images.device) for _ in range(2))  # backward takes twice as long
+    return share * step if (share - WORK) * step >= START else 0
 
 
 def measure_here(job, device):
     """What ``try_blocks`` finds in this process. Raises Mistake where a kernel has left the GPU unusable."""
     try:
-        with torch.random.fork_rng([device]):
+        with contextlib.redirect_stdout(None):
             found = try_blocks(job)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
+        return found
     except RuntimeError as error:
         raise Mistake(f"the GPU has failed while --block auto measured ({in_words(error)}): name a --block") from error
-    return found
 
 
 def measure_apart(job, budget):
@@ -176,53 +164,44 @@ def measure_apart(job, budget):
 
     After ``budget`` seconds, the turns that every block has had until then are the answer.
     """
-    try:
-        answer, end = run_process(job, budget)
-    except OSError as error:
-        answer, end = {}, str(error)
-    found = {"at": "the process", "seconds": {}, "refused": {}, "lasting": False} | answer
-    at, timed = found.pop("at"), found["seconds"]
-    if at is not None:  # it has not come to its end
-        found["lasting"] = False
-        if end or not min(map(len, timed.values()), default=0):
-            timed.pop(at, None)
-            found["refused"].setdefault(at, end or "did not end in time")
-    turns = min(map(len, timed.values()), default=0)
-    return found | {"seconds": {block: values[:turns] for block, values in timed.items() if turns}}
-
-
-def run_process(job, timeout):
-    """The answer that the process printed last within so many seconds, or {}, and how it ended, in words, or None."""
-    command, answer, said = [sys.executable, *PROGRAM, json.dumps(job)], {}, ""
+    found, said = {"at": "the process", "seconds": {}, "refused": {}, "lasting": False}, ""
     with tempfile.TemporaryFile() as file:  # read even if the process hangs
         streams = {"stdin": subprocess.PIPE, "stdout": file, "stderr": subprocess.STDOUT}
-        with subprocess.Popen(command, cwd=ROOT, **streams) as process:
-            try:
-                end = f"ended with status {process.wait(timeout)}"
-            except subprocess.TimeoutExpired:
-                end = None
-            finally:
-                process.kill()
+        try:
+            with subprocess.Popen([sys.executable, *PROGRAM, json.dumps(job)], cwd=ROOT, **streams) as process:
+                try:
+                    end = f"ended with status {process.wait(budget)}"
+                finally:
+                    process.kill()
+        except subprocess.TimeoutExpired:
+            end = None
+        except OSError as error:
+            end = str(error)
         file.seek(0)
         for line in file.read().decode(errors="replace").splitlines():
-            said = line
-            with contextlib.suppress(ValueError):  # what a library prints
-                if isinstance(found := json.loads(line), dict):
-                    answer, said = found, ""
-    return answer, f"{end}: {said}" if end and said else end
+            said = f": {line}"
+            with contextlib.suppress(ValueError, TypeError):  # what a library prints
+                found, said = found | json.loads(line), ""
+    at, timed = found.pop("at"), found["seconds"]
+    if at is not None and (end or not min(map(len, timed.values()), default=0)):
+        timed.pop(at, None)
+        found["refused"].setdefault(at, f"{end}{said}" if end else "did not end in time")
+    turns = min(map(len, timed.values()), default=0)
+    timed = {block: values[:turns] for block, values in timed.items() if turns}
+    return found | {"seconds": timed, "lasting": found["lasting"] and at is None}
 
 
 def cache_path(job, device):
     """The file that keeps the answer to a job, named by everything that it depends on."""
     parts = ("densenet.py", "common/hardware.py", "fused/*.py", "training/*.py")
-    sources = [path for part in parts for path in sorted(ROOT.glob(part))]
-    driver = file.read_text() if (file := Path("/proc/driver/nvidia/version")).exists() else None
+    driver = Path("/proc/driver/nvidia/version")
+    sources = [path.read_bytes() for part in parts for path in sorted(ROOT.glob(part))]
     key = job | {
         "hardware": device_name(device),
-        "gpu": [torch.cuda.mem_get_info(device)[1], driver] if device.type == "cuda" else None,
+        "driver": driver.read_text() if driver.exists() else None,
         "versions": versions(),
         "threads": {name: text for name, text in os.environ.items() if re.match("G?OMP|KMP|MKL|THP", name)},
-        "sources": hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest(),
+        "sources": hashlib.sha256(b"".join(sources)).hexdigest(),
     }
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     return platformdirs.user_cache_path("densenet.pytorch") / f"{name}.json"

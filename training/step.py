@@ -32,9 +32,9 @@ DIFFERENCE = 0.05  # at most, between what a replayed and an eager step change: 
 class Step:
     """Calling it trains ``model`` on a batch; ``ranks`` processes share each batch.
 
-    ``amp`` makes the autocast context. Nothing is read back from the device. With ``scaled``, for fp16, in which small
-    gradients would be 0, ``scaler`` multiplies the loss, and leaves out an update where that was too much. ``skipped``,
-    on the device, counts those. ``recipe`` says what is done beyond the paper's.
+    ``amp`` makes the autocast context. With ``scaled``, for fp16, in which small gradients would be 0, ``scaler``
+    multiplies the loss, and leaves out an update where that was too much: for that alone, something is read back from
+    the device. ``skipped``, there, counts those. ``recipe`` says what is done beyond the paper's.
     """
 
     refused = None  # why steps are not replayed, where they were to be
@@ -152,7 +152,7 @@ class GraphedStep(Step):
         again from half the weights, at a tenth of the learning rate. A second eager step shows how far rounding goes,
         which --deterministic excludes. Both need memory beside the graphs', as the odd last batch of an epoch will.
         """
-        start, scaler = self.copied(), self.scaler.state_dict()
+        start, scaler = [tensor.clone() for tensor in self.state()], self.scaler.state_dict()
         state, eager = start, (functools.partial(self.add_gradients, *self.static), self.update)
         bound = 0 if torch.are_deterministic_algorithms_enabled() else DIFFERENCE
         try:
@@ -165,45 +165,36 @@ class GraphedStep(Step):
                     rounding = max(bound * value.norm(), 2 * (again[kind] - value).norm())
                     if not (replayed[kind] - value).norm() <= rounding:  # nor NaN
                         return f"a replayed step computes other {kind} than an eager one"
-                with torch.no_grad():
-                    torch._foreach_div_(list(self.model.parameters()), 2)
-                    torch._foreach_div_([group["lr"] for group in self.optimizer.param_groups], 10)
-                state = self.copied()
+                torch._foreach_div_([parameter.detach() for parameter in self.model.parameters()], 2)
+                torch._foreach_div_([group["lr"] for group in self.optimizer.param_groups], 10)
+                state = [tensor.clone() for tensor in self.state()]
         except (RuntimeError, MemoryError) as error:  # a capture has many words for lack of memory
             return in_words(error)
         finally:
-            self.restore(start)
+            torch._foreach_copy_(self.state(), start)
             self.scaler.load_state_dict(scaler)
             self.scaler.update(scaler.get("scale"))  # forgets a step that an error has ended
 
     def outcome(self, start, add_gradients, update, gradients=None):
-        """What a step changes in the state ``start``, by kind, in float64; ranks exchange nothing."""
-        self.restore(start)
+        """What a step changes in the state ``start``, a vector for each kind of tensor; ranks exchange nothing."""
+        torch._foreach_copy_(self.state(), start)
         with torch.random.fork_rng([self.skipped.device] if self.skipped.is_cuda else []):
             result = self.beside(add_gradients)
             self.beside(update)
-        changes = [new.detach() - old for new, old in zip(self.state(), start, strict=True)]
-        weights = len(list(self.model.parameters()))
+        changes, weights = torch._foreach_sub(self.state(), start), len(list(self.model.parameters()))
         kinds = {"losses": [result], "gradients": gradients or self.gradients(), "weights": changes[:weights]}
         kinds["statistics or momentum"] = changes[weights:]
-        flat = {kind: torch.cat([x.double().flatten() for x in tensors]) for kind, tensors in kinds.items()}
-        return {kind: vector.nan_to_num(0, 0, 0) for kind, vector in flat.items()}
+        return {kind: torch.cat([x.flatten() for x in xs]).nan_to_num(0, 0, 0) for kind, xs in kinds.items()}
 
     def gradients(self):
         return [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
 
     def state(self):
-        """All tensors that a step changes, which graphs know by their addresses, the weights first."""
+        """All that a step changes, which graphs know by its address: the weights, then the rest."""
         kept = [value for state in self.optimizer.state.values() for value in state.values()]
         rates = [group["lr"] for group in self.optimizer.param_groups]
-        return [*self.model.parameters(), *self.model.buffers(), *kept, *rates, self.skipped]
-
-    def copied(self):
-        return [tensor.detach().clone() for tensor in self.state()]
-
-    @torch.no_grad()
-    def restore(self, state):
-        torch._foreach_copy_(self.state(), state)
+        tensors = [*self.model.parameters(), *self.model.buffers(), *kept, *rates, self.skipped]
+        return [tensor.detach() for tensor in tensors]
 
     def beside(self, function, *args):
         """Call a function on the stream of captures."""
@@ -250,13 +241,10 @@ def set_capturable(optimizer, capturable):
     by itself. SGD's momentum is there from the start: that kernel would leave it as it found the memory.
     """
     for group in optimizer.param_groups:
-        device = group["params"][0].device if capturable else "cpu"
-        rate = float(group["lr"])
+        device, rate = group["params"][0].device if capturable else "cpu", float(group["lr"])
         group["lr"] = torch.tensor(rate, device=device) if capturable else rate
-        if "capturable" in group:
-            group["capturable"] = capturable
-        if "fused" in group:
-            group["fused"] = capturable or None
+        switches = {"capturable": capturable, "fused": capturable or None}
+        group.update({name: value for name, value in switches.items() if name in group})
         optimizer._step_supports_amp_scaling = capturable and "fused" in group  # what a GradScaler asks
         for p in group["params"]:
             if capturable and isinstance(optimizer, torch.optim.SGD) and group["momentum"]:

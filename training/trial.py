@@ -7,7 +7,7 @@ be replayed as CUDA graphs) and blocks, naive first.
 """
 
 import contextlib
-import itertools
+import functools
 import json
 import os
 import statistics
@@ -95,18 +95,11 @@ def outcomes(job, block, count, device, precision, dtype=torch.float32):
 
 
 def make_step(job, block, device):
-    """A Step, and a function that takes it on one of two random batches in turn."""
-    amp, _ = choose_precision(job["precision"], device)
-    model = make_model(job, block, device)
+    """A Step, to be called without arguments."""
+    model, (amp, _) = make_model(job, block, device), choose_precision(job["precision"], device)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
     step = (GraphedStep if job["graph"] else Step)(model, optimizer, amp, scaled=job["precision"] == "fp16")
-    batches = itertools.cycle([make_images(job["batch_size"], job, seed, device=device) for seed in range(2)])
-
-    def call():
-        images, labels = next(batches)
-        return step(images, labels, len(labels))
-
-    return step, call
+    return functools.partial(step, *make_images(job["batch_size"], job, 0, device=device), job["batch_size"])
 
 
 def seconds(function, device):
@@ -120,10 +113,10 @@ def seconds(function, device):
 
 
 @contextlib.contextmanager
-def attempt(answer, what, device, report):
-    """Report the answer so far, then refuse ``what`` if it fails. Raises what has left a GPU unusable."""
+def attempt(answer, what, device):
+    """Print the answer so far, then refuse ``what`` if it fails. Raises what has left a GPU unusable."""
     answer["at"] = what
-    report(answer)
+    print(json.dumps(answer), flush=True)
     try:
         yield
     except Exception as error:  # of any kind: compilers of kernels raise what they like
@@ -133,8 +126,8 @@ def attempt(answer, what, device, report):
         synchronize(device)
 
 
-def try_blocks(job, report=lambda answer: None):
-    """Check and time the blocks of a job. Reports the answer as far as it is known, and returns all.
+def try_blocks(job):
+    """Check and time the blocks of a job. Prints the answer as far as it is known, and returns all.
 
     "at": what is being tried, None in the end; "seconds": {block: [by turn]}; "refused": {what: reason};
     "lasting": False if another time may differ, as where memory ran out or steps could not be replayed.
@@ -142,14 +135,14 @@ def try_blocks(job, report=lambda answer: None):
     device, count, exact, naive, steps = torch.device(job["device"]), job["batch_size"], None, None, {}
     set_up_device(device)
     torch.backends.cudnn.benchmark = True
-    answer = {"at": None, "seconds": {}, "refused": {}, "lasting": True}
     linear = "checkpoint" if "checkpoint" in job["blocks"] else "naive"  # in memory; it was compared with naive
     while not exact and count:
-        with attempt(answer, f"reference of {count} images", device, report):
+        answer = {"at": None, "seconds": {}, "refused": {}, "lasting": True}
+        with attempt(answer, "reference", device):
             exact = outcomes(job, linear, count, device, "fp32", torch.float64)
-        count //= 1 if exact else 2  # which may fit
+        count //= 1 if exact else 2  # images may fit
     for block in job["blocks"] if exact else ():
-        with attempt(answer, block, device, report):
+        with attempt(answer, block, device):
             draws = list(map(errors, outcomes(job, block, count, device, job["precision"]), exact))
             plain = not naive and block != "fused"  # naive or, if that has no room, the other one in plain torch
             if not (is_rounding(draws, job["precision"]) if plain else naive and is_as_exact(draws, naive)):
@@ -158,12 +151,11 @@ def try_blocks(job, report=lambda answer: None):
             steps[block], answer["seconds"][block] = make_step(job, block, device), []
     for turn in range(1 + TURNS):
         for block in [name for name in reversed(steps) if name in answer["seconds"]]:  # naive needs most memory
-            step, call = steps[block]
-            with attempt(answer, block, device, report):
-                taken = seconds(call, device)
+            with attempt(answer, block, device):
+                taken = seconds(steps[block], device)
                 answer["seconds"][block] += [taken] if turn else []
-            if step.refused:
-                answer["refused"][f"{block} as a CUDA graph"], answer["lasting"] = step.refused, False
+            if reason := steps[block].func.refused:
+                answer["refused"][f"{block} as a CUDA graph"], answer["lasting"] = reason, False
     return answer | {"at": None}
 
 
@@ -180,12 +172,8 @@ def limit_memory():
         resource.setrlimit(resource.RLIMIT_DATA, (max(room, 2**28), -1))
 
 
-def say(answer):
-    print(json.dumps(answer), flush=True)
-
-
 if __name__ == "__main__":
     # Its input closes when the process that waits for the answer ends, even if that is killed.
     threading.Thread(target=lambda: (sys.stdin.buffer.read(), os._exit(1)), daemon=True).start()
     limit_memory()
-    say(try_blocks(json.loads(sys.argv[1]), say))
+    print(json.dumps(try_blocks(json.loads(sys.argv[1]))), flush=True)
