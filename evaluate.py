@@ -20,6 +20,7 @@ from inference.network import averaged, classifier, classify_each, load_split, p
 from inputs.folders import find_images, passed_over
 from inputs.splits import KINDS
 from reports import scores
+from reports.logs import title_of
 from training.arguments import parse_again
 
 PICTURES = (".png", ".pdf", ".svg")
@@ -118,7 +119,7 @@ def evaluate_split(args, checkpoint, device, amp):
             bar.update(len(labels))
     labels, predicted, confidence = map(torch.cat, zip(*answers, strict=True))
     matrix = scores.confusion_matrix(labels, predicted, len(classes))
-    title = f"{Path(*Path(args.checkpoint).parts[-3:])}\n{scores.headline(matrix, KINDS[split])}"
+    title = f"{title_of(checkpoint['config'])}\n{scores.headline(matrix, KINDS[split])}"
     if args.confusion:
         scores.draw_confusion(args.confusion, matrix, classes, title)
     wrong = (labels != predicted).nonzero()[:, 0]

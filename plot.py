@@ -33,7 +33,7 @@ def make_parser():
     add("--out", type=nonempty, metavar="PATH",
         help="where figures go (default: DIR; of several, here); a file such as sgd-vs-adam.png: one figure of both")
     add("--format", choices=FORMATS, default="png", help="(default: %(default)s)")
-    add("--title", metavar="TEXT", help="a line above the figure (default: network and data)")
+    add("--title", metavar="TEXT", help="a line above the figure (default: network, data and errors)")
     add("--labels", nargs="+", metavar="TEXT",
         help="names of the runs, then of the means, in this order (default: what differs in their paths)")
     add("--only", choices=SPLITS, help="draw one curve per run (default: all)")

@@ -83,9 +83,9 @@ def summary(log):
     split = log.headline
     table = log.tables[split]
     final, best = table.iloc[-1], table.sort_values("error", kind="stable").iloc[0]
-    if log.runs > 1:
-        spread = log.deviations[split].error.iloc[-1]
-        return f"{split} error, mean of {log.runs}: final {final.error:.2f} ± {spread:.2f} % (epoch {final.epoch:.0f})"
+    if log.members:
+        spread, runs = log.deviations(split).error.iloc[-1], len(log.members)
+        return f"{split} error, mean of {runs}: final {final.error:.2f} ± {spread:.2f} % (epoch {final.epoch:.0f})"
     text = f"{split} error: final {final.error:.2f} % (epoch {final.epoch:.0f})"
     if split != "train":
         text += f", best {'on test ' * (split == 'test')}{best.error:.2f} % (epoch {best.epoch:.0f})"
@@ -117,8 +117,8 @@ def draw_log(axes, log, quantity, view, styles):
         line = view.rows(smooth(table, view.smooth))
         points = {"marker": "o"} if len(table) == 1 else {"markevery": max(1, len(line) // 8)}
         axes.plot(line.epoch, line[quantity], **(style | points))
-        if log.runs > 1 and split == (view.only or log.headline):
-            band = view.rows(smooth(log.deviations[split], view.smooth))[quantity]
+        if log.members and split == (view.only or log.headline):
+            band = view.rows(log.deviations(split, lambda table: smooth(table, view.smooth)))[quantity]
             edges = [(line[quantity] + side * band).clip(*POSSIBLE[quantity]) for side in (-1, 1)]
             axes.fill_between(line.epoch, *edges, color=style["color"], alpha=0.2, linewidth=0)
 
@@ -133,7 +133,7 @@ def draw(axes, logs, quantity, view):
     if scale == "auto":  # less than a decade on a logarithmic axis has hardly a number beside it
         low, high = limits or axes.dataLim.intervaly
         scale = "log" if high > 10 * low > 0 else "linear"
-    axes.set(xlabel="epoch", ylabel="cross-entropy loss (nats)" if quantity == "loss" else "error (%)", yscale=scale)
+    axes.set(xlabel="epoch", ylabel="loss (nats)" if quantity == "loss" else "error (%)", yscale=scale)
     axes.set(xlim=view.xlim, ylim=limits)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(color="0.9", linewidth=0.6)
@@ -166,8 +166,8 @@ def add_legend(figure, entries, width, **options):
 def make_figure(logs, quantities, view, title=None, size=None):
     """A figure with a panel per quantity. ``logs``: label → Log; ``size``: (width, height) in inches.
 
-    Above stand its title, or else network and data if all runs share them, and what the styles of lines mean; below,
-    errors of several runs, and network and data where they differ.
+    Above stand network and data if all runs share them, and what the styles of lines mean; below, several runs, and
+    network and data where they differ; of each run, its errors. A ``title`` takes the place of these, and of errors.
     """
     runs, width = list(logs.values()), size[0] if size else 5.6 * len(quantities)
     figure = Figure(figsize=(width, 4), layout="constrained")
@@ -175,19 +175,19 @@ def make_figure(logs, quantities, view, title=None, size=None):
         draw(axes, runs, quantity, view)
     several, titles = len(runs) > 1, {log.title for log in runs}
     names = [f"{label}, {log.title}" if len(titles) > 1 and log.title else label for label, log in logs.items()]
-    if not several:
-        title = f"{title or ': '.join(filter(None, (*names, *titles)))}\n{summary(runs[0])}"
-    elif len(titles) == 1:
-        title = title or runs[0].title
+    told = names if title else [f"{name}: {summary(log)}" for name, log in zip(names, runs, strict=True)]
+    if not title and several:
+        title = runs[0].title if len(titles) == 1 else ""
+    elif not title:
+        title = f"{': '.join(filter(None, (*names, *titles)))}\n{summary(runs[0])}"
     shown = [split for split in SPLITS if any(split in view.splits(log) for log in runs)]
     entries = [(split, SPLIT_STYLES[split] | ({"color": "0.3"} if several else {})) for split in shown]
     if any(map(drops, runs)):
         entries.append(("learning rate drops", DROP_STYLE))
-    add_legend(figure, entries, width, title=wrapped(title or "", width, 10), loc="outside upper center")
+    add_legend(figure, entries, width, title=wrapped(title, width, 10), loc="outside upper center")
     below = 0
     if several:
-        texts = [f"{name}: {summary(log)}" for name, log in zip(names, runs, strict=True)]
-        entries = [(text, line_style("test", i, len(runs))) for i, text in enumerate(texts)]
+        entries = [(text, line_style("test", i, len(runs))) for i, text in enumerate(told)]
         below = add_legend(figure, entries, width, loc="outside lower center")
     figure.set_figheight(size[1] if size else min(4 + 0.2 * below, 50))
     return figure

@@ -43,16 +43,14 @@ class Log:
     """The logs of one run: split → table with the columns epoch, loss, error (percent) and, if known, lr.
 
     ``fine`` holds rows within epochs; ``tables["train"]`` then holds the epochs' averages. ``config`` is the run's
-    config.json, empty where another program wrote the logs. Of a mean over several runs, ``deviations`` holds the
-    standard deviations, split → table, and ``runs`` counts the runs.
+    config.json, empty where another program wrote the logs. ``members`` are the Logs of which this is the mean, if any.
     """
 
     path: Path
     tables: dict
     fine: pd.DataFrame | None = None
     config: dict = field(default_factory=dict)
-    deviations: dict = field(default_factory=dict)
-    runs: int = 1
+    members: list = field(default_factory=list)
 
     @property
     def headline(self):
@@ -63,12 +61,18 @@ class Log:
 
     @property
     def title(self):
-        """Network and data of the run, and how many training images if not all. Empty where no config.json says it."""
-        if not self.config:
-            return ""
-        limit, name = self.config["arguments"].get("limit_train"), network_name(self.config)
-        part = f", {limit:,} training images" if isinstance(limit, int) else ""
-        return f"{name}, {dataset_name(self.config['arguments'])}{part}"
+        return title_of(self.config) if self.config else ""
+
+    def deviations(self, split, change=lambda table: table):
+        """Standard deviations over the members, each of whose tables is changed first."""
+        return over_runs([change(log.tables[split]) for log in self.members])[1]
+
+
+def title_of(config):
+    """Network and data of a run, and how many training images if not all."""
+    limit = config["arguments"].get("limit_train")
+    part = f", {limit:,} training images" if isinstance(limit, int) else ""
+    return f"{network_name(config)}, {dataset_name(config['arguments'])}{part}"
 
 
 def network_name(config):
@@ -181,18 +185,20 @@ def mean_log(logs, unlike=False):
     different = differences(logs)
     if different and not unlike:
         raise Mistake(f"--mean {names}: they differ in {', '.join(different)}: leave some out, or add --unlike")
-    tables, deviations = {}, {}
-    for split in LOGS:
-        parts = [log.tables[split] for log in logs if split in log.tables]
-        epochs = pd.concat(parts, join="inner").groupby("epoch") if parts else None
-        if len(parts) == len(logs) and (common := epochs.size() == len(logs)).any():
-            known = epochs.count() == len(logs)  # a loss that one run lacks has no mean
-            tables[split] = epochs.mean().where(known)[common].reset_index()
-            deviations[split] = epochs.std().where(known)[common].reset_index()
+    splits = [split for split in LOGS if all(split in log.tables for log in logs)]
+    tables = {split: over_runs([log.tables[split] for log in logs])[0] for split in splits}
+    tables = {split: table for split, table in tables.items() if len(table)}
     if not tables:
         raise Mistake(f"--mean {names}: they have no epochs in common")
     config = logs[0].config if len({log.title for log in logs}) == 1 else {}
-    return Log(mean_path([log.path for log in logs]), tables, None, config, deviations, len(logs))
+    return Log(mean_path([log.path for log in logs]), tables, None, config, logs)
+
+
+def over_runs(tables):
+    """Mean and standard deviation of tables, by the epochs that all have; a loss that one lacks has neither."""
+    epochs = pd.concat(tables, join="inner").groupby("epoch")
+    known, common = epochs.count() == len(tables), epochs.size() == len(tables)
+    return [table.where(known)[common].reset_index() for table in (epochs.mean(), epochs.std())]
 
 
 def differences(logs):

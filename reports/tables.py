@@ -18,7 +18,7 @@ def comparison(logs):
     """
     recipes = [recipe(log.config) for log in logs.values()]
     for log, each in zip(logs.values(), recipes, strict=True):
-        if log.config and log.runs == 1:
+        if log.config and not log.members:
             each["seed"] = log.config["arguments"].get("seed")
     columns, outcomes = {"run": list(logs)} | differing(recipes), [outcome(log) for log in logs.values()]
     for name in COLUMNS:
@@ -30,13 +30,13 @@ def comparison(logs):
 
 def outcome(log):
     """{column: text} of what is known of a run: errors in percent, the time of training."""
-    numbers, images = {}, log.config.get("images", {}) if log.runs == 1 else {}  # early releases did not count them
+    numbers, images = {}, {} if log.members else log.config.get("images", {})  # early releases did not count them
     if "test" in log.tables:
         numbers["test error (%)"] = error = log.tables["test"].error.iloc[-1]
         if images:
             numbers["95 % low"], numbers["95 % high"] = wilson(error, images["test"])
-    if "test" in log.deviations:
-        numbers["sd"] = log.deviations["test"].error.iloc[-1]
+        if log.members:
+            numbers["sd"] = log.deviations("test").error.iloc[-1]
     if "test-ema" in log.tables:
         numbers["averaged weights (%)"] = log.tables["test-ema"].error.iloc[-1]
     if "valid" in log.tables:

@@ -123,3 +123,15 @@ def test_a_band_stays_within_what_is_possible(tmp_path, scale):
     for axes in (loss, error):
         low, high = axes.collections[0].get_datalim(axes.transData).intervaly
         assert axes.get_ylim()[1] >= high and (axes.get_ylim()[0] <= low or axes.get_yscale() == "log")
+
+
+def test_the_band_of_smoothed_curves_is_their_deviation(tmp_path):
+    """Two runs that go up and down in turns have the same mean over two epochs."""
+    for seed in (1, 2):
+        (tmp_path / f"sgd.{seed}").mkdir()
+        rows = "".join(f"{epoch},1,{10 + 20 * ((epoch + seed) % 2)}\n" for epoch in range(1, 6))
+        (tmp_path / f"sgd.{seed}/test.csv").write_text("epoch,loss,error\n" + rows)
+    mean = logs.mean_log([logs.read_log(tmp_path / f"sgd.{seed}") for seed in (1, 2)])
+    [band] = curves.make_figure({"sgd": mean}, ("error",), curves.View(smooth=2)).axes[0].collections
+    heights = {x: [y for at, y in band.get_paths()[0].vertices if at == x] for x in (1, 3, 5)}
+    assert [round(max(values) - min(values), 3) for values in heights.values()] == [28.284, 0, 0]

@@ -22,7 +22,7 @@ from training import arguments, flags
 @pytest.mark.parametrize(
     ("write", "fine", "split", "errors", "summary"),
     [
-        (partial(write_ours, epochs=4, fine=True), 4, "train", [40, 20, 40 / 3, 10], "test error: final 9.50 % (epoch 4), best on test 9.50 % (epoch 4)"),
+        (partial(write_ours, epochs=6, fine=True), 6, "train", [40, 20, 40 / 3, 10, 8, 40 / 6], "test error: final 9.50 % (epoch 6), best on test 9.00 % (epoch 5)"),
         (write_bamos, 40, "train", [85.95, 76.95, 67.95, 58.95], "test error: final 15.00 % (epoch 4), best on test 15.00 % (epoch 4)"),
         (write_gpleiss, 0, "valid", [45, 33], "valid error: final 33.00 % (epoch 2), best 33.00 % (epoch 2); test 34.00 %"),
     ],
@@ -122,8 +122,8 @@ def test_mean_and_standard_deviation_over_seeds(tmp_path):
     assert (log.path, log.title) == (tmp_path / "sgd", "DenseNet-BC-16 (k = 12), digits")
     assert log.tables["test"].epoch.tolist() == [1, 2, 3, 4, 5]
     assert log.tables["test"].error.tolist() == pytest.approx([20 / e for e in range(1, 6)])
-    assert log.deviations["test"].error.tolist() == pytest.approx([10 / e for e in range(1, 6)])
-    for table in (log.tables["test"], log.deviations["test"]):  # of two losses out of three there is no mean
+    assert log.deviations("test").error.tolist() == pytest.approx([10 / e for e in range(1, 6)])
+    for table in (log.tables["test"], log.deviations("test")):  # of two losses out of three there is no mean
         assert table.loss.isna().tolist() == [False, False, True, False, False]
     assert curves.drops(log) == [2]
     assert curves.summary(log) == "test error, mean of 3: final 4.00 ± 2.00 % (epoch 5)"
