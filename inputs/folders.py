@@ -1,10 +1,9 @@
 """Folders of images: which files belong to which split and class, what is passed over, and how they are loaded."""
 
+import contextlib
 import errno
 import os
-import stat
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,8 +11,8 @@ from PIL import Image
 
 from common.console import Mistake
 from inputs.batches import ImageTensors
-from inputs.decoding import in_workers, read_all, read_cached, unreadable
-from inputs.image import STREAM_FROM, formats, patient
+from inputs.decoding import read_cached, unreadable
+from inputs.image import STREAM_FROM, Unreadable, formats, patient
 from inputs.splits import KINDS, NORMALIZE, Dataset, channel_statistics, check_memory, fingerprint, stratified
 from inputs.streaming import ImageFiles
 
@@ -26,10 +25,7 @@ OF_SYSTEMS = {  # lower case: bins, thumbnails and snapshots of macOS, Windows, 
 
 def load_folder(root, reader, test_size=0, manifest=None):
     """Class folders of images, in the splits that ``find_splits`` finds; images of any format, size and mode."""
-    if manifest:  # the folders that the run has had
-        folders, notes = {split: existing(root / name) for split, name in manifest["folders"].items()}, []
-    else:
-        folders, test_size, notes = find_splits(root, test_size)
+    folders, test_size, notes = find_splits(root, test_size, manifest)
     passed, train = Counter(), folders["train"]
     found = {split: list_images(folder, passed) for split, folder in folders.items()}
     classes = list(found["train"])
@@ -83,12 +79,14 @@ def load_test_folder(root, reader, classes, manifest):
 # Which files there are: nothing is read but names.
 
 
-def find_splits(root, test_size):
+def find_splits(root, test_size, manifest):
     """({split: folder}, test size, lines to print): train, test, and val for validation or, without test, for testing.
 
     With a test size, test images are to be taken from the training images, which may lie in ``root`` itself. It is a
-    fifth for class folders alone.
+    fifth for class folders alone. The folders of a manifest stay.
     """
+    if manifest:
+        return {split: existing(root / name) for split, name in manifest["folders"].items()}, test_size, []
     train, val, test = (root / name for name in ("train", "val", "test"))
     below = [path.name for path in root.glob("[!.]*") if path.is_dir()]
     if not test_size and len(below) > 1 and not any(name.lower() in LIKE_SPLITS for name in below):
@@ -99,10 +97,10 @@ def find_splits(root, test_size):
     if test_size and test.is_dir():
         raise Mistake(f"--test-size: {test} has test images: leave out one of the two")
     splits, notes = {"train": existing(train)}, []
-    if val.is_dir() and not test.is_dir() and not test_size:
-        notes, test = [f"{val} is the test split, since there is no {test}"], val
-    elif val.is_dir():
+    if val.is_dir() and (test_size or test.is_dir()):
         splits["valid"] = val
+    elif val.is_dir():
+        notes, test = [f"{val} is the test split, since there is no {test}"], val
     return splits if test_size else splits | {"test": existing(test)}, test_size, notes
 
 
@@ -115,77 +113,73 @@ def existing(folder):
     )
 
 
-@patient
 def list_images(folder, passed):
     """{class: sorted paths} of the images below ``folder/<class>``, at any depth. Raises Mistake, OSError.
 
     Every format that Pillow decodes counts; names that begin with a dot, and folders of systems, do not. ``passed``, a
     Counter, is told the suffixes of all other files.
     """
-    kinds = Counter()
-    _, classes, files = next(walk(folder, kinds))
-    kinds.update(map(suffix_of, files))
-    found = {name: images_below(os.path.join(folder, name), kinds) for name in classes}
-    passed.update(kinds)
+    found = {}
+    for name, kind in listed(folder, passed):
+        if kind == "folder":
+            found[name] = images_below(os.path.join(folder, name), passed)
+        else:
+            passed[kind] += 1
     return found
 
 
-@patient
 def find_images(paths, passed):
     """The paths of files to classify: those named and, of folders named, those of ``list_images``. Raises Mistake."""
-    found, kinds = [], Counter()
+    found = []
     for path in paths:
-        images = images_below(path, kinds) if os.path.isdir(path) else [path]
+        images = images_below(path, passed) if os.path.isdir(path) else [path]
         if not images:
-            raise Mistake(f"{path} holds no image: {convert(kinds)}name a folder that has some")
+            raise Mistake(f"{path} holds no image: {convert(passed)}name a folder that has some")
         found += images
-    passed.update(kinds)
     return found
 
 
 def images_below(top, passed):
     """Sorted paths of the images below a folder, at any depth."""
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in formats()}
+    if os.path.islink(top) and any(os.path.samefile(top, above) for above in Path(top).parents):
+        raise Mistake(f"{top} is a link to a folder that it is in: delete it")
     images = []
-    for folder, _, files in walk(top, passed):
-        if os.path.islink(folder) and any(os.path.samefile(folder, above) for above in Path(folder).parents):
-            raise Mistake(f"{folder} is a link to a folder that it is in: delete it")
-        for name in files:
-            path = os.path.join(folder, name)
-            kind = suffix_of(name) if is_file(path) else "broken link or pipe"
-            if kind in suffixes:
-                images.append(path)
-            else:
-                passed[kind] += 1
+    for name, kind in listed(top, passed):
+        path = os.path.join(top, name)
+        if kind == "folder":
+            images += images_below(path, passed)
+        elif Image.registered_extensions().get(kind) in formats():
+            images.append(path)
+        else:
+            passed[kind] += 1
     return sorted(images)
 
 
-def walk(top, passed):
-    """os.walk without what is hidden, nor what systems keep beside a user's files; ``passed`` is told the latter."""
-    for folder, below, files in os.walk(top, onerror=fail, followlinks=True):
-        systems = [name for name in below if name.lower() in OF_SYSTEMS]
-        for name in systems:
-            passed.update([name] * sum(len(inside) for *_, inside in os.walk(os.path.join(folder, name))))
-        below[:] = sorted(name for name in below if name not in systems and not name.startswith("."))
-        yield folder, below, sorted(name for name in files if not name.startswith("."))
+def listed(folder, passed):
+    """Yield (name, kind) of what a folder holds; ``passed`` is told what systems keep beside a user's files."""
+    for name, kind in entries_of(folder):
+        if kind == "folder" and name.lower() in OF_SYSTEMS:
+            passed.update([name] * sum(len(files) for *_, files in os.walk(os.path.join(folder, name))))
+        else:
+            yield name, kind
 
 
-def fail(error):
-    raise error
+@patient
+def entries_of(folder):
+    """[(name, kind)], sorted, without what is hidden; links are followed. A file's kind is its suffix, as ".png"."""
+    with os.scandir(folder) as entries:
+        return sorted((entry.name, kind_of(entry)) for entry in entries if not entry.name.startswith("."))
 
 
-def is_file(path):
-    """True of a file or a link to one. Raises the system's errors, which os.path.isfile takes for a no."""
+def kind_of(entry):
     try:
-        return stat.S_ISREG(os.stat(path).st_mode)
+        if entry.is_file():
+            return os.path.splitext(entry.name)[1].lower() or "no suffix"
+        return "folder" if entry.is_dir() else "broken link or pipe"
     except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ELOOP):
-            raise
-        return False
-
-
-def suffix_of(name):
-    return os.path.splitext(name)[1].lower() or "no suffix"
+        if error.errno == errno.ELOOP:
+            return "broken link or pipe"
+        raise
 
 
 def passed_over(passed):
@@ -261,19 +255,9 @@ def absent_classes(split, images, classes):
 
 
 def look_at(images, reader):
-    """Lines to print about some 64 of the training images: what of them is lost, and how dark they end.
-
-    Where they use less than an eighth of their range, their white may be elsewhere.
-    """
-    some = slice(None, None, max(1, len(images) // 64))
-    quiet, paths = replace(reader, progress=False), images.names[some]
-    losses = in_workers(reader.losses, paths, replace(quiet, workers=0), "")
-    counts = Counter(loss for of_one in losses if not isinstance(of_one, Mistake) for loss in of_one)
-    notes = [f"{count} of {len(paths)} training images that were looked at: {loss}" for loss, count in counts.items()]
-    streamed = isinstance(images, ImageFiles)
-    pixels, problems = read_all(paths, replace(quiet, image_size=32)) if streamed else (images.pixels, {})
-    low, high = int(pixels.min()), int(pixels.max())
-    if high - low < 32 and not problems:
-        advice = "if their files have over 8 bits, say with --white and --black what is white and black"
-        notes.append(f"the training images use only {low} … {high} of 0 … 255: {advice}")
-    return notes
+    """Lines to print about some 64 of the training images: what of them is lost in reading. Raises as Reader.read."""
+    paths, counts = images.names[:: max(1, len(images) // 64)], Counter()
+    for path in paths:
+        with contextlib.suppress(Unreadable):  # which will be told with all others
+            counts.update(reader.losses(path))
+    return [f"{count} of {len(paths)} training images that were looked at: {loss}" for loss, count in counts.items()]

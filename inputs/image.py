@@ -151,9 +151,8 @@ class Reader:
     @patient
     def losses(self, path):
         """What of an image file is lost, or may be taken for what it is not: a list of words. Raises as ``read``."""
-        found = []
         with opened(path) as image:
-            bands = getattr(image, "tag_v2", {}).get(277, 1)  # a TIFF file's samples per pixel
+            bands, found = getattr(image, "tag_v2", {}).get(277, 1), []  # 277: a TIFF file's samples per pixel
             if has_deep_colours(image):
                 found.append("colours of 16 bits, of which the upper 8 are read")
             if bands > 4:
@@ -161,10 +160,13 @@ class Reader:
             if bands >= 4 and image.mode == "RGBA" and self.alpha:
                 found.append("a fourth band that is taken as transparency: if it is none, add --no-alpha")
             if scale := self.scale(image, path):
-                values = np.asarray(image)
-                if (values < scale[0]).any() or (values > scale[1]).any():
-                    found.append("values below {:g} or above {:g}, cut off: see --black and --white".format(*scale))
-        return found
+                black, white = scale
+                low, high = np.nanmin(image), np.nanmax(image)
+                if low < black or high > white:
+                    found.append(f"values below {black:g} or above {white:g}, cut off: see --black and --white")
+                elif high < black + (white - black) / 8:
+                    found.append(f"only the darkest eighth of {black:g} … {white:g}: say with --white what is white")
+            return found
 
 
 def add_reader_flags(add):

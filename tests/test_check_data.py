@@ -67,7 +67,7 @@ def test_copies_are_found_by_what_is_seen(tmp_path, capsys):
 def test_images_that_differ_in_what_is_lost_are_not_copies(tmp_path, capsys, dtype, flags):
     root = write_folder(tmp_path, train=2, test=1)
     for i, path in enumerate(sorted(root.rglob("*.png"))):
-        Image.fromarray(np.full((20, 20), 10 * i, dtype) * (-1 if flags else 1)).save(path.with_suffix(".tif"))
+        Image.fromarray(np.full((20, 20), 800 * i, dtype) * (-1 if flags else 1)).save(path.with_suffix(".tif"))
         path.unlink()
     assert check_data.main([str(root), *flags]) == 0
     out = capsys.readouterr().out

@@ -165,13 +165,14 @@ DEEP, BANDS, FOURTH = "colours of 16 bits, of which the upper 8", "bands, of whi
         ("a.tif", np.uint8, [35, 0, 1, 255], [FOURTH]),
         ("a.tif", np.uint8, [35, 0, 1, 255, 7], [f"5 {BANDS}", FOURTH]),
         ("a.tif", np.uint16, 9000, []),
+        ("a.tif", np.uint16, 8000, ["only the darkest eighth of 0 … 65535: say with --white"]),
     ],
 )
 def test_what_is_lost_of_an_image_is_known(tmp_path, name, dtype, value, losses):
     save_values(tmp_path / name, [value] * 4, dtype)
     found = Reader().losses(tmp_path / name)
     assert len(found) == len(losses) and all(words in loss for words, loss in zip(losses, found, strict=True))
-    colour = [35, 0, 1] if isinstance(value, list) else [35] * 3
+    colour = [35, 0, 1] if isinstance(value, list) else [value // 257] * 3
     assert read_both_ways(tmp_path / name) == read_both_ways(tmp_path / name, alpha=False) == [colour] * 4
     assert FOURTH not in str(Reader(alpha=False).losses(tmp_path / name))
     for scale in ({"white": 4095}, {"black": 1.0}) if DEEP in losses[:1] else ():
