@@ -28,10 +28,10 @@ def inspect(reader, path):
     """
     losses = reader.losses(path)
     with opened(path) as image:
-        scale, turned = reader.scale(image, path), orientation(image)
+        scale = reader.scale(image, path)
         image.load()
         seen = np.asarray(image, np.float64) if scale else reader.in_8_bits(image, scale)
-        content = Path(path).read_bytes() if losses else f"{image.size} {turned}".encode() + seen.tobytes()
+        content = Path(path).read_bytes() if losses else f"{image.size} {orientation(image)}".encode() + seen.tobytes()
         return f"{image.width}×{image.height}", image.mode, losses, hashlib.blake2b(content).digest()
 
 

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -103,5 +104,5 @@ class DecodedFiles(torch.utils.data.Dataset):
         with torch.random.fork_rng(devices=[]):
             # torch.manual_seed would seed the GPU, too, where the masks of dropout are drawn.
             torch.default_generator.manual_seed((seed * 1_000_003 + i) % 2**63)
-            pixels = reader.read(path, random_box)
+            pixels = reader.read(path, cache(random_box))  # reading may be tried again, and is to draw no other box
             return np.flip(pixels, [axis for axis in FLIPS[self.flip] if torch.rand(1) < 0.5])
