@@ -145,12 +145,6 @@ def speed():
     yield "`fused` is {:.2f} times as fast in bf16; in fp32, where it saves memory only, {:.2f} times".format(*times)
 
 
-def on_gpu():
-    for batch_size in (64, 256):
-        ms = measured("h200.csv", precision="bf16", depth=100, batch_size=batch_size).ms
-        yield f"| {ms['naive'] / ms['fused']:.2f} |"
-
-
 def results():
     for name in ("cifar10-jpeg.bc100", "cifar10-jpeg.bc40"):
         config = json.loads((ROOT / "work" / name / "config.json").read_text())
@@ -192,7 +186,6 @@ def ablation():
     [
         ("README.md", speed),
         ("README.md", results),
-        ("bench/README.md", on_gpu),
         ("docs/adam.md", optimizers),
         ("docs/finetuning.md", few_images),
         ("docs/implementations.md", ablation),
