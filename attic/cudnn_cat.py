@@ -3,9 +3,8 @@
 Example: python attic/cudnn_cat.py
          python attic/cudnn_cat.py --with-bug     (what the bug would look like)
 
-The gradient that cat hands back to one of its inputs is a slice of a wider tensor, with gaps between the images. It was
-read with the strides of the convolution's output, which has no gaps: every image of the batch but the first came from
-the wrong place (https://github.com/pytorch/pytorch/pull/708).
+The gradient that cat hands back is a slice of a wider tensor, with gaps between the images. It was read as if it had
+none, every image but the first from the wrong place (https://github.com/pytorch/pytorch/pull/708).
 
 Compares y = conv(x, w1), z = conv(cat(x, y), w2) with a sum without cat: z = conv(x, w2[:, :c]) + conv(y, w2[:, c:]),
 on the CPU in float64; on a GPU with cuDNN on and off, in float64 and float32.

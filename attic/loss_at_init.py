@@ -3,10 +3,9 @@
 Example: python attic/loss_at_init.py
          python attic/loss_at_init.py --dataset cifar10 --image-size 32 --depth 40
 
-A network that has learnt nothing gives every class about the same probability: its loss is ln(classes). If it is more,
-weights or images are too large, or the logits are not what the loss expects. The tables show, for each layer of a
-VGG-style network and of a DenseNet-BC, the standard deviation of its output and the norms of the gradient by its output
-and by its weight, the latter relative to the weight.
+The loss of a guess is ln(classes). If it is more, weights or images are too large, or the logits are not what the loss
+expects. The tables show, for each layer of a VGG-style network and of a DenseNet-BC, the standard deviation of its
+output and the norms of the gradient by its output and by its weight, the latter relative to the weight.
 """
 
 import math

@@ -3,9 +3,8 @@
 Example: python attic/numcheck_grads.py
          python attic/numcheck_grads.py --with-bug     (the linear check passes, the convolutions fail: as in 2017)
 
-torch's gradcheck runs in float64, on the CPU and the GPU. First it compares every entry of the Jacobian, to one part in
-a thousand; then, to one in a million, derivatives of the loss of a tiny DenseNet by each of its parameters, along a
-random direction. With this seed and a step this small, no ReLU passes its kink.
+torch's gradcheck, in float64: every entry of the Jacobian, to one part in a thousand; then, to one in a million, the
+derivative of the loss of a tiny DenseNet by each parameter, along a random direction. No ReLU passes its kink here.
 """
 
 import sys
@@ -54,8 +53,7 @@ def jacobians(device):
     rows = []
     for name, function, inputs in cases(device):
         entries = sum(tensor.numel() for tensor in inputs) * function(*inputs).numel()
-        # Some kernels on GPUs sum in an order that varies.
-        right = gradcheck(function, inputs, nondet_tol=1e-9, raise_exception=False)
+        right = gradcheck(function, inputs, nondet_tol=1e-9, raise_exception=False)  # sums on GPUs vary
         rows.append([name, f"{entries}", "equal" if right else "WRONG"])
     checks.table(["function", "entries", "autograd"], rows)
     return [f"{name} on {device}: autograd's Jacobian is wrong" for name, _, found in rows if found == "WRONG"]
@@ -81,7 +79,6 @@ def directional_derivatives(block, device):
 @command
 def main(argv=None):
     args = checks.parse(checks.make_parser(__doc__), argv)
-    torch.set_num_threads(1)  # for tensors this small, threads take longer to meet than to compute
     failures = []
     with checks.bug_of_2017(args.with_bug):
         for device in checks.devices(args):
