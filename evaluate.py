@@ -93,9 +93,9 @@ def classify_files(args, checkpoint, device, amp):
                 tqdm.write(one_line(f"{path}: {scores.likeliest(answer, classes, top)}"))
     if args.csv:
         most = ", ".join(f"{name} {count:,}" for name, count in counts.most_common(10)) or "no image"
-        print(one_line(f"{args.csv}: {counts.total():,} images, predicted: {most}"))
+        print(one_line(f"{args.csv}: predicted {most}; {counts.total():,} in all"))
     if skipped := len(paths) - counts.total():
-        print(f"skipped {skipped:,} of {len(paths):,} files", file=sys.stderr)
+        print(f"files skipped: {skipped:,} of {len(paths):,}", file=sys.stderr)
     return 1 if skipped else 0
 
 
@@ -112,12 +112,13 @@ def evaluate_split(args, checkpoint, device, amp):
     with bar, scores.csv_table(args.csv, column, classes, labelled=True) as write:
         for logits, labels in predictions(checkpoint, images, device, amp, args.batch_size):
             probabilities, predicted, labels = logits.softmax(1).cpu(), logits.argmax(1).cpu(), labels.cpu()
-            answers.append((labels, predicted, probabilities.amax(1)))
+            rank = (probabilities > probabilities.gather(1, labels[:, None])).sum(1)
+            answers.append((labels, predicted, probabilities.amax(1), rank))
             rows = zip(islice(names, len(labels)), predicted.tolist(), probabilities, labels.tolist(), strict=True)
             for row in rows if write else ():
                 write(*row)
             bar.update(len(labels))
-    labels, predicted, confidence = map(torch.cat, zip(*answers, strict=True))
+    labels, predicted, confidence, ranks = map(torch.cat, zip(*answers, strict=True))
     matrix = scores.confusion_matrix(labels, predicted, len(classes))
     title = f"{title_of(checkpoint['config'])}\n{scores.headline(matrix, KINDS[split])}"
     if args.confusion:
@@ -128,6 +129,8 @@ def evaluate_split(args, checkpoint, device, amp):
         captions = [(classes[labels[i]], classes[predicted[i]], float(confidence[i])) for i in worst]
         scores.draw_mistakes(args.mistakes, images.select(worst), captions, title)
     scores.print_scores(matrix, classes, KINDS[split])
+    if len(classes) >= 20:
+        print(f"top-5 error {100 * (ranks >= 5).double().mean():.2f} %")
     if args.mistakes and not len(wrong):
         print(f"no image is wrong: {args.mistakes} is not written")
 

@@ -73,7 +73,7 @@ class _Preprocess:
 
 
 def run(name):
-    """The network of a run that work/ publishes, such as "digits.bc16", in evaluation mode.
+    """The network of a run that work/ publishes, such as "digits.bc16", or of one's own, a directory; for evaluation.
 
     With it come ``classes``, their names, and ``preprocess``: an image, opened by Pillow or the path of its file →
     (C, S, S) float32, read as evaluate.py reads it. That decodes large JPEG files at a reduced size: an image that has
@@ -81,9 +81,10 @@ def run(name):
     """
     work = _ROOT / "work"
     runs = {path.parent.relative_to(work).as_posix(): path for path in sorted(work.glob("**/weights.pth"))}
-    if name not in runs:
-        raise ValueError(f"work/ publishes no run {name!r}, but {', '.join(runs)}")
-    checkpoint = _module("common.checkpoints").read_checkpoint(runs[name])
+    path = runs.get(str(name), pathlib.Path(name, "weights.pth"))
+    if not path.exists():
+        raise ValueError(f"{path} is missing: publish.py {name} writes it; work/ publishes {', '.join(runs)}")
+    checkpoint = _module("common.checkpoints").read_checkpoint(path)
     model = _module("inference").load_model(checkpoint)
     model.classes = checkpoint["classes"]
     model.preprocess = _Preprocess(checkpoint["config"]["arguments"], checkpoint["normalize"])

@@ -13,7 +13,7 @@ gpleiss/efficient_densenet_pytorch (results.csv).
 import sys
 from pathlib import Path
 
-from common.console import Mistake, Parser, between, command, nonempty
+from common.console import Mistake, Parser, between, command, counted, nonempty
 from reports.curves import FIGURES, FORMATS, Figure, View, labels, make_figure, save
 from reports.logs import SPLITS, mean_log, read_log
 from reports.tables import FORMATS as TABLES
@@ -68,7 +68,7 @@ def read_logs(args, view):
     logs += [mean_log([read_log(run) for run in group], args.unlike) for group in args.mean]
     names = args.labels or labels([log.path for log in logs])
     if len(names) != len(logs):
-        raise Mistake(f"--labels {' '.join(names)}: {len(names)} names for {len(logs)} runs and means")
+        raise Mistake(f"--labels {' '.join(names)}: {counted(len(names), 'name')} for {len(logs)} runs and means")
     for name, log in zip(names, logs, strict=True):
         if names.count(name) > 1:
             raise Mistake(f"two runs would be labelled {name}: name each run once, or tell them apart with --labels")

@@ -18,7 +18,7 @@ import torch
 
 from common.checkpoints import read_checkpoint, write_checkpoint
 from common.config import stages
-from common.console import Mistake, Parser, command, nonempty
+from common.console import Mistake, Parser, command, counted, nonempty
 from common.hardware import choose_device, choose_precision, set_up_device
 from inference.export import FORMATS, SIZES, export
 from inference.network import averaged, load_split, predictions
@@ -46,7 +46,8 @@ def finished(directory, ema=False):
     parse_again(checkpoint, path)
     config = checkpoint["config"]
     if checkpoint["epoch"] < config["arguments"]["epochs"] and not config.get("stopped_early"):
-        raise Mistake(f"{directory} has finished {checkpoint['epoch']} epochs, not all: go on with --resume first")
+        done = counted(checkpoint["epoch"], "epoch")
+        raise Mistake(f"{directory} has finished {done}, not all: go on with --resume first")
     return averaged(checkpoint) if ema and latest else checkpoint
 
 

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from common.checkpoints import FIRST_MANIFEST, load_weights
-from common.console import Mistake, command, one_line
+from common.console import Mistake, command, counted, one_line
 from common.hardware import busy_note, choose_device, choose_precision, peak_memory_mib, set_up_device
 from densenet import DenseNet
 from inputs import datasets, splits
@@ -286,7 +286,7 @@ def print_end(args, first_epoch, run, seconds):
     if run.stopped_early:
         print(f"stopped early: no lower validation error since epoch {run.best('valid')['epoch']}")
     elif first_epoch > args.epochs:
-        print(f"all {args.epochs} epochs are done; a larger --epochs goes further")
+        print(f"all is done, {counted(args.epochs, 'epoch')}; a larger --epochs goes further")
     final, best = run.rows["test"][-1], run.best("test")
     took = datetime.timedelta(seconds=round(seconds))
     print(f"test error {final['error']:.2f} % after epoch {final['epoch']}, the last; all epochs took {took}")

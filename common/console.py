@@ -140,6 +140,11 @@ def forget_workers():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
+def counted(count, noun):
+    """1 image, 2,000 images."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def printable(text):
     """Text in which a letter that a terminal would obey, or that no font has, is its code."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)

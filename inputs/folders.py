@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from common.console import Mistake
+from common.console import Mistake, counted
 from inputs.batches import ImageTensors
 from inputs.decoding import read_cached, unreadable
 from inputs.image import STREAM_FROM, Unreadable, formats, patient
@@ -185,7 +185,7 @@ def kind_of(entry):
 def passed_over(passed):
     """A line to print about files that are no images, from a Counter of their kinds."""
     kinds = ", ".join(f"{kind} {count}" for kind, count in passed.most_common())
-    return [f"passed over {passed.total()} files: {kinds}"] if passed else []
+    return [f"passed over {counted(passed.total(), 'file')}: {kinds}"] if passed else []
 
 
 def convert(passed):

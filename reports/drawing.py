@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.fx import GraphModule, Tracer
 from torch.fx.passes.shape_prop import ShapeProp
 
-from common.console import Mistake
+from common.console import Mistake, counted
 from common.files import written_whole
 
 INPUT, CONCATENATION = "input", "concatenation"
@@ -203,7 +203,7 @@ def model_graph(model, image_size, part, direction):
             continue
         with graph.subgraph(name=f"cluster_{current}") as frame:
             count = len(model.get_submodule(current).layers)
-            title = f"{part_title(current)}: {count} layer{'s' if count > 1 else ''}"
+            title = f"{part_title(current)}: {counted(count, 'layer')}"
             label = html(title, compose(boxes[f"{current}.layers.0"]), align="left")
             frame.attr(label=label, labeljust="l", fontsize="13", margin="20")
             frame.attr(style="rounded,filled", fillcolor="#F7F7F7", color="#BBBBBB")

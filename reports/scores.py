@@ -31,7 +31,8 @@ def print_scores(matrix, classes, kind="test"):
 
     A score that is zero by zero is shown as – and left out of the average over the classes.
     """
-    print(headline(matrix, kind))
+    guess = 100 - 100 * int(matrix.sum(1).max()) / int(matrix.sum())
+    print(f"{headline(matrix, kind)}; always the largest class: {guess:.2f} %")
     classes = [printable(name) for name in classes]
     scores = class_scores(matrix)
     rows = torch.cat((100 - scores[1:2], scores))  # error, precision, recall and F1, (4, classes), in percent

@@ -40,7 +40,7 @@ def test_every_image_is_read(tmp_path, capsys):
         out = capsys.readouterr().out.splitlines()
         assert out[0] == f"{root / 'train'}: 8 images in 2 classes: cat 3, dog 5"
         assert out[1] == f"{root / 'test'}: 4 images in 2 classes: cat 2, dog 2"
-        assert "passed over 1 files: .txt 1" in out and "modes: RGB 8, L 1" in out and "sizes: 40×20 8, 9×7 1" in out
+        assert "passed over 1 file: .txt 1" in out and "modes: RGB 8, L 1" in out and "sizes: 40×20 8, 9×7 1" in out
         assert sum(line.startswith("unreadable: ") for line in out) == 3
         assert f"in two splits: {root / 'train/dog/copy.png'} = {root / 'test/dog/1.png'}" in out
         assert out[-3] == "12 images, 3 unreadable, 1 in more than one split, 0 in more than one class"

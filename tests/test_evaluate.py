@@ -129,7 +129,7 @@ def test_what_is_printed_of_files(tmp_path, capsys):
         assert re.fullmatch(rf"{image}: (\w+ \d+\.\d %(, )?){{{count}}}\n", out), out
     for flags, count in (((), 0), (("--top", 1), 10)):
         *lines, last = evaluated(capsys, "run.pth", root, "--csv", "made/files.csv", *flags).out.splitlines()
-        assert len(lines) == count and re.fullmatch(r"made/files.csv: 10 images, predicted: (\w+ \d+(, )?)+", last)
+        assert len(lines) == count and re.fullmatch(r"made/files.csv: predicted (\w+ \d+(, )?)+; 10 in all", last)
     assert list(Path("made").iterdir()) == [Path("made/files.csv")]
 
 
@@ -140,10 +140,10 @@ def test_files_that_cannot_be_read_are_named_and_skipped(tmp_path, capsys):
     (root / "test/cat/notes.txt").write_text("no image")
     Image.fromarray(np.full((9, 9), 0.5, np.float32)).save(root / "test/dog/field.tif")
     out, err = evaluated(capsys, "run.pth", root / "test", "missing.png", "--csv", "files.csv", status=1)
-    assert err.splitlines()[0] == "passed over 1 files: .txt 1"
-    for line, words in zip(err.splitlines()[1:], ("cat/0.png is not a readable", "with --white", "missing.png is", "3 of 6"), strict=True):
-        assert line.startswith("skipped") and words in line
-    assert "files.csv: 3 images" in out and len(pd.read_csv("files.csv")) == 3
+    assert err.splitlines()[0] == "passed over 1 file: .txt 1"
+    for line, words in zip(err.splitlines()[1:], ("cat/0.png is not a readable", "with --white", "missing.png is", "files skipped: 3 of 6"), strict=True):
+        assert line.startswith(("skipped: ", "files skipped")) and words in line
+    assert "files.csv: predicted " in out and "; 3 in all" in out and len(pd.read_csv("files.csv")) == 3
     assert evaluated(capsys, "run.pth", root / "test/dog", "--white", 1).out.count("\n") == 3
     assert evaluated(capsys, "run.pth", root / "test/cat/0.png", status=1).out == ""
     checkpoint = torch.load("run.pth", weights_only=True)
@@ -251,6 +251,16 @@ def test_rows_and_pictures_of_a_split(tmp_path, capsys, monkeypatch, figures, im
     assert Image.open("made/mistakes.png").width > 500 and "<svg" in Path("confusion.svg").read_text()
     answering(monkeypatch, [0, 1] * 3)
     assert "no image is wrong: none.png is not written" in evaluated(capsys, "run.pth", "--mistakes", "none.png").out
+
+
+def test_top_5_of_many_classes(tmp_path, capsys):
+    classes = [f"{i:02}" for i in range(20)]
+    write_checkpoint(write_folder(tmp_path / "images", classes=classes), classes=classes)
+    out = evaluated(capsys, "run.pth", "--csv", "test.csv").out
+    table = pd.read_csv("test.csv", dtype={"true": str})
+    likeliest = table[classes].apply(lambda row: row.nlargest(5).index.tolist(), axis=1)
+    wrong = [true not in five for true, five in zip(table.true, likeliest, strict=True)]
+    assert 0 < sum(wrong) < 40 and f"\ntop-5 error {100 * sum(wrong) / 40:.2f} %\n" in out
 
 
 def test_the_surest_32_are_drawn(monkeypatch, capsys, figures):

@@ -1,6 +1,7 @@
 """torch.hub.load finds networks and published weights here, from projects whose modules have the names of ours."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -75,13 +76,15 @@ def test_every_architecture(name):
         assert hub(name, num_classes=7).classifier.out_features == 7
 
 
-def test_every_published_run():
+def test_every_published_run_and_one_s_own():
     for path in (ROOT / "work").glob("**/weights.pth"):
         checkpoint, network = read_checkpoint(path), hub("run", path.parent.relative_to(ROOT / "work").as_posix())
         weights = network.state_dict()
         assert not network.training and network.classes == checkpoint["classes"]
         assert all(torch.equal(weights[name], value) for name, value in checkpoint["model"].items())
-    with pytest.raises(ValueError, match=r"publishes no run 'digits', but .*digits.bc16"):
+    shutil.copytree(ROOT / "work/digits.bc16", "own")
+    assert hub("run", "own").classes == hub("run", "digits.bc16").classes
+    with pytest.raises(ValueError, match=r"digits/weights.pth is missing: publish.py digits writes it; work/ publishes .*digits.bc16"):
         hub("run", "digits")
 
 

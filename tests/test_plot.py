@@ -47,7 +47,7 @@ def test_overlays_runs_of_all_kinds(tmp_path):
         ("--loss-ylim 1 nan", "argument --loss-ylim: nan is not in"),
         ("--table --out runs.csv", "--out runs.csv: a table is printed; > FILE at the end of the command writes it"),
         ("--figsize 2 2", "no room for curves: choose a larger --figsize"),
-        ("{run} --labels SGD", "--labels SGD: 1 names for 2 runs and means"),
+        ("{run} --labels SGD", "--labels SGD: 1 name for 2 runs and means"),
         ("{run} --labels SGD SGD", "two runs would be labelled SGD"),
         ("{run}", "two runs would be labelled run"),
         ("--only valid", "has nothing to draw with this --only or --xlim"),

@@ -81,7 +81,7 @@ def test_publish_refuses_what_is_not_the_run_s_result(tiny, capsys):
         assert not Path("run/weights.pth").exists()
 
     metrics = checkpoint["metrics"]
-    refused("run has finished 1 epochs, not all", epoch=1, metrics={name: rows[:1] for name, rows in metrics.items()})
+    refused("run has finished 1 epoch, not all", epoch=1, metrics={name: rows[:1] for name, rows in metrics.items()})
     refused("run/latest.pth has no seconds", seconds=None)
     others = [row | {"error": 100.0} for row in metrics["test"]]
     refused("but its log says 100.0 %", metrics=metrics | {"test": others})

@@ -45,7 +45,7 @@ def test_scores_are_scikit_learn_s():
 def test_the_table_shows_scores_and_dashes_for_zero_by_zero(capsys):
     scores.print_scores(torch.tensor([[3, 1, 0], [0, 0, 0], [2, 0, 0]]), ["cat", "dog", "cow"], "validation")
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "validation error 50.00 % (95 % interval 18.76 … 81.24 %), 3 of 6 images wrong"
+    assert lines[0] == "validation error 50.00 % (95 % interval 18.76 … 81.24 %), 3 of 6 images wrong; always the largest class: 33.33 %"
     assert lines[2:7] == [
         "class          images  error %  precision %  recall %    F1 %  taken for",
         "cat                 4    25.00        60.00     75.00   66.67  dog 1",

@@ -175,7 +175,7 @@ def test_resume_keeps_the_arguments_and_refuses_others(tiny, capsys):
     capsys.readouterr()
     assert tiny("--resume", "--save", "run", "--block", "fused", args=[]) == 0
     out = capsys.readouterr().out
-    assert "block fused" in out and "; resuming run after epoch 3\n" in out and "all 3 epochs are done" in out
+    assert "block fused" in out and "; resuming run after epoch 3\n" in out and "all is done, 3 epochs" in out
     assert pd.read_csv("run/test.csv").epoch.tolist() == [1, 2, 3]
     for flag, value in (("--depth", "16"), ("--seed", "9"), ("--dataset", "cifar10"), ("--batch-size", "65")):
         assert f"was started with {flag}" in refused(capsys, "--resume", "--save", "run", flag, value)

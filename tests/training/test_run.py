@@ -153,7 +153,7 @@ def test_one_command_line_starts_a_run_and_goes_on_with_it(tiny, capsys):
     Path("run/latest.pth").unlink()
     assert tiny(*flags) == 0
     assert len(pd.read_csv("run/test.csv")) == 4
-    assert tiny(*flags) == 0 and "all 4 epochs are done" in capsys.readouterr().out
+    assert tiny(*flags) == 0 and "all is done, 4 epochs" in capsys.readouterr().out
     assert tiny(*flags, "--seed", "3") == 2 and "was started with --seed 1" in capsys.readouterr().err
     assert tiny(*flags, "--overwrite") == 2
     for name in ("latest.pth", "previous.pth"):
