@@ -8,12 +8,14 @@ Numba knows no bfloat16. It sees the bits of such a matrix as uint16: the upper 
 ``wide`` adds the lower halves and from which ``store`` takes them off again. Sums and coefficients are float32.
 """
 
+import contextlib
 import os
 
 import numba
 import numpy as np
 import torch
 from llvmlite import ir
+from numba.core.caching import FunctionCache
 from numba.extending import intrinsic, overload
 from numpy.lib.stride_tricks import as_strided
 
@@ -45,7 +47,24 @@ def compiled(loop):
     reordered into vector lanes; NaN and infinity keep their meaning.
     """
     loop.__qualname__ = f"{__name__}.{loop.__name__}"
-    return numba.njit(loop, parallel=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
+    function = numba.njit(loop, parallel=True, fastmath={"reassoc", "contract", "nsz"})
+    function._cache = Cache(loop)
+    return function
+
+
+class Cache(FunctionCache):
+    """What Numba keeps on disk: compiled anew where a file is damaged, and not kept where the disk is full."""
+
+    def load_overload(self, *args):
+        try:
+            return super().load_overload(*args)
+        except Exception:  # whatever a damaged pickle raises
+            with contextlib.suppress(OSError):
+                self.flush()
+
+    def save_overload(self, *args):
+        with contextlib.suppress(OSError):
+            super().save_overload(*args)
 
 
 def bn_relu(x, norm):

@@ -21,7 +21,7 @@ import torch
 import fused
 from common.config import stages
 from common.console import Mistake
-from common.files import written_whole
+from common.files import readable, written_whole
 from common.hardware import choose_precision, device_name
 from densenet import BLOCKS, differing_blocks
 from training import distributed
@@ -89,7 +89,9 @@ def fastest_block(job, default, steps):
     device = torch.device(job["device"])
     path = cache_path(job, device)
     with contextlib.suppress(Exception):  # nothing is there, or whatever another program has left
-        return describe(json.loads(path.read_text()), default)
+        block, line = describe(json.loads(readable(path).read_text()), default)
+        if block in BLOCKS:
+            return block, line
     budget = steps >= FEW if device.type == "cuda" else seconds_to_measure(job, steps)
     if not budget:
         return default, None
@@ -204,4 +206,6 @@ def cache_path(job, device):
         "sources": hashlib.sha256(b"".join(sources)).hexdigest(),
     }
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-    return platformdirs.user_cache_path("densenet.pytorch") / f"{name}.json"
+    with contextlib.suppress(RuntimeError):  # no HOME, nor a home of the user's number
+        return platformdirs.user_cache_path("densenet.pytorch") / f"{name}.json"
+    return Path(os.devnull, name)  # where nothing is found or kept

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -145,3 +146,30 @@ def test_runs_with_the_threads_of_torch():
     env = os.environ | {"NUMBA_NUM_THREADS": "2"}
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     assert result.stdout.split() == ["1", "1"]
+
+
+def double(x):
+    x *= 2
+
+
+def test_a_cache_that_is_damaged_or_cannot_be_written_is_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(loops.numba.config, "CACHE_DIR", str(tmp_path))
+
+    def hits():
+        function, x = loops.compiled(double), np.ones(3)
+        function(x)
+        assert x.tolist() == [2, 2, 2]
+        return function.stats.cache_hits.total()
+
+    assert (hits(), hits()) == (0, 1)
+    for suffix in ("nbi", "nbc"):
+        [path] = tmp_path.rglob(f"*.{suffix}")
+        path.write_bytes(bytes(50))
+        assert (hits(), hits()) == (0, 1)  # and is mended
+    path.unlink()
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(loops.FunctionCache, "save_overload", full)
+    assert hits() == 0

@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -208,9 +210,14 @@ def test_the_answer_is_kept(monkeypatch, capsys, cache):
     for lasting in (False, True, True):  # noqa: B007 -- what may not happen again is not kept; what is damaged is mended
         assert choice.fastest_block(JOB, "naive", 1)[0] == "checkpoint"
     assert len(calls) == 6 and capsys.readouterr().out.count("measuring which --block is fastest here") == 6
+    for harm in (lambda path: path.write_text('{"seconds": {"another": [1.0]}, "refused": {}}'), lambda path: (path.unlink(), os.mkfifo(path))):
+        for path in cache.iterdir():
+            harm(path)
+        assert choice.fastest_block(JOB, "naive", 1)[0] == "checkpoint"
     (cache.parent / "file").touch()  # no folder to keep anything in
-    monkeypatch.setattr(choice.platformdirs, "user_cache_path", lambda name: cache.parent / "file" / "cache")
-    assert choice.fastest_block(JOB, "naive", 1)[0] == "checkpoint"
+    for place in (lambda name: cache.parent / "file" / "cache", lambda name: Path("~no one").expanduser()):  # nor a home
+        monkeypatch.setattr(choice.platformdirs, "user_cache_path", place)
+        assert choice.fastest_block(JOB, "naive", 1)[0] == "checkpoint"
 
 
 def test_a_gpu_is_measured_in_this_process(monkeypatch):
