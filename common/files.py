@@ -4,7 +4,6 @@ import contextlib
 import errno
 import os
 import sys
-import time
 from pathlib import Path
 
 from common.console import Mistake
@@ -35,8 +34,8 @@ def written_whole(path, suffix=".tmp", previous=None):
             file.flush()
             sync(file.fileno())
         if previous and path.exists():
-            replace(path, previous)
-        replace(temporary, path)
+            os.replace(path, previous)
+        os.replace(temporary, path)
         sync_names(path.parent)
     except BaseException as error:
         if isinstance(error, OSError):  # that of a full disk does not say where
@@ -65,12 +64,3 @@ def sync_names(folder):
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def replace(source, target):
-    """os.replace, which Windows refuses while another process reads ``target``: that is waited for, some seconds."""
-    for _ in range(100 if sys.platform == "win32" else 0):
-        with contextlib.suppress(PermissionError):
-            return os.replace(source, target)
-        time.sleep(0.05)
-    os.replace(source, target)

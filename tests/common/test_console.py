@@ -15,7 +15,6 @@ from conftest import ROOT, status_of
 from PIL import Image
 
 import evaluate
-import plot
 import train
 from common import console, files
 
@@ -89,13 +88,6 @@ def test_without_standard_output():
     command = f'exec "{sys.executable}" "{ROOT / "plot.py"}" "{ROOT / "work/digits.bc16"}" --out figures >&-'
     result = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True)
     assert (result.returncode, result.stderr) == (0, "") and Path("figures/loss.png").exists()
-
-
-def test_a_full_disk_is_named_by_its_file(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(os, "fsync", failing(OSError(errno.ENOSPC, "No space left on device")))
-    assert plot.main([str(ROOT / "work/digits.bc16"), "--out", str(tmp_path)]) == 1
-    assert capsys.readouterr().err == f"plot.py: error: {tmp_path / 'loss.png'}: No space left on device\n"
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
@@ -179,21 +171,3 @@ def test_a_new_name_outlives_a_power_cut(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda *paths: (done.append("replace"), rename(*paths)))
     write(tmp_path / "a")
     assert done == [stat.S_IFREG, "replace", stat.S_IFDIR]
-
-
-def test_replacing_a_file_that_another_process_reads(tmp_path, monkeypatch):
-    """Windows refuses it for a while."""
-    refusals, real = [PermissionError(13, "Access is denied")] * 3, os.replace
-
-    def refuse(source, target):
-        if refusals:
-            raise refusals.pop()
-        real(source, target)
-
-    monkeypatch.setattr(os, "replace", refuse)
-    with pytest.raises(PermissionError):
-        write(tmp_path / "a")
-    assert not (tmp_path / "a").exists() and len(refusals) == 2
-    monkeypatch.setattr(console.sys, "platform", "win32")
-    write(tmp_path / "a")
-    assert (tmp_path / "a").read_bytes() == b"new" and refusals == []

@@ -167,25 +167,18 @@ def test_imagenet_is_what_torchvision_publishes(monkeypatch, tmp_path, tiny, cap
     digest = hashlib.sha256(Path("weights.pth").read_bytes()).hexdigest()[:8]
     url = "file://" + str(tmp_path / "web" / f"densenet121-{digest}.pth")
     monkeypatch.setattr(torchvision.models._api.WeightsEnum, "url", property(lambda self: url))
-    cached = tmp_path / "home/hub/checkpoints" / Path(url).name
     write_folder(tmp_path / "images", size=(40, 40))
     flags = [*FOLDER, "--batch-size", "2", "--image-size", "32", "--init-from", "imagenet", "--save", "run", "--epochs", "1", "--limit-train", "2"]
 
-    def refused(*more):
+    for more, words in (
+        ([], "say of which network, with --arch: densenet121, densenet161, densenet169, densenet201"),
+        (["--arch", "densenet121"], f"cannot download {url} ("),
+    ):
         assert tiny(*more, args=flags) == 2
         err = capsys.readouterr().err
-        assert err.count("\n") == 1 and not Path("run").exists()
-        return err
-
-    assert "say of which network, with --arch: densenet121, densenet161, densenet169, densenet201" in refused()
-    assert f"cannot download {url} (" in (err := refused("--arch", "densenet121"))
-    assert f"put that file into {cached.parent} by hand" in err
+        assert words in err and err.count("\n") == 1 and not Path("run").exists()
+    assert err.endswith(f"put that file into {tmp_path / 'home/hub/checkpoints'} by hand\n")
     (tmp_path / "web").mkdir()
-    Path(url.removeprefix("file://")).write_bytes(b"something else")
-    assert "invalid hash value" in refused("--arch", "densenet121")
-    cached.write_bytes(b"half of it")
-    assert f"{cached} is damaged" in refused("--arch", "densenet121")
-    cached.unlink()
     shutil.copy("weights.pth", url.removeprefix("file://"))
     assert tiny("--arch", "densenet121", "--freeze", "features", args=flags) == 0
     out = capsys.readouterr().out
@@ -261,7 +254,6 @@ def test_several_processes_start_from_the_same_weights_and_keep_frozen_parts(tra
         ("--init-from trained/latest.pth --depth 40", "only 0 of this network's 197 tensors are there, among stem.conv.weight, blocks.0.layers.0.norm1.weight, "),
         ("--init-from nowhere.pth", "nowhere.pth is not a checkpoint file, such as latest.pth in a run: No such file"),
         ("--init-from trained/config.json", "trained/config.json is damaged, or holds other things than weights"),
-        ("--init-from cut.pth", "cut.pth is damaged, or holds other things than weights"),
         ("--init-from numbers.pth", "--init-from numbers.pth: the file holds no weights"),
         ("--init-from altered.pth", "altered.pth is not a checkpoint of train.py"),
         ("--init-from file.pt2", "file.pt2 could run any code"),
@@ -270,13 +262,10 @@ def test_several_processes_start_from_the_same_weights_and_keep_frozen_parts(tra
         ("--freeze=", "--freeze : the network has the parts"),
         ("--freeze features,classifier", "--freeze features,classifier leaves nothing to train"),
         ("--freeze classifier --head-lr 1", "--head-lr: the classifier is frozen"),
-        ("--head-lr 0", "argument --head-lr: 0 is not in 1e-30 … 1e+30"),
         ("--head-lr 1 --lr 0", "--head-lr is kept in proportion to --lr, which is 0"),
     ],
 )
 def test_mistakes_end_with_one_line_and_status_2(trained, capsys, flags, words):
-    content = trained.read_bytes()
-    Path("cut.pth").write_bytes(content[: len(content) // 2])
     torch.save({0: torch.ones(1)}, "numbers.pth")
     torch.save(torch.load(trained) | {"config": 3}, "altered.pth")
     capsys.readouterr()
