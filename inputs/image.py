@@ -104,10 +104,8 @@ class Reader:
         if not isinstance(image, JpegImageFile):  # the one kind that may be decoded at a part of its size
             image.load()
         turned = orientation(image)
-        if choose_box:
-            box = choose_box(image.size)
-        else:
-            box = centre(image.size, turned, self.image_size) if self.streams else (0, 0, *image.size)
+        whole = centre(image.size, turned, self.image_size) if self.streams else (0, 0, *image.size)
+        box = choose_box(image.size) if choose_box else whole
         box = decode_reduced(image, box, self.image_size)
         image = self.in_8_bits(image, scale)
         if all(isinstance(side, int) for side in box):  # then resizing blends nothing in from outside the box
@@ -141,8 +139,7 @@ class Reader:
             values = np.nan_to_num(np.asarray(image, dtype=np.float64), nan=black) - black
             image = Image.fromarray((values * (255 / (white - black))).clip(0, 255).round().astype(np.uint8))
         if self.alpha and image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         if image.mode == "LAB":  # which Pillow converts to RGB alone
             image = image.convert("RGB")
         mode = "RGB" if self.channels == 3 else "L"
@@ -256,14 +253,14 @@ def centre(size, turned, image_size):
     ``size`` is (width, height) as it is stored, ``turned`` its EXIF orientation: a box that is rounded to the left of
     the middle is to the right of it where the image is mirrored.
     """
-    resized, short, sides = image_size * 8 // 7, min(size), []
+    first, last = [], []
     for side, mirrored in zip(size, (turned in (2, 3, 7, 8), turned in (3, 4, 6, 7)), strict=True):
-        whole = resized if side == short else int(resized * side / short)
-        start = round((whole - image_size) / 2)
-        start = whole - image_size - start if mirrored else start
-        sides.append((start * (side / whole), (start + image_size) * (side / whole)))
-    (left, right), (top, bottom) = sides
-    return left, top, right, bottom
+        resized = int((image_size * 8 // 7) * side / min(size))
+        start = round((resized - image_size) / 2)
+        start = resized - image_size - start if mirrored else start
+        first.append(start * (side / resized))
+        last.append((start + image_size) * (side / resized))
+    return *first, *last
 
 
 def random_box(size):

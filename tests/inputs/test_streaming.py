@@ -3,17 +3,16 @@
 import multiprocessing
 import os
 import pickle
-import subprocess
-import sys
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from helpers import NORMALIZE, random_images, write_folder
 from PIL import Image
 from test_decoding import damage
 
+import train
 from inputs import datasets, streaming
 from inputs.image import Reader
 
@@ -87,30 +86,19 @@ def test_a_worker_gets_paths_in_one_array():
 
 
 @pytest.mark.parametrize("damaged", [True, False])
-def test_a_streamed_file_that_cannot_be_read_ends_training_in_one_line(tmp_path, damaged):
+def test_a_streamed_file_that_cannot_be_read_ends_training_in_one_line(tmp_path, capfd, monkeypatch, damaged):
     """One line names what is damaged, or what the system says; --skip-unreadable goes on without the first alone."""
     root = write_folder(tmp_path / "images", size=(130, 130))
-    program, expected = "import sys, train\n", "3 images cannot be read"
     if damaged:
         damage(root)
-    else:  # of whatever is read at that size, not of the look before training
-        program += """
-from PIL import Image
-real = Image.Image.resize
-def resize(image, size, *args):
-    if size == (128, 128):
-        raise OSError(5, "Input/output error")
-    return real(image, size, *args)
-Image.Image.resize = resize
-"""
-        expected = "images/train/"
-    flags = "--device cpu --dataset folder --data images --image-size 128 --depth 10 --growth-rate 4 --no-plot --save run --workers 2"
-    command = [sys.executable, "-c", program + "sys.exit(train.main(sys.argv[1:]))", *flags.split()]
-    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert result.returncode == (2 if damaged else 1) and result.stderr.count("\n") == 1
-    assert f"train.py: error: {expected}" in result.stderr and "epoch 0 is saved" in result.stderr
-    again = subprocess.run([*command, "--overwrite", "--epochs", "1", "--skip-unreadable"], capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert again.returncode == (0 if damaged else 1)
+    else:
+        monkeypatch.setattr(Image.Image, "resize", Mock(side_effect=OSError(5, "Input/output error")))
+    flags = "--device cpu --dataset folder --image-size 128 --depth 10 --growth-rate 4 --no-plot --no-progress --save run --workers 2"
+    command = [*flags.split(), "--data", str(root)]
+    assert train.main(command) == (2 if damaged else 1)
+    expected, err = "3 images cannot be read" if damaged else f"{root}/train/", capfd.readouterr().err
+    assert err.startswith(f"train.py: error: {expected}") and "epoch 0 is saved" in err and err.count("\n") == 1
+    assert train.main([*command, "--overwrite", "--epochs", "1", "--skip-unreadable"]) == (0 if damaged else 1)
 
 
 @pytest.mark.parametrize(("flip", "shares"), [("horizontal", (0, 0.5)), ("vertical", (0.5, 0)), ("both", (0.5, 0.5)), ("none", (0, 0))])
