@@ -4,6 +4,7 @@ import errno
 import os
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -62,14 +63,9 @@ def test_a_damaged_cache_is_not_trusted(tmp_path, capsys, harm):
 
 
 def test_a_read_only_folder_is_decoded_without_a_cache(tmp_path, monkeypatch, capsys):
-    root = write_folder(tmp_path)
-
-    def refuse(*args, **options):
-        raise OSError(30, "Read-only file system")
-
-    monkeypatch.setattr(torch, "save", refuse)
-    monkeypatch.setattr(Path, "unlink", refuse)
-    assert len(datasets.load("folder", root).train) == 6
+    for owner, name in ((torch, "save"), (Path, "unlink")):
+        monkeypatch.setattr(owner, name, Mock(side_effect=OSError(30, "Read-only file system")))
+    assert len(datasets.load("folder", write_folder(tmp_path)).train) == 6
     assert capsys.readouterr().err.count("cannot be written ([Errno 30] Read-only file system)") == 2
 
 
@@ -94,7 +90,7 @@ def test_all_unreadable_images_are_reported_together(tmp_path, image_size, worke
     decoded.clear()
     again = datasets.load("folder", root, Reader(image_size, skip_unreadable=True))
     assert again.notes == dataset.notes and torch.equal(again.train.labels, dataset.train.labels)
-    assert len(decoded) == (3)  # from the cache, but for why
+    assert len(decoded) == 3  # from the cache, but for why
     Image.new("RGB", (9, 9)).save(root / "train/cat/0.png")
     again = datasets.load("folder", root, Reader(image_size, skip_unreadable=True))
     assert again.notes[0] == "skipped 2 unreadable training images: cat 1, dog 1"
@@ -115,47 +111,34 @@ def test_damage_in_all_splits_is_reported_together_and_ten_files_are_named(tmp_p
             datasets.load("folder", root, Reader(image_size, skip_unreadable=True))
 
 
-@pytest.fixture
-def failing(monkeypatch):
-    """failing(function, number, times): let a function of Pillow or the system fail so often for what has "dog" in it.
-
-    Returns the pauses that are made, as a list.
-    """
-    pauses = []
-    monkeypatch.setattr(time, "sleep", pauses.append)
-
-    def fail(owner, name, number, times):
-        real, left = getattr(owner, name), [times]
-
-        def fails(thing, *args, **options):
-            if "dog" in str(getattr(thing, "filename", thing)) and left[0] > 0:
-                left[0] -= 1
-                raise OSError(number, os.strerror(number))
-            return real(thing, *args, **options)
-
-        monkeypatch.setattr(owner, name, fails)
-        return pauses
-
-    return fail
-
-
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE, errno.ETIMEDOUT, errno.EACCES])
 @pytest.mark.parametrize("place", [(Image, "open"), (JpegImageFile, "load"), (os, "scandir")], ids=lambda place: place[1])
 @pytest.mark.parametrize("image_size", [32, 128])
-def test_an_error_of_the_system_is_not_taken_for_a_damaged_file(tmp_path, failing, place, number, image_size):
-    root = write_folder(tmp_path)
+def test_an_error_of_the_system_is_not_taken_for_a_damaged_file(tmp_path, monkeypatch, place, number, image_size):
+    """Three fail before what has "dog" in its name is read, or all do."""
+    root, left, pauses, real = write_folder(tmp_path), [3], [], getattr(*place)
+
+    def fails(thing, *args, **options):
+        if "dog" in str(getattr(thing, "filename", thing)) and left[0] > 0:
+            left[0] -= 1
+            raise OSError(number, os.strerror(number))
+        return real(thing, *args, **options)
+
     for path in root.rglob("*.png"):
         photo(300, 200).save(path, "JPEG")
-    pauses = failing(*place, number, 3)
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    monkeypatch.setattr(*place, fails)
     dataset = datasets.load("folder", root, Reader(image_size))
     batches = dataset.train.batches(6, NORMALIZE, "mean")
     [(first, *_)], [(again, *_)] = batches.shuffled(1), batches.shuffled(1)
     assert torch.equal(first, again) and pauses == [1] * 3
     (root / ".train-32.cache").unlink(missing_ok=True)
-    failing(*place, number, 1000)
+    left[0] = 1000
     with pytest.raises(OSError, match=os.strerror(number)) as caught:
         datasets.load("folder", root, Reader(image_size, skip_unreadable=True))
     assert place[0] is os or caught.value.filename.endswith("dog/0.png")
+
+
 @pytest.mark.parametrize("image_size", [16, 128])
 def test_reading_images_draws_no_random_number(tmp_path, image_size):
     """Weights are drawn after the images are read: they must not depend on whether these come from a cache."""

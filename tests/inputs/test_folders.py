@@ -268,14 +268,6 @@ def test_a_run_keeps_its_splits(tmp_path, capsys, older):
         assert "4 training, 2 validation, 4 test images" in out and ("an earlier release" in out) is told
 
 
-def test_a_run_that_was_tested_on_val_stays_so(tmp_path):
-    root = write_folder(tmp_path / "images")
-    (root / "test").rename(root / "val")
-    trained(root)
-    shutil.copytree(root / "train", root / "test")
-    assert len(load_split(resumed(2))[0]) == 4
-
-
 def test_scale_and_channels_are_kept_by_a_run(tmp_path):
     root = write_folder(tmp_path / "images")
     for shade, name in enumerate(("cat", "dog")):
