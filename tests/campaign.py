@@ -62,10 +62,6 @@ def at_operation(number, action):
     sys.addaudithook(hook)
 
 
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def is_whole():
     """Whether the run ends like the one that nobody harmed."""
     if status_of(start("run", "--resume", "if-any")) != 0:
@@ -92,33 +88,32 @@ def moments(dice, seconds):
     return is_whole() if killed else None
 
 
+def killed_at(dice, first, last, *flags):
+    """True if a process was killed just before one of its operations on files, drawn at random."""
+    before = functools.partial(at_operation, dice.randint(first, last), lambda: os.kill(os.getpid(), signal.SIGKILL))
+    return status_of(start("run", *flags, before=before)) == -signal.SIGKILL
+
+
 def operations(dice, seconds):
     """SIGKILL just before a random operation on a file, up to five times in a row."""
-    killed = 0
-    for _ in range(dice.randint(1, 5)):
-        before = functools.partial(at_operation, dice.randint(1, 60), die)
-        killed += status_of(start("run", "--resume", "if-any", before=before)) == -signal.SIGKILL
-    return is_whole() if killed else None
+    killed = [killed_at(dice, 1, 60, "--resume", "if-any") for _ in range(dice.randint(1, 5))]
+    return is_whole() if any(killed) else None
 
 
 def replacements(dice, seconds):
     """SIGKILL while --overwrite replaces a finished run: afterwards the old run is whole, or the new one goes on."""
     shutil.copytree("other", "run")
-    before = functools.partial(at_operation, dice.randint(1, 30), die)
-    if status_of(start("run", "--overwrite", before=before)) != -signal.SIGKILL:
+    if not killed_at(dice, 1, 30, "--overwrite"):
         return None
-    files = ("latest.pth", "best.pth", "config.json", "train.csv", "valid.csv", "test.csv")
-    if all(Path("run", name).exists() and Path("run", name).read_bytes() == Path("other", name).read_bytes() for name in files):
-        return True
-    return is_whole()
+    old = (path for path in Path("other").iterdir() if path.suffix in (".pth", ".json", ".csv"))
+    same = (Path("run", path.name).exists() and Path("run", path.name).read_bytes() == path.read_bytes() for path in old)
+    return all(same) or is_whole()
 
 
 def bits(dice, seconds):
     """One bit of latest.pth is flipped, after a SIGKILL."""
-    if status_of(start("run", before=functools.partial(at_operation, dice.randint(30, 50), die))) != -signal.SIGKILL:
-        return None
     path = Path("run/latest.pth")
-    if not path.exists() or not Path("run/previous.pth").exists():
+    if not killed_at(dice, 60, 120) or not path.exists() or not path.with_name("previous.pth").exists():
         return None
     content = bytearray(path.read_bytes())
     content[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
@@ -150,13 +145,13 @@ def main(argv=None):
         begin = time.monotonic()
         assert status_of(start("whole")) == 0 and status_of(start("other", "--seed", "2")) == 0
         seconds = (time.monotonic() - begin) / 2
-        for name, kind in KINDS.items() if not args.only else [(args.only, KINDS[args.only])]:
+        for name in [args.only] if args.only else KINDS:
             outcomes = []
             kills.clear()
             for i in range(args.count):
                 shutil.rmtree("run", ignore_errors=True)
                 Path("output.txt").unlink(missing_ok=True)
-                outcomes.append(kind(random.Random(f"{args.seed} {name} {i}"), seconds))
+                outcomes.append(KINDS[name](random.Random(f"{args.seed} {name} {i}"), seconds))
                 text = Path("output.txt").read_text()
                 if outcomes[-1] is False or "Traceback" in text:
                     failures += 1

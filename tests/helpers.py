@@ -32,7 +32,6 @@ def random_images(count=64, size=32, classes=4, seed=0):
 
 # files
 
-
 def write_folder(root, train=3, test=2, classes=("cat", "dog"), size=(40, 20), mode="RGB"):
     for split, count in (("train", train), ("test", test)):
         for label, name in enumerate(classes):
@@ -44,7 +43,6 @@ def write_folder(root, train=3, test=2, classes=("cat", "dog"), size=(40, 20), m
 
 
 # distributed
-
 
 def torchrun(ranks, script, *args, options=()):
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", *options, script, *args]
@@ -59,7 +57,6 @@ def finished(process, status):
 
 
 # step
-
 
 sgd = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
 
@@ -95,7 +92,6 @@ class Replayed(GraphedStep):
 
 
 # blocks
-
 
 OTHERS = [name for name in BLOCKS if name != "naive"]
 
@@ -151,7 +147,6 @@ def assert_as_exact_as_naive(result, naive, exact):
 
 # reader
 
-
 def photo(width, height, seed=0):
     """Random shapes at every scale."""
     rng, image = np.random.default_rng(seed), np.zeros((height, width, 3))
@@ -162,7 +157,6 @@ def photo(width, height, seed=0):
 
 
 # logs
-
 
 HEADER = "epoch,loss,error,lr,images_per_second,peak_memory_mib\n"
 

@@ -46,19 +46,15 @@ def nothing_starts(monkeypatch):
         monkeypatch.setattr(module, "load", load)
 
 
-def surroundings():
+@pytest.fixture
+def outcome(nothing_starts, capsys):
+    """outcome("train", flags): run a command, which is to end with status 0, or with one line and status 2."""
     Path("file").touch()
     Path("folder.svg").mkdir()
     Path("link").symlink_to("nowhere")
     Path("loop").symlink_to("loop")
     if hasattr(os, "mkfifo"):
         os.mkfifo("pipe")
-
-
-@pytest.fixture
-def outcome(nothing_starts, capsys):
-    """outcome("train", flags): run a command, which is to end with status 0, or with one line and status 2."""
-    surroundings()
 
     def check(name, flags):
         status = status_of(importlib.import_module(name).main, [*COMMANDS[name], *flags])
@@ -92,15 +88,10 @@ def fuzz(flags, check, examples):
     draw()
 
 
+@pytest.mark.parametrize("examples", [25, pytest.param(1500, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", COMMANDS)
-def test_command_lines_work_or_are_one_line(name, outcome, flags_of):
-    fuzz(flags_of(name), partial(outcome, name), examples=60 if name == "train" else 25)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("name", COMMANDS)
-def test_command_lines_work_or_are_one_line_many_times(name, outcome, flags_of):
-    fuzz(flags_of(name), partial(outcome, name), examples=1500)
+def test_command_lines_work_or_are_one_line(name, examples, outcome, flags_of):
+    fuzz(flags_of(name), partial(outcome, name), examples * 2 if name == "train" else examples)
 
 
 @pytest.mark.slow

@@ -135,13 +135,10 @@ def test_one_command_line_serves_a_scheduler():
     assert json.loads(Path("run/config.json").read_text())["resumed"][0]["epoch"] >= 2
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--batch-size", "1"], "--batch-size 1: each of 2 processes needs an image of it"),
-        (["--dataset", "folder", "--data", "nowhere"], "nowhere/train is missing"),
-    ],
-)
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--batch-size", "1"], "--batch-size 1: each of 2 processes needs an image of it"),
+    (["--dataset", "folder", "--data", "nowhere"], "nowhere/train is missing"),
+])  # fmt: skip
 def test_a_mistake_is_told_once_and_ends_all_ranks(flags, message):
     process = torchrun(2, str(ROOT / "train.py"), *TINY, "--save", "run", *flags)
     output = finished(process, 1)  # torchrun's own status

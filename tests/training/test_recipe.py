@@ -193,10 +193,6 @@ CASES = [
 ]
 
 
-def name(options):
-    return " ".join(f"{key}={value}" for key, value in options.items()) or "defaults"
-
-
 def flags(options):
     for key, value in (SMALL | options).items():
         flag = key.replace("_", "-")
@@ -217,7 +213,7 @@ def assert_follows(state, average, rows):
     assert log["error"].tolist() == pytest.approx([error for _, error in rows], abs=1e-4)
 
 
-@pytest.mark.parametrize("options", CASES, ids=name)
+@pytest.mark.parametrize("options", CASES, ids=str)
 def test_one_process(tiny, options):
     assert tiny(*flags(options)) == 0
     assert_follows(*recipe(options))

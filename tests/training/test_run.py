@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import random
 import re
 import shlex
 import shutil
@@ -15,11 +14,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_same_run, rows
+from conftest import ROOT, TINY, assert_same_run
 
 import train
 from common.checkpoints import read_checkpoint
-from common.console import Mistake
 from training import run
 
 
@@ -44,7 +42,7 @@ def test_files_of_another_program_are_not_replaced(tiny, capsys, name):
     assert Path("run", name).read_text() == '{"hidden_size": 768}\n'
 
 
-@pytest.mark.parametrize("deleted", ["latest.pth.tmp", "previous.pth", "best.pth", "train.csv", "loss.png"])
+@pytest.mark.parametrize("deleted", ["latest.pth.tmp", "previous.pth", "best.pth", "train.csv", "valid.csv"])
 def test_a_replacement_that_is_cut_short_leaves_the_old_run_or_the_new(tiny, monkeypatch, deleted):
     flags = ["--save", "run", "--valid-size", "100", "--epochs", "2"]
     assert tiny(*flags, "--seed", "2") == 0
@@ -85,22 +83,19 @@ def test_a_full_disk_keeps_the_last_epoch(tiny, capsys, monkeypatch, write, epoc
         patch.setattr(run.os, "fsync", full)
         assert tiny("--save", "run") == 1
     err = capsys.readouterr().err
-    resume = f"python {shlex.quote(sys.argv[0])} --save run --resume"
-    assert f"No space left on device; epoch {epoch} is saved in run/latest.pth; to go on: {resume}\n" in err
+    resume = f"to go on: python {shlex.quote(sys.argv[0])} --save run --resume"
+    assert f"No space left on device; epoch {epoch} is saved in run/latest.pth; {resume}\n" in err
     assert not list(Path("run").glob("*.tmp"))
     assert tiny("--save", "run", "--resume", args=[]) == 0
     assert_same_run("whole", "run")
 
 
 def test_damaged_files_end_in_one_line_or_are_mended(tiny, capsys):
-    assert tiny("--save", "whole") == 0
     assert tiny("--save", "run", "--epochs", "3") == 0
     log = Path("run/train.csv")
     log.write_text(log.read_text()[:90])  # most rows are gone, one is cut in half
     Path("run/test.csv").unlink()
     assert tiny("--save", "run", "--resume", "--epochs", "4", args=[]) == 0
-    whole, mended = rows("whole/test.csv"), rows("run/test.csv")
-    pd.testing.assert_frame_equal(mended[:1], whole[:1])  # later epochs differ: 3 and 4 epochs have other schedules
     assert pd.read_csv(log).epoch.tolist() == pd.read_csv("run/test.csv").epoch.tolist() == [1, 2, 3, 4]
 
     for name in ("latest.pth", "previous.pth"):
@@ -108,22 +103,6 @@ def test_damaged_files_end_in_one_line_or_are_mended(tiny, capsys):
     capsys.readouterr()
     assert tiny("--save", "run", "--resume", args=[]) == 2
     assert "run/previous.pth is damaged, or holds other things" in capsys.readouterr().err
-
-
-def test_no_flipped_bit_of_a_checkpoint_goes_unnoticed(tiny):
-    assert tiny("--save", "run", "--epochs", "1") == 0
-    whole, path, dice = Path("run/latest.pth").read_bytes(), Path("flipped.pth"), random.Random(1)
-    model, noticed = read_checkpoint("run/latest.pth")["model"], 0
-    for _ in range(300):
-        content = bytearray(whole)
-        content[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
-        path.write_bytes(content)
-        try:
-            found = read_checkpoint(path)["model"]
-            assert found.keys() == model.keys() and all(torch.equal(found[key], model[key]) for key in model)
-        except Mistake:
-            noticed += 1
-    assert noticed > 200  # the rest is in what zip keeps beside the records, such as their times
 
 
 @pytest.mark.parametrize("harm", ["a flipped bit", "missing"])
@@ -146,7 +125,6 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tiny, capsys, ha
 
 
 def test_one_command_line_starts_a_run_and_goes_on_with_it(tiny, capsys):
-    assert tiny("--save", "whole") == 0
     flags = ["--save", "run", "--resume", "if-any"]
     assert tiny(*flags, "--epochs", "2") == 0
     assert read_checkpoint("run/latest.pth")["config"]["arguments"]["resume"] is False
@@ -193,7 +171,7 @@ def test_what_was_saved_is_told_from_the_disk(tiny, capsys, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has none of them")
-@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1", "SIGUSR2"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"])
 def test_a_closed_terminal_and_a_warning_of_a_scheduler_end_a_run_like_sigterm(tiny, capsys, monkeypatch, name):
     number = getattr(signal, name)
     assert tiny("--save", "run", "--epochs", "1") == 0
@@ -203,7 +181,7 @@ def test_a_closed_terminal_and_a_warning_of_a_scheduler_end_a_run_like_sigterm(t
         assert tiny("--save", "run", "--resume", "--epochs", "3", args=[]) == 128 + number
         assert "stopped; epoch 2 is saved in run/latest.pth; to go on: " in capsys.readouterr().err
         signal.signal(number, signal.SIG_IGN)  # nohup
-        assert tiny("--save", "run", "--resume", "--epochs", "3", args=[]) == 0
+        assert name == "SIGTERM" or tiny("--save", "run", "--resume", "--epochs", "3", args=[]) == 0
     finally:
         signal.signal(number, before)
 
@@ -265,14 +243,12 @@ sys.exit(train.main(sys.argv[1:]))"""
 
 
 @pytest.mark.long
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_runs_survive_harm_at_random():
     result = subprocess.run([sys.executable, ROOT / "tests/campaign.py", "--count", "5"], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupt_says_how_to_go_on(number, status, whole_run):
+def test_ctrl_c_says_how_to_go_on():
     command = [sys.executable, ROOT / "train.py", *TINY, "--epochs", "100000", "--block", "fused", "--save", "run", "--no-progress"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while "epoch   2/" not in process.stdout.readline():
@@ -280,13 +256,11 @@ def test_interrupt_says_how_to_go_on(number, status, whole_run):
     held = subprocess.run([*command[:-2], "run", "--resume"], capture_output=True, text=True)
     assert (held.returncode, held.stderr.count("\n")) == (2, 1)
     assert "run is in use by another process" in held.stderr
-    process.send_signal(number)
-    while number == signal.SIGINT and process.poll() is None:  # a second Ctrl-C, and more
-        process.send_signal(number)
+    while process.poll() is None:  # once, and again while the process ends
+        process.send_signal(signal.SIGINT)
         time.sleep(0.01)
     out, err = process.communicate(timeout=60)
-    assert err.count("\n") == 1
-    assert process.returncode == status
+    assert (process.returncode, err.count("\n")) == (130, 1)
     epochs = int(re.findall(r"epoch +(\d+)/", out)[-1]) if out else 2
     where = r"run/(?:latest|previous)\.pth"  # the latter while one takes the other's place
     match = re.search(rf"^train.py: stopped; epoch (\d+) is saved in {where}; to go on: (.*)$", err, re.MULTILINE)
@@ -332,18 +306,3 @@ def test_a_drawing_that_hangs_is_ended_and_leaves_nothing(capsys, monkeypatch, e
             raise error
     assert list(Path("run").iterdir()) == []
     assert capsys.readouterr().err == ("" if error else "plot.py failed, training goes on: it takes more than 2 s\n")
-
-
-def test_checkpoints_have_the_rows_of_all_epochs_and_best_pth_is_the_first_with_the_lowest_validation_error():
-    arguments = {"epochs": 9, "patience": 0, "keep_every": 0, "tensorboard": False}
-    checkpoint = {"epoch": 0, "metrics": {"train": [], "valid": [], "test": []}, "config": {"arguments": arguments}}
-    with run.Run("run") as directory:
-        directory.lock()
-        directory.start(checkpoint)
-        for epoch, error in enumerate((50.0, 40.0, 45.0, 40.0), 1):
-            row = {"epoch": epoch, "loss": 1.0, "error": error}
-            directory.finish_epoch(checkpoint | {"epoch": epoch}, {"valid": [row]})
-            best, latest = (torch.load(f"run/{name}.pth", weights_only=True) for name in ("best", "latest"))
-            assert best["epoch"] == min(epoch, 2) and latest["epoch"] == epoch
-            assert [row["epoch"] for row in latest["metrics"]["valid"]] == list(range(1, epoch + 1))
-    assert checkpoint["metrics"]["valid"] == []
