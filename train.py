@@ -294,10 +294,8 @@ def print_end(args, first_epoch, run, seconds):
         print(f"test error {run.rows['test-ema'][-1]['error']:.2f} % of the averaged weights, after the same epoch")
     if "valid" in run.rows:
         chosen = run.rows["test"][run.best("valid")["epoch"] - 1]
-        print(
-            f"test error {chosen['error']:.2f} % at epoch {chosen['epoch']}, "
-            "which has the lowest validation error (best.pth)"
-        )
+        why = "which has the lowest validation error (best.pth)"
+        print(f"test error {chosen['error']:.2f} % at epoch {chosen['epoch']}, {why}")
     print(f"best on test {best['error']:.2f} %, epoch {best['epoch']}: chosen by looking at the test set, not a result")
 
 

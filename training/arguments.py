@@ -109,10 +109,8 @@ def read_saved(given):
     for name, value in given.items():
         if name not in RESUMABLE and value != saved[name]:
             flag = "--" + name.replace("_", "-")
-            raise Mistake(
-                f"the run in {path} was started with {flag} {saved[name]}, not {value}: "
-                f"leave out {flag}, or start another run with --save"
-            )
+            instead = f"leave out {flag}, or start another run with --save"
+            raise Mistake(f"the run in {path} was started with {flag} {saved[name]}, not {value}: {instead}")
     epochs = given.get("epochs", saved["epochs"])
     if epochs < checkpoint["epoch"]:
         raise Mistake(f"--epochs {epochs}: the run in {path} has finished {checkpoint['epoch']} already")

@@ -64,10 +64,8 @@ class Run:
         if existing and not self._is_ours():
             raise Mistake(f"{self.path} holds files of another program ({existing[0]}): choose another --save")
         if existing and not (resume or overwrite):
-            raise Mistake(
-                f"{self.path} holds a run ({existing[0]}): --resume continues it, --overwrite replaces it, "
-                "--save DIR starts another"
-            )
+            ways = "--resume continues it, --overwrite replaces it, --save DIR starts another"
+            raise Mistake(f"{self.path} holds a run ({existing[0]}): {ways}")
 
     def can_go_on(self):
         """True if there is anything to resume."""
