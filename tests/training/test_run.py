@@ -230,7 +230,7 @@ steps = []
 kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
 if True:{KILLED[moment]}
 sys.exit(train.main(sys.argv[1:]))"""
-    assert subprocess.run([sys.executable, "-c", program, *TINY, *SEVERAL, "--save", "run"], timeout=120).returncode == -signal.SIGKILL
+    assert subprocess.run([sys.executable, "-c", program, *TINY, *SEVERAL, "--save", "run"], timeout=600).returncode == -signal.SIGKILL
     saved = torch.load("run/latest.pth", weights_only=True)["epoch"]
     assert saved == (3 if "log" in moment else 2)
     if "written" in moment:
