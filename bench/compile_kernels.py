@@ -28,8 +28,8 @@ from densenet import ARCHITECTURES, DenseNet
 
 # By compute capability, bytes of shared memory that a block may have (CUDA C++ Programming Guide, technical
 # specifications), and multiprocessors of A100, RTX 3090, RTX 4090, H100, B200, RTX 5090. None is below 8.0.
-SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
-MULTIPROCESSORS = {80: 108, 86: 82, 89: 128, 90: 132, 100: 148, 120: 170}
+TARGETS = {80: (166_912, 108), 86: (101_376, 82), 89: (101_376, 128)}
+TARGETS |= {90: (232_448, 132), 100: (232_448, 148), 120: (101_376, 170)}
 MOST_REGISTERS = 255  # of a thread
 NETWORKS = ("densenet_bc_100_12", "densenet_bc_250_24", "densenet_bc_190_40", "densenet_40_12")
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", int: "i32", float: "fp32"}  # in Triton's signatures
@@ -72,7 +72,7 @@ def as_on_a_gpu(capability=(9, 0)):
 
     launches = []
     recorders = {name: Recorder(item, launches) for name, item in vars(kernels).items() if name.endswith("_kernel")}
-    recorders["hardware"] = lambda device: (capability, MULTIPROCESSORS[10 * capability[0] + capability[1]])
+    recorders["hardware"] = lambda device: (capability, TARGETS[10 * capability[0] + capability[1]][1])
     here = {"steps_for": lambda x: kernels, "passes_for": lambda x: passes}
     with mock.patch.multiple(kernels, **recorders), mock.patch.multiple(fused, **here), FakeTensorMode():
         yield launches
@@ -149,8 +149,8 @@ def main(argv=None):
     parser = Parser(prog="compile_kernels.py", description=__doc__)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS, metavar="NAME",
         help=f"of {', '.join(NETWORKS)} (default: all)")  # fmt: skip
-    parser.add_argument("--targets", nargs="+", type=int, choices=SHARED, default=SHARED, metavar="N",
-        help=f"compute capabilities of {', '.join(map(str, SHARED))} (default: all)")  # fmt: skip
+    parser.add_argument("--targets", nargs="+", type=int, choices=TARGETS, default=TARGETS, metavar="N",
+        help=f"compute capabilities of {', '.join(map(str, TARGETS))} (default: all)")  # fmt: skip
     args = parser.parse_args(argv)
     os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"
     os.environ.pop("TRITON_INTERPRET", None)  # the interpreter's kernels cannot be compiled
@@ -161,7 +161,7 @@ def main(argv=None):
     fits = True
     for name in args.networks:
         for capability in args.targets:
-            found, limit = {}, SHARED[capability]
+            found, limit = {}, TARGETS[capability][0]
             with as_on_a_gpu(divmod(capability, 10)) as launches:
                 training_step(name, "fused")()
             for kernel, *variant in sorted(set(launches), key=lambda launch: (launch[0].__name__, launch[1:])):

@@ -25,8 +25,8 @@ from training.run import provenance
 TURNS = 5  # timed, after one that is not
 
 
-class CandidateError(Exception):
-    """A candidate that cannot be measured. The message is one line."""
+class CandidateError(Mistake):
+    """A candidate that cannot be measured."""
 
 
 class Process:
@@ -150,12 +150,9 @@ def finish(rows, path, origin):
 
 def plot(rows, path):
     """Memory against depth if it was measured at several depths, else images per second and peak memory of each row."""
-    if rows.depth.nunique() > 1 and "saved_mib" in rows:
-        figure = Figure(figsize=(9, 3.8), layout="constrained")
-        plot_memory(rows, figure)
-    else:
-        figure = Figure(figsize=(9, 1.6 + 0.28 * len(rows)), layout="constrained")
-        plot_speed(rows, figure)
+    depths = rows.depth.nunique() > 1 and "saved_mib" in rows
+    figure = Figure(figsize=(9, 3.8 if depths else 1.6 + 0.28 * len(rows)), layout="constrained")
+    (plot_memory if depths else plot_speed)(rows, figure)
     figure.savefig(path, dpi=150)
 
 
@@ -237,17 +234,13 @@ def main(argv=None):
     found = provenance(device)
     origin = {"device": found["device"], "torch": found["versions"]["torch"], "commit": found["commit"]}
     print(f"torch {origin['torch']}, {origin['device']}, DenseNet-BC (k = 12), batch {args.batch_size}")
-    try:
-        if args.profile:
-            for job in jobs_of(args):
-                print(answer(job, "profile"), flush=True)
-            return 0
-        if args.csv:
-            Path(args.csv).parent.mkdir(parents=True, exist_ok=True)
-        rows = finish(rows_of(args), args.csv, origin)
-    except CandidateError as error:
-        print(f"speed.py: error: {error}", file=sys.stderr)
-        return 1
+    if args.profile:
+        for job in jobs_of(args):
+            print(answer(job, "profile"), flush=True)
+        return 0
+    if args.csv:
+        Path(args.csv).parent.mkdir(parents=True, exist_ok=True)
+    rows = finish(rows_of(args), args.csv, origin)
     if args.plot and rows:
         plot(pd.DataFrame(rows), args.plot)
     return 0 if len(rows) == len(list(jobs_of(args))) else 1

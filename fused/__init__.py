@@ -26,7 +26,6 @@ everywhere, and in kernels.py for CUDA in bf16 and fp16. Batch norms that use th
 place of μ and σ²; where all do, as in evaluation, none are computed.
 """
 
-import contextlib
 import functools
 import sys
 from typing import NamedTuple
@@ -96,17 +95,6 @@ def kernels_for(device):
     return None
 
 
-@contextlib.contextmanager
-def plain():
-    """A context in which the CPU's passes are plain torch, too: nothing has to be compiled first."""
-    global loops
-    kept, loops = loops, None
-    try:
-        yield
-    finally:
-        loops = kept
-
-
 def norm_relu(norm, relu, x, pool=False):
     """relu(norm(x)), of modules that are not ``odd`` and x (N, C, H, W): between the blocks, as within them.
 
@@ -168,8 +156,7 @@ class SharedBuffer(torch.autograd.Function):
         layers, bottleneck = len(ctx.norms), len(ctx.norms[0]) == 2
         split = layers * (5 if bottleneck else 2)
         saved, parameters = in_groups(tensors[:split], layers), in_groups(tensors[split:], layers)
-        layer_backward, grads = bottleneck_backward if bottleneck else single_backward, []
-        growth_rate = parameters[0][-1].shape[0]
+        grads, growth_rate = [], parameters[0][-1].shape[0]
         with torch.autocast(out.device.type, enabled=False), torch.cuda.device_of(out):
             d = to_rows(grad).to(out.dtype, copy=True).contiguous()
             buffer = Buffer(to_rows(out), d, columns[0], *torch.zeros_like(columns))
@@ -224,25 +211,17 @@ def in_groups(items, count):
     return [items[i * size : (i + 1) * size] for i in range(count)]
 
 
-def bottleneck_backward(read, new, saved, parameters, settings, shape):
+def layer_backward(read, new, saved, parameters, settings, shape):
     """From the gradient of the columns that a layer wrote: adds to that of those it read; returns its parameters'."""
-    mean1, var1, mean2, var2, h = saved
-    weight1, bias1, conv1, weight2, bias2, conv2 = parameters
-    norm1, norm2 = Norm(mean1, var1, weight1, bias1, *settings[0]), Norm(mean2, var2, weight2, bias2, *settings[1])
-    steps = steps_for(h)
-    d_relu, *second = steps.conv3x3_backward(new, h, norm2, conv2, shape)  # of its γ, β and weight
-    first = steps.conv1x1_backward(d_relu, h, norm2, *second[:2], read, norm1, conv1, shape)
-    return *first, *second
-
-
-def single_backward(read, new, saved, parameters, settings, shape):
-    """The same for a layer without bottleneck."""
-    weight, bias, conv = parameters
-    norm = Norm(*saved, weight, bias, *settings[0])
-    d_relu, d_weight, d_bias, d_conv = steps_for(read.x).conv3x3_backward(new, read.x, norm, conv, shape)
-    read.d.addcmul_(d_relu, norm.scale)
-    read.defer(norm, d_weight, d_bias)
-    return d_weight, d_bias, d_conv
+    norms = [Norm(*saved[2 * i :][:2], *parameters[3 * i :][:2], *setting) for i, setting in enumerate(settings)]
+    x = saved[-1] if len(norms) == 2 else read.x
+    steps = steps_for(x)
+    d_relu, *last = steps.conv3x3_backward(new, x, norms[-1], parameters[-1], shape)  # of its γ, β and weight
+    if len(norms) == 2:
+        return *steps.conv1x1_backward(d_relu, x, norms[1], *last[:2], read, norms[0], parameters[2], shape), *last
+    read.d.addcmul_(d_relu, norms[0].scale)
+    read.defer(norms[0], *last[:2])
+    return last
 
 
 class Norm(NamedTuple):
@@ -402,7 +381,7 @@ def conv1x1_backward(d_relu, h, norm2, d_weight2, d_bias2, read, norm, weight, s
     passes = passes_for(h)
     dh = passes.combine(d_relu, h, *norm2.input_gradient(d_weight2, d_bias2, len(h)))
     da = dh @ weight.flatten(1).to(h.dtype)
-    a, d_weight, d_bias = passes.relu_backward_add(da, read.x, norm, read.d, read.latest)
+    a, d_weight, d_bias = passes.relu_backward(da, read.x, norm, read.d, read.latest)
     read.defer(norm, d_weight, d_bias)
     d_conv = (dh.t() @ a).to(weight.dtype)
     return d_weight, d_bias, torch.empty_like(weight).copy_(d_conv.view(weight.shape))  # strides as DDP expects them

@@ -201,7 +201,7 @@ def bn_relu_kernel(
 # over the 9 taps of tiles of the J input columns. The weight (K, J, 3, 3) has the strides wk, wj, wy and wx.
 @kernel
 def conv3x3_kernel(
-    a, weight, wk, wj, wy, wx, out, out_stride, partial, asked, span, M, height, width, J, K,
+    a, weight, wk, wj, wy, wx, out, out_stride, partial, asked, span, M, J, K, H: tl.constexpr, W: tl.constexpr,
     BM: tl.constexpr, BJ: tl.constexpr, BK: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     J = J // V * V
@@ -210,13 +210,13 @@ def conv3x3_kernel(
     count, average, square = 0.0, tl.zeros((BK,), tl.float32), tl.zeros((BK,), tl.float32)
     for row in range(program * span, tl.minimum(program * span + span, M), BM):
         rows = row + tl.arange(0, BM)
-        row_y, row_x = rows // width % height, rows % width
+        row_y, row_x = pixels(rows, H, W)
         acc = tl.zeros((BM, BK), tl.float32)
         for part in range(9 * tl.cdiv(J, BJ)):
             tap, cols = part % 9, part // 9 * BJ + tl.arange(0, BJ)
             dy, dx = tap // 3 - 1, tap % 3 - 1
-            inside = in_image(rows, row_y + dy, row_x + dx, M, height, width)
-            place = a + (rows + dy * width + dx)[:, None] * J + cols[None, :]
+            inside = in_image(rows, row_y + dy, row_x + dx, M, H, W)
+            place = a + (rows + dy * W + dx)[:, None] * J + cols[None, :]
             value = tl.load(place, mask=inside[:, None] & (cols < J)[None, :], other=0.0)  # (BM, BJ)
             place = weight + tap // 3 * wy + tap % 3 * wx + cols[:, None] * wj + outs[None, :] * wk
             w = tl.load(place, mask=(cols < J)[:, None] & (outs < K)[None, :], other=0.0)  # (BJ, BK)
@@ -231,10 +231,17 @@ def conv3x3_kernel(
         store_pair(partial, average, square, program, outs, K)
 
 
+# y and x of rows. Height and width are constants of the compiled code: to divide by others takes many instructions.
+@triton.jit
+def pixels(rows, H: tl.constexpr, W: tl.constexpr):
+    pixel = (rows % (H * W)).to(tl.int32)
+    return pixel // W, pixel % W
+
+
 # Whether the pixels y, x exist that rows ask for.
 @triton.jit
-def in_image(rows, y, x, M, height, width):
-    return (rows < M) & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+def in_image(rows, y, x, M, H: tl.constexpr, W: tl.constexpr):
+    return (rows < M) & (y >= 0) & (y < H) & (x >= 0) & (x < W)
 
 
 def bn_relu_conv3x3(x, norm, weight, shape, out, statistics):
@@ -253,7 +260,7 @@ def bn_relu_conv3x3(x, norm, weight, shape, out, statistics):
     partial = x.new_empty(programs, 2, k, dtype=torch.float32)
     conv3x3_kernel[(programs,)](
         a, weight, *weight.stride(), out, out.stride(0), partial, int(statistics is not None),
-        span, m, shape[2], shape[3], j, k,
+        span, m, j, k, H=shape[2], W=shape[3],
         **tiles, BK=bk, V=vector(j),
     )  # fmt: skip
     finish_statistics(partial, statistics, span, m)
@@ -313,7 +320,7 @@ def complete_kernel(
 @kernel
 def conv3x3_backward_kernel(
     g, x, x_stride, mean, var, gamma, beta, eps, weight, wk, wj, wy, wx,
-    d_relu, sums, span, M, height, width, J, K,
+    d_relu, sums, span, M, J, K, H: tl.constexpr, W: tl.constexpr,
     KP: tl.constexpr, BM: tl.constexpr, BQ: tl.constexpr, BJ: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     x_stride, J = x_stride // V * V, J // V * V
@@ -323,13 +330,13 @@ def conv3x3_backward_kernel(
     d_weight, d_bias = tl.zeros((BJ,), tl.float32), tl.zeros((BJ,), tl.float32)
     for row in range(program * span, tl.minimum(program * span + span, M), BM):
         rows = row + tl.arange(0, BM)
-        row_y, row_x = rows // width % height, rows % width
+        row_y, row_x = pixels(rows, H, W)
         acc = tl.zeros((BM, BJ), tl.float32)
         for part in range(9 * (KP // BQ)):
             tap, outs = part % 9, part // 9 * BQ + tl.arange(0, BQ)
             dy, dx = 1 - tap // 3, 1 - tap % 3  # of the pixel whose tap reads from here: the sign is turned
-            inside = in_image(rows, row_y + dy, row_x + dx, M, height, width)
-            place = g + (rows + dy * width + dx)[:, None] * KP + outs[None, :]
+            inside = in_image(rows, row_y + dy, row_x + dx, M, H, W)
+            place = g + (rows + dy * W + dx)[:, None] * KP + outs[None, :]
             d_out = tl.load(place, mask=inside[:, None], other=0.0)  # (BM, BQ)
             place = weight + tap // 3 * wy + tap % 3 * wx + outs[:, None] * wk + cols[None, :] * wj
             w = tl.load(place, mask=(outs < K)[:, None] & (cols < J)[None, :], other=0.0)  # (BQ, BJ)
@@ -347,7 +354,7 @@ def conv3x3_backward_kernel(
 # dW, partial: (programs, 9·K, J). Program (p, c, j): a span of rows, columns c of the 9·KP of taps, input columns j.
 @kernel
 def conv3x3_weight_kernel(
-    g, x, x_stride, mean, var, gamma, beta, eps, partial, span, M, height, width, J, K,
+    g, x, x_stride, mean, var, gamma, beta, eps, partial, span, M, J, K, H: tl.constexpr, W: tl.constexpr,
     KP: tl.constexpr, BM: tl.constexpr, BQ: tl.constexpr, BJ: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     x_stride, J = x_stride // V * V, J // V * V
@@ -360,9 +367,9 @@ def conv3x3_weight_kernel(
     acc = tl.zeros((BQ, BJ), tl.float32)
     for row in range(program * span, tl.minimum(program * span + span, M), BM):
         rows = row + tl.arange(0, BM)
-        y, pixel = (rows // width % height)[:, None] + dy, (rows % width)[:, None] + dx
-        mask = in_image(rows[:, None], y, pixel, M, height, width) & (tap < 9)[None, :]
-        place = g + (rows[:, None] + dy * width + dx) * KP + outs[None, :]
+        row_y, row_x = pixels(rows, H, W)
+        mask = in_image(rows[:, None], row_y[:, None] + dy, row_x[:, None] + dx, M, H, W) & (tap < 9)[None, :]
+        place = g + (rows[:, None] + dy * W + dx) * KP + outs[None, :]
         d_out = tl.load(place, mask=mask, other=0.0)  # (BM, BQ)
         a, _value = load_bn_relu(x, x_stride, s, t, rows, cols, rows < M, J)
         acc = tl.dot(tl.trans(d_out), a, acc, input_precision="ieee")
@@ -383,7 +390,7 @@ def conv3x3_backward(new, x, norm, weight, shape):
         **tiles, KP=kp, BK=power_of_2(k),
     )  # fmt: skip
     given = g, x, x.stride(0), *norm[:5]
-    size, common = (m, shape[2], shape[3], j, k), {"KP": kp, "V": vector(j, x.stride(0))}
+    size, common = (m, j, k), {"H": shape[2], "W": shape[3], "KP": kp, "V": vector(j, x.stride(0))}
 
     d_relu, tiles = x.new_empty(m, j), fitting("conv3x3_backward", x, shape)
     column_tiles = triton.cdiv(j, tiles["BJ"])

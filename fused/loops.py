@@ -80,18 +80,11 @@ def statistics(x):
     return result
 
 
-def relu_backward(da, x, norm):
-    sums = slices_of(x)
-    d_weight, d_bias = sums.new_empty(2, x.shape[1])
-    run(relu_backward_loop, da, x, *vectors(norm), norm.eps, *sums, d_weight, d_bias)
-    return da, d_weight, d_bias
-
-
-def relu_backward_add(da, x, norm, d, latest=None):
+def relu_backward(da, x, norm, d=None, latest=None):
     sums = slices_of(x)
     d_weight, d_bias = sums.new_empty(2, x.shape[1])
     latest = x.new_empty(2, 0, 0) if latest is None else latest
-    run(relu_backward_add_loop, da, x, *vectors(norm), norm.eps, *sums, d_weight, d_bias, d, *latest)
+    run(relu_backward_loop, da, x, *vectors(norm), norm.eps, *sums, d_weight, d_bias, d, *latest)
     return da, d_weight, d_bias
 
 
@@ -133,23 +126,11 @@ def as_array(x):
 
 
 @intrinsic
-def float_of_bits(context, bits):
-    """The float32 number with the bits of a uint32."""
-
-    def generate(context, builder, signature, args):
-        return builder.bitcast(args[0], ir.FloatType())
-
-    return numba.float32(numba.uint32), generate
-
-
-@intrinsic
-def bits_of_float(context, value):
-    """The bits of a float32 number as a uint32."""
-
-    def generate(context, builder, signature, args):
-        return builder.bitcast(args[0], ir.IntType(32))
-
-    return numba.uint32(numba.float32), generate
+def reinterpret(context, value):
+    """The uint32 with the bits of a float32 number, or the other way round."""
+    number, bits = (numba.float32, ir.FloatType()), (numba.uint32, ir.IntType(32))
+    (given, _), (result, kind) = (number, bits) if value == numba.float32 else (bits, number)
+    return result(given), lambda context, builder, signature, args: builder.bitcast(args[0], kind)
 
 
 def wide(value):
@@ -159,7 +140,7 @@ def wide(value):
 @overload(wide)
 def overload_wide(value):
     if value == numba.uint16:
-        return lambda value: float_of_bits(numba.uint32(value) << numba.uint32(16))
+        return lambda value: reinterpret(numba.uint32(value) << numba.uint32(16))
     return lambda value: value
 
 
@@ -178,7 +159,7 @@ def overload_store(matrix, i, j, value):
 
     def store_rounded(matrix, i, j, value):
         value = numba.float32(value)
-        bits = bits_of_float(value)
+        bits = reinterpret(value)
         odd = (bits >> numba.uint32(16)) & numba.uint32(1)
         rounded = (bits + numba.uint32(0x7FFF) + odd) >> numba.uint32(16)
         # The sum could carry a NaN's bits over to infinity, or to zero.
@@ -251,26 +232,9 @@ def add_slices(d_weights, d_biases, var, eps, d_weight, d_bias):
 
 
 @compiled
-def relu_backward_loop(da, x, mean, var, weight, bias, eps, d_weights, d_biases, d_weight, d_bias):
-    scale, shift, zero = scale_and_shift(mean, var, weight, bias, eps)
-    for part in numba.prange(len(d_biases)):
-        d_weights[part] = 0
-        d_biases[part] = 0
-        for i in rows_of(part, x):
-            for j in range(len(scale)):
-                value = wide(x[i, j])
-                a = value * scale[j] + shift[j]
-                d_relu = zero if a <= 0 else wide(da[i, j])
-                d_weights[part, j] += d_relu * (value - mean[j])
-                d_biases[part, j] += d_relu
-                store(da, i, j, d_relu)
-    add_slices(d_weights, d_biases, var, eps, d_weight, d_bias)
-
-
-@compiled
-def relu_backward_add_loop(
+def relu_backward_loop(
     da, x, mean, var, weight, bias, eps, d_weights, d_biases, d_weight, d_bias, d, latest_d, latest_x
-):
+):  # two programs: where d is None, what is for d is not compiled
     scale, shift, zero = scale_and_shift(mean, var, weight, bias, eps)
     first = len(scale) - latest_d.shape[1]
     for part in numba.prange(len(d_biases)):
@@ -283,11 +247,15 @@ def relu_backward_add_loop(
                 d_relu = zero if a <= 0 else wide(da[i, j])
                 d_weights[part, j] += d_relu * (value - mean[j])
                 d_biases[part, j] += d_relu
-                store(d, i, j, wide(d[i, j]) + scale[j] * d_relu)
-                store(da, i, j, zero if a < 0 else a)
-            for j in range(latest_d.shape[1]):
-                latest_d[i, j] = d[i, first + j]
-                latest_x[i, j] = x[i, first + j]
+                if d is None:
+                    store(da, i, j, d_relu)
+                else:
+                    store(d, i, j, wide(d[i, j]) + scale[j] * d_relu)
+                    store(da, i, j, zero if a < 0 else a)
+            if d is not None:
+                for j in range(latest_d.shape[1]):
+                    latest_d[i, j] = d[i, first + j]
+                    latest_x[i, j] = x[i, first + j]
     add_slices(d_weights, d_biases, var, eps, d_weight, d_bias)
 
 

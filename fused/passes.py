@@ -19,35 +19,27 @@ def statistics(x):
     return torch.stack(torch.batch_norm_update_stats(x.contiguous(), *running, 0.0))
 
 
-def relu_backward(da, x, norm):
-    """dR = da·[a > 0], perhaps in place of da, and dγ = Σ dR·x̂, dβ = Σ dR (C,), from da and x (M, C)."""
-    a = bn_relu(x, norm)
-    d_relu = torch.ops.aten.threshold_backward(da, a, 0)
-    return d_relu, *norm_gradients(d_relu, x, norm, a)
+def relu_backward(da, x, norm, d=None, latest=None):
+    """dR = da·[a > 0], dγ = Σ dR·x̂ and dβ = Σ dR (C,), from da, which may be lost, and x (M, C).
 
-
-def relu_backward_add(da, x, norm, d, latest=None):
-    """Adds s·dR to d (M, C); returns a = relu(x·s + t), dγ and dβ (C,), from x and da, which may be lost, (M, C).
-
-    ``latest`` (2, M, k) gets the last k columns of d and x.
+    With d (M, C), s·dR is added to it, and a = relu(x·s + t) is returned in place of dR; ``latest`` (2, M, k) gets the
+    last k columns of d and x.
     """
     a = bn_relu(x, norm)
     d_relu = torch.ops.aten.threshold_backward.grad_input(da, a, 0, grad_input=da)
+    centred = torch.sub(x, norm.mean, out=torch.empty_like(a))
+    gradients = column_sums(centred.mul_(d_relu)) * norm.rstd, column_sums(d_relu)
+    if d is None:
+        return d_relu, *gradients
     d.addcmul_(d_relu, norm.scale)
     if latest is not None:
         latest.copy_(torch.stack((d[:, -latest.shape[2] :], x[:, -latest.shape[2] :])))
-    return a, *norm_gradients(d_relu, x, norm, torch.empty_like(a))
+    return a, *gradients
 
 
 def combine(d, x, u, v, w):
     """u·d + v·x + w, contiguous, from d and x (M, C) and three coefficients (C,)."""
     return torch.addcmul(torch.addcmul(w, x, v), d, u).to(x.dtype)
-
-
-def norm_gradients(d_relu, x, norm, scratch):
-    """dγ and dβ (C,) from dR and x (M, C); overwrites scratch (M, C)."""
-    centred = torch.sub(x, norm.mean, out=scratch)
-    return column_sums(centred.mul_(d_relu)) * norm.rstd, column_sums(d_relu)
 
 
 def column_sums(x):

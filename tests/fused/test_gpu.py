@@ -4,7 +4,6 @@ import pandas as pd
 import pytest
 import speed
 import torch
-import torch.nn.functional as F
 from conftest import TINY, assert_same_run
 from helpers import OTHERS, assert_as_exact_as_naive, make, step, with_block
 
@@ -22,14 +21,6 @@ pytestmark = [
 def full_precision(monkeypatch):
     """fp32 as train.py has it; torch's own default rounds the inputs of convolutions to 10 bits."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-
-
-@pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_training(tiny, block, precision):
-    flags = [*TINY, "--device", "cuda", "--block", block, "--precision", precision, "--save", "run"]
-    assert tiny("--image-size", "16", "--limit-train", "1437", "--epochs", "8", args=flags) == 0
-    assert pd.read_csv("run/test.csv").error.iloc[-1] < 50  # 90 % is chance
 
 
 def test_a_deterministic_run_resumes_bit_for_bit(tiny):
@@ -72,35 +63,19 @@ def test_repeats_bit_for_bit(block):
     assert all(torch.equal(first[name], second[name]) for name in inside)
 
 
-@pytest.mark.parametrize("cudnn", [True, False])
-def test_gradients_of_cat_and_convolution(cudnn):
-    """What was wrong in PyTorch in February 2017, with cuDNN."""
-    shapes = (4, 6, 9, 9), (3, 6, 3, 3), (5, 9, 3, 3)
-    cpu = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
-
-    def gradients(device, dtype):
-        x, w1, w2 = tensors = [t.to(device, dtype, copy=True).requires_grad_() for t in cpu]
-        y = F.conv2d(x, w1, padding=1)  # its gradient is a slice of that of the concatenation, with gaps
-        F.conv2d(torch.cat((x, y), 1), w2, padding=1).square().mean().backward()
-        return [t.grad.double().cpu() for t in tensors]
-
-    with torch.backends.cudnn.flags(enabled=cudnn, allow_tf32=False):
-        for ours, exact in zip(gradients("cuda", torch.float32), gradients("cpu", torch.float64), strict=True):
-            torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-3)
-
-
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "rmsprop"])
+@pytest.mark.parametrize(("precision", "optimizer"), [("fp32", "sgd"), ("bf16", "sgd"), ("fp16", "sgd"), ("bf16", "adam"), ("bf16", "rmsprop")])
 @pytest.mark.parametrize("block", BLOCKS)
-def test_a_cuda_graph_trains_like_eager_steps(tiny, capsys, block, optimizer):
+def test_a_cuda_graph_trains_like_eager_steps(tiny, capsys, block, precision, optimizer):
     """With an odd last batch, and a learning rate that falls."""
-    flags = [*TINY, "--device", "cuda", "--block", block, "--opt", optimizer, "--schedule", "cosine", "--image-size", "16"]
+    flags = [*TINY, "--device", "cuda", "--block", block, "--precision", precision, "--opt", optimizer, "--schedule", "cosine"]
     for name in ("eager", "graph"):
-        more = ["--no-cuda-graph"] if name == "eager" else []
-        assert tiny("--limit-train", "1437", "--epochs", "6", "--save", name, *more, args=flags) == 0
+        more = ["--cuda-graph" if name == "graph" else "--no-cuda-graph", "--image-size", "16", "--save", name]
+        assert tiny("--limit-train", "1437", "--epochs", "8", *more, args=flags) == 0
     eager, graph = (pd.read_csv(f"{name}/train.csv").loss for name in ("eager", "graph"))
     assert "no CUDA graph" not in capsys.readouterr().out
     learned, learned_with_a_graph = (loss.iloc[0] - loss.iloc[-1] for loss in (eager, graph))
     assert learned_with_a_graph == pytest.approx(learned, rel=0.2) and learned > 0.1
+    assert optimizer != "sgd" or pd.read_csv("graph/test.csv").error.iloc[-1] < 50  # 90 % is chance
 
 
 @pytest.mark.parametrize(("first", "then"), [(["--no-cuda-graph"], ["--cuda-graph"]), ([], ["--no-cuda-graph"])])

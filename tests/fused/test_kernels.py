@@ -14,31 +14,17 @@ from fused import Buffer, Norm, kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # With a GPU these tests are among those of pytest -m gpu.
-pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+pytestmark = [pytest.mark.usefixtures("poison"), *([pytest.mark.gpu] if DEVICE == "cuda" else [])]
 
-# (N, H, W); M = 35, 150 and 3 are multiples of no tile, 128 is
-IMAGES = [(1, 5, 7), (2, 8, 8), (3, 5, 10), (1, 1, 3)]
-CHANNELS = [(24, 12), (36, 12), (60, 24), (204, 12), (342, 12), (88, 40)]
+# (N, H, W), columns, k. M = 35, 150 and 3 are multiples of no tile, 128 is; 4·72 columns are a tile of 512
+SHAPES = [((n, h, w), 24, 12) for n, h, w in ((2, 8, 8), (3, 5, 10), (1, 1, 3))]
+SHAPES += [((1, 5, 7), *sizes) for sizes in ((24, 12), (36, 12), (60, 24), (204, 12), (342, 12), (88, 40), (24, 72))]
 
 
 @pytest.fixture(autouse=True)
 def plain_torch(monkeypatch):
     """The reference has no loops of its own."""
     monkeypatch.setattr(fused, "loops", None)
-
-
-@pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    """Memory that a kernel should have written and did not is NaN."""
-    for owner, name in ((torch.Tensor, "new_empty"), (torch, "empty_like")):
-
-        real = getattr(owner, name)
-
-        def poisoned(*args, real=real, **options):
-            result = real(*args, **options)
-            return result.fill_(float("nan")) if result.is_floating_point() else result
-
-        monkeypatch.setattr(owner, name, poisoned)
 
 
 # In float32, tiles made for tensor cores need more shared memory than some GPUs have; there they run in bf16 alone.
@@ -126,15 +112,9 @@ STEPS = ["bn_relu_conv1x1", "bn_relu_conv3x3", "conv3x3_backward", "conv1x1_back
 
 
 @pytest.mark.parametrize("name", STEPS)
-@pytest.mark.parametrize("image", IMAGES)
-def test_awkward_images(name, image):
-    assert_as_exact_as_torch(name, inputs(image, 24, 12))
-
-
-@pytest.mark.parametrize("name", STEPS)
-@pytest.mark.parametrize(("channels", "growth_rate"), CHANNELS)
-def test_awkward_channel_counts(name, channels, growth_rate):
-    assert_as_exact_as_torch(name, inputs((1, 5, 7), channels, growth_rate))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_awkward_shapes(name, shape):
+    assert_as_exact_as_torch(name, inputs(*shape))
 
 
 @pytest.mark.parametrize("name", ["bn_relu_conv1x1", "conv1x1_backward"])
@@ -152,40 +132,34 @@ def test_without_bottleneck(name):
     assert_as_exact_as_torch(name, v)
 
 
-def few_programs(monkeypatch):
-    """Two of them share 72 rows in tiles of 32, or 405."""
-    monkeypatch.setattr(kernels, "hardware", lambda device: (kernels.HOPPER, 1))
-    monkeypatch.setattr(kernels, "IMAGES", 0)
+def set_tiles(monkeypatch, capability, multiprocessors, images, added=64):
+    monkeypatch.setattr(kernels, "hardware", lambda device: (capability, multiprocessors))
+    monkeypatch.setattr(kernels, "IMAGES", images)
+    for tile in (kernels.STATISTICS, kernels.GRADIENTS):
+        monkeypatch.setitem(tile, "BP", added)
 
 
 @pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize(("channels", "growth_rate"), [(36, 12), (204, 12), (60, 24), (88, 40)])
 def test_half_precision(name, channels, growth_rate, monkeypatch):
     """bf16 on a GPU. The interpreter cannot multiply bf16 matrices: there float16, whose rounding is finer."""
-    few_programs(monkeypatch)
+    set_tiles(monkeypatch, kernels.HOPPER, 1, 0)  # two programs for three tiles
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16
     assert_as_exact_as_torch(name, inputs((2, 6, 6), channels, growth_rate, dtype=dtype))
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_many_tiles_per_program(name, monkeypatch):
-    few_programs(monkeypatch)
-    assert_as_exact_as_torch(name, inputs((5, 9, 9), 24, 12))
-
-
-@pytest.mark.parametrize("name", STEPS)
-@pytest.mark.parametrize("capability", [kernels.HOPPER, (8, 0)])
-def test_large_tiles(name, capability, monkeypatch):
-    """Up to 256 rows, as for 64 images of 32×32 pixels, on Hopper and elsewhere."""
-    monkeypatch.setattr(kernels, "hardware", lambda device: (capability, 1))
-    assert_as_exact_as_torch(name, inputs((5, 9, 9), 24, 12))
-
-
-@pytest.mark.parametrize("name", STEPS)
-def test_more_partial_sums_than_are_added_at_once(name, monkeypatch):
-    """7 of them, by twos."""
-    for tile in (kernels.STATISTICS, kernels.GRADIENTS):
-        monkeypatch.setitem(tile, "BP", 2)
+@pytest.mark.parametrize(
+    "tiles",
+    [
+        (kernels.HOPPER, 1, 0),  # many small ones for each of two programs
+        (kernels.HOPPER, 1, 64),  # of up to 256 rows, as for 64 images of 32×32 pixels
+        ((8, 0), 1, 64),
+        (kernels.HOPPER, 132, 64, 2),  # more partial sums than are added at once
+    ],
+)
+def test_tiles_and_programs(name, tiles, monkeypatch):
+    set_tiles(monkeypatch, *tiles)
     assert_as_exact_as_torch(name, inputs((5, 9, 9), 24, 12))
 
 
