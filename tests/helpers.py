@@ -72,7 +72,8 @@ class Replayed(GraphedStep):
 
     def capture(self, function):
         start, addresses = [tensor.clone() for tensor in self.state()], self.addresses()
-        result = function()
+        with torch.random.fork_rng([]):
+            result = function()
         held = [(p, p.grad) for group in self.optimizer.param_groups for p in group["params"]]
         torch._foreach_copy_(self.state(), start)  # a capture computes nothing
 

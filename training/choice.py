@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -105,34 +104,24 @@ def fastest_block(job, default, steps):
     return describe(found, default)
 
 
-def fastest(found):
-    """(block, how many times as fast as naive, or None where that cannot run) from the seconds of turns.
-
-    naive stands unless another one gains more than GAIN, and more than what lies between the 20th and the 80th
-    percentile of its gains turn by turn.
-    """
-    if "naive" not in found:
-        return min(found, key=lambda block: statistics.median(found[block]), default=None), None
-    best = "naive", 1.0
-    for block, values in found.items():
-        gains = sorted(slow / fast for slow, fast in zip(found["naive"], values, strict=True))
-        low, median, high = (gains[round(q * (len(gains) - 1))] for q in (0.2, 0.5, 0.8))
-        if median - 1 > max(GAIN, high - low) and median > best[1]:
-            best = block, median
-    return best
-
-
 def describe(found, default):
     """The block that was found to be the fastest, and a line that says by how much.
 
-    Where nothing was found, it is ``default``, or naive where that did not pass.
+    naive stands unless another one gains more than GAIN, and more than what lies between the 20th and the 80th
+    percentile of its gains turn by turn. Where nothing was timed, it is ``default``, or naive where that did not pass.
     """
-    block, gain = fastest(found["seconds"])
-    reasons = [f"{what}: {reason}" for what, reason in found["refused"].items()]
-    if block is None:
+    timed, reasons = found["seconds"], [f"{what}: {reason}" for what, reason in found["refused"].items()]
+    if not timed:
         block = "naive" if default in found["refused"] else default
         return block, "; ".join(["--block auto could not measure", *reasons, f"it takes {block}"])
-    speed = "which runs" if gain is None else "the fastest" if gain == 1 else f"{gain:.2f} times as fast as naive"
+    block, best, speed = "naive", 1.0, "the fastest"
+    if "naive" not in timed:
+        block, speed = min(timed, key=lambda name: statistics.median(timed[name])), "which runs"
+    for name, values in timed.items():
+        gains = sorted(slow / fast for slow, fast in zip(timed.get("naive", values), values, strict=True))
+        low, median, high = (gains[round(q * (len(gains) - 1))] for q in (0.2, 0.5, 0.8))
+        if median - 1 > max(GAIN, high - low) and median > best:
+            block, best, speed = name, median, f"{median:.2f} times as fast as naive"
     return block, "; ".join([f"--block auto took {block}, {speed} here", *reasons, f"--block {block} pins it"])
 
 
@@ -202,7 +191,7 @@ def cache_path(job, device):
         "hardware": device_name(device),
         "driver": driver.read_text() if driver.exists() else None,
         "versions": versions(),
-        "threads": {name: text for name, text in os.environ.items() if re.match("G?OMP|KMP|MKL|THP", name)},
+        "threads": {name: text for name, text in os.environ.items() if name[:3] in ("OMP", "GOM", "KMP", "MKL", "THP")},
         "sources": hashlib.sha256(b"".join(sources)).hexdigest(),
     }
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]

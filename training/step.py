@@ -49,7 +49,8 @@ class Step:
     def set_learning_rate(self, value):
         """Of all parameters, but for a group that has an ``lr_factor``: that times as much."""
         for group in self.optimizer.param_groups:
-            group["lr"] = value * group.get("lr_factor", 1)
+            rate = value * group.get("lr_factor", 1)
+            group["lr"] = group["lr"].fill_(rate) if torch.is_tensor(group["lr"]) else rate
 
     def __call__(self, images, labels, count, *mixed):
         """Images (B, C, H, W), labels (B,), how many images all ranks have, and what mixup adds: (3,), summed
@@ -109,10 +110,6 @@ class GraphedStep(Step):
         set_capturable(optimizer, True)
         self.stream = torch.cuda.Stream() if self.skipped.is_cuda else None
         self.seen, self.static, self.graphs = 0, None, None
-
-    def set_learning_rate(self, value):
-        for group in self.optimizer.param_groups:
-            group["lr"].fill_(value * group.get("lr_factor", 1))
 
     def __call__(self, *batch):
         images, _, count, *_ = batch

@@ -30,10 +30,6 @@ TURNS = 5  # timed, after one that is not
 STEPS = 20  # of a turn on a GPU, where one is too short to time
 
 
-class Wrong(Exception):
-    """A block computes something else than naive."""
-
-
 def make_images(count, job, seed, dtype=torch.float32, device="cpu"):
     """Random images and labels of the job's shape, the same for every device and dtype."""
     generator = torch.Generator().manual_seed(seed)
@@ -121,7 +117,7 @@ def attempt(answer, what, device):
         yield
     except Exception as error:  # of any kind: compilers of kernels raise what they like
         answer["refused"][what] = in_words(error)
-        answer["lasting"] &= isinstance(error, Wrong)
+        answer["lasting"] &= isinstance(error, ArithmeticError)
         answer["seconds"].pop(what, None)
         synchronize(device)
 
@@ -146,7 +142,7 @@ def try_blocks(job):
             draws = list(map(errors, outcomes(job, block, count, device, job["precision"]), exact))
             plain = not naive and block != "fused"  # naive or, if that has no room, the other one in plain torch
             if not (is_rounding(draws, job["precision"]) if plain else naive and is_as_exact(draws, naive)):
-                raise Wrong(f"computes something else (relative errors {draws[-1]})")
+                raise ArithmeticError(f"computes something else (relative errors {draws[-1]})")
             naive = naive or draws
             steps[block], answer["seconds"][block] = make_step(job, block, device), []
     for turn in range(1 + TURNS):

@@ -18,15 +18,8 @@ from densenet import DenseNet
 from training import choice, trial
 
 CUDA = torch.device("cuda")
-JOB = {
-    "model": {"depth": 10, "growth_rate": 4, "num_classes": 10, "in_channels": 3},
-    "batch_size": 4,
-    "image_size": 8,
-    "precision": "fp32",
-    "device": "cpu",
-    "graph": False,
-    "blocks": ["naive", "checkpoint", "fused"],
-}
+JOB = {"model": {"depth": 10, "growth_rate": 4, "num_classes": 10, "in_channels": 3}, "batch_size": 4, "image_size": 8}
+JOB |= {"precision": "fp32", "device": "cpu", "graph": False, "blocks": ["naive", "checkpoint", "fused"]}
 FOUND = {"seconds": {"naive": [2.0] * 3, "checkpoint": [1.0] * 3}, "refused": {}, "lasting": True}
 
 
@@ -38,28 +31,22 @@ def cache(monkeypatch, tmp_path):
     return tmp_path / "cache"
 
 
+class Unable(Replayed):
+    def capture(self, function):
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nand more")
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize(("options", "graph"), [({}, False), ({"drop_rate": 0.2}, False), ({}, True)])
+@pytest.mark.parametrize(("options", "graph"), [({}, None), ({"drop_rate": 0.2}, None), ({}, Replayed), ({}, Unable)])
 def test_every_block_that_can_run_is_checked_and_timed(monkeypatch, capfd, precision, options, graph):
-    monkeypatch.setattr(trial, "GraphedStep", Replayed)
-    blocks = JOB["blocks"][: 2 if options else 3]
-    found = trial.try_blocks(JOB | {"precision": precision, "blocks": blocks, "model": JOB["model"] | options, "graph": graph})
-    assert found["refused"] == {} and found["lasting"] and found["at"] is None
+    """Where steps cannot be replayed, they are timed as they will run; another time may differ."""
+    monkeypatch.setattr(trial, "GraphedStep", graph)
+    blocks, reason = JOB["blocks"][: 2 if options else 3], "CUDA error: operation not permitted when stream is capturing"
+    found = trial.try_blocks(JOB | {"precision": precision, "blocks": blocks, "model": JOB["model"] | options, "graph": bool(graph)})
+    assert found["refused"] == ({f"{block} as a CUDA graph": reason for block in blocks} if graph is Unable else {})
+    assert found["lasting"] == (graph is not Unable) and found["at"] is None
     assert {block: len(seconds) for block, seconds in found["seconds"].items()} == dict.fromkeys(blocks, 5)
     assert [json.loads(line)["at"] for line in capfd.readouterr().out.splitlines()] == ["reference", *blocks, *blocks[::-1] * 6]
-
-
-def test_steps_that_cannot_be_replayed_are_timed_as_they_will_run(monkeypatch):
-    """Another time may differ."""
-
-    class Step(Replayed):
-        def capture(self, function):
-            raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nand more")
-
-    monkeypatch.setattr(trial, "GraphedStep", Step)
-    found = trial.try_blocks(JOB | {"graph": True, "blocks": ["naive"]})
-    assert len(found["seconds"]["naive"]) == 5 and not found["lasting"]
-    assert found["refused"] == {"naive as a CUDA graph": "CUDA error: operation not permitted when stream is capturing"}
 
 
 @pytest.mark.parametrize(
@@ -129,20 +116,18 @@ def test_a_gpu_that_a_kernel_has_left_unusable_ends_the_run_in_a_line(monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("seconds", "refused", "best", "line"),
+    ("seconds", "refused", "line"),
     [
-        ({"naive": [2.0] * 5, "checkpoint": [2.5] * 5, "fused": [1.92] * 5}, {}, "naive",  # 4 %
-         "naive, the fastest here; --block naive pins it"),
-        ({"naive": [2.0] * 5, "fused": [1.3, 1.8, 1.8, 2.1, 2.2]}, {}, "naive",  # 11 %, but slower in two turns
-         "naive, the fastest here; --block naive pins it"),
-        ({"naive": [2.0] * 5, "fused": [1.8, 1.8, 1.85, 1.75, 1.8]}, {}, "fused",
-         "fused, 1.11 times as fast as naive here; --block fused pins it"),
-        ({"checkpoint": [3.0] * 5, "fused": [2.0] * 5}, {"naive": "out of memory"}, "fused",
-         "fused, which runs here; naive: out of memory; --block fused pins it"),
+        ({"naive": [2.0] * 5, "checkpoint": [2.5] * 5, "fused": [1.92] * 5}, {}, "naive, the fastest here"),  # 4 %
+        ({"naive": [2.0] * 5, "fused": [1.3, 1.8, 1.8, 2.1, 2.2]}, {}, "naive, the fastest here"),  # 11 %, but slower in two turns
+        ({"naive": [2.0] * 5, "fused": [1.8, 1.8, 1.85, 1.75, 1.8]}, {}, "fused, 1.11 times as fast as naive here"),
+        ({"checkpoint": [3.0] * 5, "fused": [2.0] * 5}, {"naive": "no memory"}, "fused, which runs here; naive: no memory"),
     ],
 )  # fmt: skip
-def test_naive_stands_unless_another_one_clearly_wins(seconds, refused, best, line):
-    assert choice.describe({"seconds": seconds, "refused": refused}, "naive") == (best, f"--block auto took {line}")
+def test_naive_stands_unless_another_one_clearly_wins(seconds, refused, line):
+    block = line.partition(",")[0]
+    found = choice.describe({"seconds": seconds, "refused": refused}, "naive")
+    assert found == (block, f"--block auto took {line}; --block {block} pins it")
 
 
 TURN = "print(json.dumps({'at': 'fused', 'seconds': {'naive': [2, 2], 'checkpoint': [1, 1], 'fused': [4]}}), flush=True)\n"
