@@ -48,7 +48,6 @@ def load_folder(root, reader, test_size=0, manifest=None):
         kept = [i for i, name in enumerate(files["train"].names) if Path(name) not in apart]
         files["train"] = files["train"].select(torch.tensor(kept))
     images = read_splits(root, files, classes, notes)
-    notes += [line for split in images for line in absent_classes(split, images[split], classes)]
     notes += look_at(images["train"], reader)
     if reader.streams:
         mean, std = NORMALIZE["imagenet" if reader.channels == 3 else "imagenet in grey"]
@@ -72,8 +71,7 @@ def load_test_folder(root, reader, classes, manifest):
         folder = existing(root / manifest["folders"]["test"])
         files = interleave(folder, list_images(folder, passed), classes, reader)
     notes = passed_over(passed)
-    images = read_splits(root, {"test": files}, classes, notes)["test"]
-    return images, notes + absent_classes("test", images, classes)
+    return read_splits(root, {"test": files}, classes, notes)["test"], notes
 
 
 # Which files there are: nothing is read but names.
@@ -223,8 +221,8 @@ def set_apart(root, names, train, classes, reader):
 def read_splits(root, files, classes, notes):
     """{split: ImageTensors or, to be streamed, ImageFiles} from {split: ImageFiles}.
 
-    Images that are unreadable are left out with --skip-unreadable, which adds a line to ``notes``. Without it, streamed
-    images are not looked at beforehand. Raises Mistake.
+    Images that are unreadable are left out with --skip-unreadable. Without it, streamed images are not looked at
+    beforehand. ``notes`` are told what is left out, and of which classes there is no image. Raises Mistake.
     """
     images, problems, reader = dict(files), {}, files["test"].reader
     if not reader.streams or reader.skip_unreadable:
@@ -244,14 +242,10 @@ def read_splits(root, files, classes, notes):
             images[split] = part.select(torch.tensor(kept, dtype=torch.int64))
         if not len(images[split]):
             raise Mistake(f"{root}: no {KINDS[split]} image in a class folder can be read: add some")
+        seen = set(images[split].labels.tolist())
+        if absent := [name for label, name in enumerate(classes) if label not in seen]:
+            notes.append(f"no {split} image of {len(absent)} of the classes: {', '.join(absent[:10])}")
     return images
-
-
-def absent_classes(split, images, classes):
-    """A line to print where a split has no image of some classes."""
-    counts = images.labels.bincount(minlength=len(classes)).tolist()
-    absent = [name for name, count in zip(classes, counts, strict=True) if count == 0]
-    return [f"no {split} image of {len(absent)} of the classes: {', '.join(absent[:10])}"] if absent else []
 
 
 def look_at(images, reader):

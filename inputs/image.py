@@ -119,6 +119,9 @@ class Reader:
 
         Raises Mistake where nothing says them, or they cannot be chosen.
         """
+        tags = getattr(image, "tag_v2", {})  # of a TIFF file; 258: bits per sample, 284: whether bands are planes
+        if max(tags.get(258, [8])) > 8 and tags.get(284) == 2 and "raw" in str(image.tile[:1]):
+            raise Unreadable(f"{name} has colours of 16 bits in planes, which Pillow reads wrongly: convert it")
         if not image.mode.startswith(("I", "F")):
             if (self.white, self.black) != (None, 0) and has_deep_colours(image):
                 advice = "--white and --black are for grey images: convert it to 8 bits, or leave them out"
@@ -149,13 +152,16 @@ class Reader:
     def losses(self, path):
         """What of an image file is lost, or may be taken for what it is not: a list of words. Raises as ``read``."""
         with opened(path) as image:
-            bands, found = getattr(image, "tag_v2", {}).get(277, 1), []  # 277: a TIFF file's samples per pixel
+            tags, found = getattr(image, "tag_v2", {}), []  # 277: samples per pixel, 262: 0 if 0 is white
+            bands = tags.get(277, 1)
             if has_deep_colours(image):
                 found.append("colours of 16 bits, of which the upper 8 are read")
             if bands > 4:
                 found.append(f"{bands} bands, of which the first three are read")
             if bands >= 4 and image.mode == "RGBA" and self.alpha:
                 found.append("a fourth band that is taken as transparency: if it is none, add --no-alpha")
+            if tags.get(262) == 0 and image.mode.startswith("I"):
+                found.append("the file says that 0 is white, and it is read as black: convert it")
             if scale := self.scale(image, path):
                 black, white = scale
                 low, high = np.nanmin(image), np.nanmax(image)

@@ -86,11 +86,12 @@ def test_transparency_is_white(tmp_path, mode, suffix):
     assert read_both_ways(tmp_path / "half.png")[0] == [255, 127, 127]
 
 
-def tiff(image):
+def tiff(image, more_tags=()):
     """A TIFF file of an array (160, 160, bands), of which the fourth band is marked as transparency."""
     bands, data, more, entries = image.shape[2], image.tobytes(), b"", b""
     tags = {256: [160], 257: [160], 258: [8 * image.itemsize] * bands, 262: [2], 273: [8], 277: [bands], 279: [len(data)]}
     tags |= {338: [2] + [0] * (bands - 4)} if bands > 3 else {}
+    tags |= dict(more_tags)
     for tag, values in tags.items():
         packed = struct.pack(f"<{len(values)}I", *values)
         entries += struct.pack("<HHI", tag, 4, len(values))
@@ -184,6 +185,15 @@ def test_what_is_lost_of_values_is_known(tmp_path, white, black, losses):
     assert Reader(white=white, black=black).losses(tmp_path / "ct.tif") == losses
     with pytest.raises(Mistake, match=f"--black {black:g} is not below --white {black:g}: choose less"):
         Reader(white=black, black=black)
+
+
+def test_what_pillow_reads_wrongly_is_refused_or_said(tmp_path):
+    """Uncompressed planes of 16 bits; 16 bits of which 0 is white."""
+    (tmp_path / "planes.tif").write_bytes(tiff(np.zeros((160, 160, 3), np.uint16), {273: [8, 51208, 102408], 279: [51200] * 3, 284: [2]}))
+    with pytest.raises(Unreadable, match=r"planes.tif has colours of 16 bits in planes, .* convert it$"):
+        Reader().read(tmp_path / "planes.tif")
+    (tmp_path / "inverted.tif").write_bytes(tiff(np.full((160, 160, 1), 9000, np.uint16), {262: [0]}))
+    assert Reader().losses(tmp_path / "inverted.tif") == ["the file says that 0 is white, and it is read as black: convert it"]
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "LAB", "RGBX"])
