@@ -20,12 +20,8 @@ TINY = "--device cpu --dataset digits --image-size 8 --depth 10 --growth-rate 4 
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
-    """Every test runs in a folder of its own."""
+    """Every test runs in a folder of its own, and leaves torch as it was."""
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture(autouse=True)
-def deterministic_off():
     yield
     torch.use_deterministic_algorithms(False)
 

@@ -273,11 +273,6 @@ def test_a_run_takes_naive_for_a_block_that_differs(tiny, edit, capsys):
     assert_same_run("auto", "naive")
 
 
-def test_dropout_is_what_fused_cannot(tiny, capsys):
-    assert tiny("--save", "run", "--epochs", "1", "--block", "fused", "--drop-rate", "0.2") == 0
-    assert capsys.readouterr().out.count("block fused does not compute this network (blocks.0: dropout): this run takes naive\n") == 1
-
-
 def test_auto_measures_what_computes_the_same(tiny, edit, monkeypatch):
     edit("after_conv1")
     jobs = []
