@@ -183,7 +183,7 @@ class Figures:
     later; leaving it by an exception ends a drawing that is under way.
     """
 
-    LONGEST, EVERY = 120, 60
+    LONGEST, EVERY = 600, 60
 
     def __init__(self, path, enabled=True):
         self.path, self.enabled, self.process, self.reported = Path(path), enabled, None, False
@@ -205,26 +205,22 @@ class Figures:
         with contextlib.suppress(OSError, AttributeError):  # not allowed, or not to be had on this system
             os.setpriority(os.PRIO_PROCESS, self.process.pid, 19)
 
-    def _finish(self):
-        """Wait for the drawing that is under way, if any."""
-        if self.process is None:
+    def _finish(self, longest=None):
+        """Wait for the drawing that is under way, if any; after ``longest`` seconds, end it and delete what it left."""
+        process, self.process = self.process, None
+        if process is None:
             return
         try:
-            errors = self.process.communicate(timeout=self.LONGEST)[1].strip().splitlines()
-            if self.process.returncode:
-                self._report(errors[-1] if errors else f"exit status {self.process.returncode}")
+            errors = process.communicate(timeout=longest)[1].strip().splitlines()
+            if process.returncode:
+                self._report(errors[-1] if errors else f"exit status {process.returncode}")
         except subprocess.TimeoutExpired:
-            self._report(f"it takes more than {self.LONGEST} s")
-            return self._end()
-        self.process = None
-
-    def _end(self):
-        """End the drawing that is under way, and delete what it has not finished."""
-        self.process.kill()
-        self.process.wait()
-        for unfinished in self.path.glob(f"*.{self.process.pid}.tmp"):
-            unfinished.unlink(missing_ok=True)
-        self.process = None
+            process.kill()
+            process.wait()
+            for unfinished in self.path.glob(f"*.{process.pid}.tmp"):
+                unfinished.unlink(missing_ok=True)
+            if longest:
+                self._report(f"it takes more than {longest} s")
 
     def _report(self, reason):
         if not self.reported:
@@ -235,12 +231,11 @@ class Figures:
         return self
 
     def __exit__(self, kind, *_):
-        if self.process:
-            self._end()  # it may miss the last rows
+        self._finish(longest=0)  # it may miss the last rows
         if kind is None:
             self.due = 0.0
             self.redraw()
-            self._finish()
+            self._finish(self.LONGEST)
 
 
 def provenance(device, launcher="python"):

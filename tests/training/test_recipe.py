@@ -225,7 +225,7 @@ def test_two_processes(limit_train):
 
     Of the test images, one has five, the other four.
     """
-    options = CONSTANT | dict(drop_rate=0.2, block="naive", weight_decay=0.02, limit_train=limit_train)
+    options = dict(milestones=[1], gamma=0.5, flip="both", shift=2, drop_rate=0.2, block="naive", weight_decay=0.02, limit_train=limit_train)
     options |= dict(label_smoothing=0.1, cutout=3, mixup=0.5, ema=0.2, accumulate=2, clip_grad=0.5, class_weights="balanced")
     finished(torchrun(2, str(ROOT / "train.py"), *TINY, *flags(options), "--no-plot"), 0)
     assert_follows(*recipe(options, ranks=2))
