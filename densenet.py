@@ -272,7 +272,7 @@ class DenseNet(nn.Module):
         in_channels: channels of the images, such as 3, or 1 for grey.
         stem: "cifar", a 3×3 convolution, or "imagenet", 7×7 with stride 2 and max-pooling (H and W at least 32).
 
-    Raises ValueError where an argument is out of range.
+    Raises ValueError if an argument is out of range.
     """
 
     def __init__(

@@ -56,7 +56,7 @@ def parse_args(argv=None):
 
 
 def check_args(args):
-    """Raises Mistake where a flag means nothing or a file cannot be written; makes the folders of what is written."""
+    """Raises Mistake if a flag means nothing or a file cannot be written; makes the folders of what is written."""
     for name in ("split", "mistakes", "confusion") if args.paths else ("top", "white"):
         if getattr(args, name) is not None:
             meant = "images of the run's data set: leave out the paths" if args.paths else "image files: name some"
@@ -70,7 +70,7 @@ def check_args(args):
 
 
 def classify_files(args, checkpoint, device, amp):
-    """Print the likeliest classes of each file, or write a row of each. Returns 1 where some cannot be read."""
+    """Print the top classes of each file, or write a row of each. Returns 1 if some cannot be read."""
     passed, counts, classes = Counter(), Counter(), checkpoint["classes"]
     paths = find_images(args.paths, passed)
     for line in passed_over(passed):

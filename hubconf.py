@@ -53,7 +53,7 @@ if _PACKAGE not in sys.modules:  # torch.hub runs this file anew for every call
 
 
 def _module(name):
-    """A module of this repository, "fused.loops" say."""
+    """A module of this repository, such as "fused.loops"."""
     return importlib.import_module(f"{_PACKAGE}.{name}")
 
 

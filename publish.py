@@ -57,7 +57,7 @@ def test_log(checkpoint):
 
 
 def publish(directory, checkpoint, images, device):
-    """Write and return weights.pth of a finished run. Raises Mistake where the test images have another error now."""
+    """Write and return weights.pth of a finished run. Raises Mistake if the test images have another error now."""
     wrong = misclassified(checkpoint, images, device)
     count, error = len(wrong), checkpoint["metrics"][test_log(checkpoint)][-1]["error"]
     if abs(int(wrong.sum()) - error * count / 100) > 1 + count / 5000:  # close cases depend on the hardware

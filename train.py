@@ -138,7 +138,7 @@ def make_model(args, source, classes, device):
 
 
 def restore(optimizer, saved):
-    """Load an optimiser's state, not its settings: those are the arguments'. Raises Mistake where it is of another one.
+    """Load an optimiser's state, not its settings: those are the arguments'. Raises Mistake if it is of another one.
 
     Every parameter that a loss has reached has the same there: tensors of its shape, and a count of steps.
     """

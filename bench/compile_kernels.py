@@ -53,7 +53,7 @@ class Recorder:
 
 
 def compiled_for(name, value):
-    """What an argument is to a compiler: (type, True if 16 divides it, True if it is 1)."""
+    """The type of an argument for a compiler: (type, True if 16 divides it, True if it is 1)."""
     from fused.kernels import BY_BATCH
 
     if isinstance(value, torch.Tensor):  # allocators align the beginning of memory to more than 16 bytes

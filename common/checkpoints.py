@@ -40,7 +40,7 @@ def digest(checkpoint):
 
 
 def load_file(path):
-    """What ``torch.save`` wrote, of plain values and tensors. Raises Lost if it is missing or damaged, else Mistake."""
+    """Load a file of torch.save, of plain values and tensors. Raises Lost if it is missing or damaged, else Mistake."""
     try:
         with open(readable(path), "rb") as file:
             whole = zipfile.is_zipfile(file)  # not so files of torch before 1.6, or what was cut short

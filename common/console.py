@@ -16,7 +16,7 @@ NO_MEMORY = ("out of memory", "allocate memory", "not enough memory", "alloc_fai
 
 
 class Mistake(Exception):
-    """What a user can set right. The message is one line: what, where, what to do instead."""
+    """A user's mistake. The message is one line: what, where, what to do instead."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -122,7 +122,7 @@ def explain(error):
 
 
 def memory_problem(error):
-    """What to say where an error tells that memory ran out, which libraries say in many ways; None where it does not.
+    """The message if an error says that memory ran out, which libraries say in many ways; else None.
 
     A process that only decodes images has no error to raise: the kernel kills it, and torch tells of its death.
     """

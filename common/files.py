@@ -10,7 +10,7 @@ from common.console import Mistake
 
 
 def readable(path):
-    """The Path of a file to read. Raises Mistake where that would never end: for a named pipe, say, or a device."""
+    """The Path of a file to read. Raises Mistake if reading would never end, as of a named pipe or a device."""
     if not os.path.isfile(path) and not os.path.isdir(path) and os.path.exists(path):
         raise Mistake(f"{path} is not a file, but a pipe, a socket or a device")
     return Path(path)

@@ -21,7 +21,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def choose_device(name):
-    """A torch.device for "auto", "cpu", "cuda", "cuda:N" or "mps". Raises Mistake where this machine lacks it.
+    """A torch.device for "auto", "cpu", "cuda", "cuda:N" or "mps". Raises Mistake if this machine lacks it.
 
     "auto" is the CPU, and says so once, where there is a GPU that this build of torch cannot use.
     """
@@ -41,7 +41,7 @@ def found_device():
 
 
 def problem_of(name):
-    """Why nothing can be computed on a device, in a line; None where it can."""
+    """Why nothing can be computed on a device, in a line; None if it can."""
     try:
         with warnings.catch_warnings(action="ignore"):  # of devices that are no more
             torch.ones(1, device=torch.device(name)).add_(1).item()  # an old GPU is found, but the build lacks its code
@@ -57,7 +57,7 @@ def synchronize(device):
 
 
 def compiler_problem(device):
-    """Why torch.compile does not work here, in a line; None where it does."""
+    """Why torch.compile does not work here, in a line; None if it does."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(2, device=device))
     except Exception as error:  # of any kind: a compiler is missing, or Triton, or it fails
@@ -67,7 +67,7 @@ def compiler_problem(device):
 
 
 def set_up_device(device):
-    """What a process does once for the device that it computes on."""
+    """Set up this process for the device that it computes on, once."""
     if device.type == "cpu":
         # Let glibc keep what is freed: by default every large tensor comes from the kernel anew, page by page.
         with contextlib.suppress(OSError, AttributeError):  # another C library, which manages memory its own way
@@ -81,7 +81,7 @@ def set_up_device(device):
 
 
 def has_bf16(device):
-    """True if the hardware computes in bf16; where it does not, bf16 is emulated and slower than fp32.
+    """True if the hardware computes in bf16; if it does not, bf16 is emulated and slower than fp32.
 
     The environment variable DENSENET_BF16, 0 or 1, answers in the hardware's place: tests have to pass either way.
     """
@@ -117,7 +117,7 @@ def device_name(device):
 
 
 def busy_note(device, seconds=0.2):
-    """What would be faster beside other programs, in a list of lines; sleeps for so long to see what they do.
+    """A list of lines: what would be faster beside other programs. Watches them for so many seconds.
 
     The threads of a loop wait for the last of them: one that has to share its core slows down all.
     """

@@ -75,7 +75,7 @@ def steps_for(x):
 
 @functools.cache
 def kernels_for(device):
-    """The module kernels, or None where they cannot run or would be slow, which is said in a line."""
+    """The module kernels, or None if they cannot run or would be slow, which is said in a line."""
     if torch.version.hip:
         problem = "nobody has tried them on ROCm yet"
     elif torch.cuda.get_device_capability(device) < (8, 0):
@@ -255,7 +255,7 @@ class Norm(NamedTuple):
 
 
 def uses_batch(module):
-    """Whether a BatchNorm2d normalises with the statistics of the batch."""
+    """True if a BatchNorm2d normalises with the statistics of the batch."""
     return module.training or module.running_mean is None
 
 
@@ -300,7 +300,7 @@ def update_running_statistics(measured, count):
 class Buffer(NamedTuple):
     """Columns of the buffer x (M, C) and their means (C,), and their gradient while it is being summed.
 
-    That is d (M, C), and the deferred p and q (C,), which stay 0 where no batch norm used the batch. ``latest``: room
+    That is d (M, C), and the deferred p and q (C,), which stay 0 if no batch norm used the batch. ``latest``: room
     for a copy of the last k columns of d and x, (2, M, k), which are those that the layer before wrote: on CPUs it is
     slow to look for so few columns in the rows of a wide matrix.
     """
@@ -341,7 +341,7 @@ def to_images(x, shape):
 
 
 def bn_relu_conv1x1(x, norm, weight, shape, out, statistics):
-    """x (M, C), weight (J, C, 1, 1): writes out (M, J) and, where asked to, mean and variance of its columns (2, J).
+    """x (M, C), weight (J, C, 1, 1): writes out (M, J) and, if asked to, mean and variance of its columns (2, J).
 
     ``shape``: (N, C, H, W) of the images, as for every step.
     """
@@ -352,7 +352,7 @@ def bn_relu_conv1x1(x, norm, weight, shape, out, statistics):
 
 
 def bn_relu_conv3x3(x, norm, weight, shape, out, statistics):
-    """x (M, J), weight (k, J, 3, 3): writes out (M, k) and, where asked to, its columns' mean and variance (2, k)."""
+    """x (M, J), weight (k, J, 3, 3): writes out (M, k) and, if asked to, its columns' mean and variance (2, k)."""
     passes = passes_for(x)
     result = to_rows(F.conv2d(to_images(passes.bn_relu(x, norm), shape), weight.to(x.dtype), padding=1))
     out.copy_(result)

@@ -42,7 +42,7 @@ def difference(original, block):
 
 
 def outcome(module, x):
-    """What a module computes in a training step and an evaluation: {kind: vector}.
+    """Results of a module in a training step and an evaluation: {kind: vector}.
 
     Its parameters are moved first: those that are 1 and 0 would hide mistakes.
     """

@@ -167,7 +167,7 @@ def bn_relu_conv1x1_kernel(
 
 
 def bn_relu_conv1x1(x, norm, weight, shape, out, statistics):
-    """x (M, C), weight (J, C, 1, 1): writes out (M, J) and, where asked to, mean and variance of its columns (2, J).
+    """x (M, C), weight (J, C, 1, 1): writes out (M, J) and, if asked to, mean and variance of its columns (2, J).
 
     ``shape``: (N, C, H, W) of the images, as for every step.
     """
@@ -245,7 +245,7 @@ def in_image(rows, y, x, M, H: tl.constexpr, W: tl.constexpr):
 
 
 def bn_relu_conv3x3(x, norm, weight, shape, out, statistics):
-    """x (M, J), weight (K, J, 3, 3): writes out (M, K) and, where asked to, its columns' mean and variance (2, K).
+    """x (M, J), weight (K, J, 3, 3): writes out (M, K) and, if asked to, its columns' mean and variance (2, K).
 
     relu(x·s + t) is written down on the way, since each pixel of it is read nine times.
     """
@@ -288,7 +288,7 @@ def finish_statistics_kernel(partial, mean, var, programs, span, M, C, BP: tl.co
 
 
 def finish_statistics(partial, statistics, span, rows):
-    """Writes (2, C) from the partial statistics (programs, 2, C) of spans of rows, where it is asked to."""
+    """Writes (2, C) from the partial statistics (programs, 2, C) of spans of rows, if it is asked to."""
     if statistics is not None:
         programs, _, columns = partial.shape
         finish_statistics_kernel[(triton.cdiv(columns, STATISTICS["BC"]),)](

@@ -1,4 +1,4 @@
-"""What the fused block computes: layers as densenet.py makes them. What else there is has to run as it is written.
+"""Which layers the fused block computes: those that densenet.py makes. All others run as they are written.
 
 Every forward pass looks, so that nothing is remembered that may have changed: at 336 modules in 0.4 ms.
 """
@@ -41,7 +41,7 @@ def parts(layers):
 
 
 def unknown(layers, x):
-    """What the fused block does not know of layers that are to compute on x (N, C, H, W), in words, or None."""
+    """Why the fused block cannot compute these layers on x (N, C, H, W), in words, or None."""
     if reason := watched(x, parts(layers)) or (None if len(layers) else "no layers"):
         return reason
     expected = BOTTLENECK if "norm2" in layers[0]._modules else SINGLE
@@ -76,7 +76,7 @@ def unknown_between(x, modules):
 
 
 def odd(module, kind, width, size=None):
-    """What a module that is to compute on ``width`` channels has unlike one of this kind as it was made, or None.
+    """How a module on ``width`` channels differs from one of this kind as it was made, in words, or None.
 
     ``size`` is that of a convolution's kernel.
     """

@@ -60,9 +60,9 @@ def read_network(path):
 
 
 def read_weights(path):
-    """What a file of weights holds, of whatever program: of an exported one, what FORMATS' second functions return.
+    """Read a file of weights, of any program; of an exported one, by the second functions of FORMATS.
 
-    Raises Mistake where it is damaged, OSError where an exported one cannot be read.
+    Raises Mistake if it is damaged, OSError where an exported one cannot be read.
     """
     suffix = Path(path).suffix
     if suffix not in FORMATS:
@@ -92,7 +92,7 @@ def describe(checkpoint):
 
 
 def reading(checkpoint):
-    """How images become what the network takes, for who has no Reader."""
+    """How to make images into the network's input, for other programs."""
     reader, (mean, std) = reader_of(checkpoint), checkpoint["normalize"]
     size, resized = reader.image_size, reader.image_size * 8 // 7
     return {

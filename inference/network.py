@@ -54,7 +54,7 @@ def load_split(checkpoint, split="test", directory=None, reader=None):
     """The images that the checkpoint's run had in a split, not augmented, and lines to print about them.
 
     ``split`` is "train", "valid" (held out of the training images, or a folder of their own) or "test". ``directory``
-    says where the data set lives, if not where it was. Raises Mistake where images are missing, have other classes, or
+    says where the data set lives, if not where it was. Raises Mistake if images are missing, have other classes, or
     cannot be the ones that were held out.
     """
     trained, reader = checkpoint["config"]["arguments"], reader or reader_of(checkpoint)
@@ -73,7 +73,7 @@ def load_split(checkpoint, split="test", directory=None, reader=None):
 
 
 def check_training_data(checkpoint, dataset, root, split):
-    """Raises Mistake where a data set is not the one that the checkpoint's run had, or held images out of."""
+    """Raises Mistake if a data set is not the one that the checkpoint's run had, or held images out of."""
     if list(dataset.classes) != checkpoint["classes"]:
         raise Mistake(f"the images in {root} have other classes than those of the training")
     if changed := {"train", split} & {*splits.changed(checkpoint["manifest"], dataset)}:
@@ -86,7 +86,7 @@ def check_training_data(checkpoint, dataset, root, split):
 
 
 def predictions(checkpoint, images, device="cpu", amp=contextlib.nullcontext, batch_size=None):
-    """What ``predict`` yields for ImageTensors or ImageFiles and the trained network of a checkpoint."""
+    """``predict`` for ImageTensors or ImageFiles, with the network of a checkpoint."""
     model = load_model(checkpoint).to(device, memory_format=memory_format(device))
     batch_size = batch_size or checkpoint["config"]["arguments"]["batch_size"]
     return predict(model, images.to(device).batches(batch_size, checkpoint["normalize"]), amp)
@@ -95,7 +95,7 @@ def predictions(checkpoint, images, device="cpu", amp=contextlib.nullcontext, ba
 def classify(checkpoint, paths, device="cpu", amp=contextlib.nullcontext):
     """Class probabilities of a list of image files of any size: (images, classes) float32, in their order.
 
-    Raises Mistake where a file is missing or no image, or the list is empty.
+    Raises Mistake if a file is missing or no image, or the list is empty.
     """
     if isinstance(paths, str) or not paths:
         raise Mistake(f"{paths!r} is not a list of image files")
@@ -133,9 +133,9 @@ def classify_each(probabilities, paths, reader, batch_size):
 
 
 def preprocess(image, arguments, normalize):
-    """What ``classify`` lets a network see of one image, opened by Pillow or the path of its file: (C, S, S) float32.
+    """One image, opened by Pillow or a path, as ``classify`` reads it: (C, S, S) float32.
 
-    ``arguments`` are those of the network's run. Raises Mistake where it cannot be read.
+    ``arguments`` are those of the network's run. Raises Mistake if it cannot be read.
     """
     reader = Reader.of_run(arguments, workers=0, progress=False)
     if isinstance(image, JpegImageFile) and image.tile:  # not decoded yet: read anew, at the size that is needed

@@ -105,7 +105,7 @@ def in_workers(function, paths, reader, label):
 
 
 def attempt(function, *args):
-    """What a function returns or what it raises, a Mistake or an OSError: torch would hand on a worker's traceback."""
+    """The result of a function, or its Mistake or OSError as a value: torch would hand on a worker's traceback."""
     try:
         return function(*args)
     except (Mistake, OSError) as error:

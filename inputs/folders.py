@@ -187,7 +187,7 @@ def passed_over(passed):
 
 
 def convert(passed):
-    """How advice begins about a folder that has no images, where what it has is counted in ``passed``."""
+    """The beginning of advice about a folder without images, if ``passed`` counts others."""
     return f"convert what was {passed_over(passed)[0]}; or " if passed else ""
 
 

@@ -93,7 +93,7 @@ class Reader:
 
         ``choose_box``: (width, height) → (left, top, right, bottom), of the image as it is stored, before anything is
         decoded. Without it, the part is the one for evaluation: the centre of an image that is streamed, the whole of
-        another. Raises Unreadable, Mistake where nothing says which value is white, OSError where the system fails.
+        another. Raises Unreadable, Mistake if nothing says which value is white, OSError where the system fails.
         """
         with opened(path) as image:
             return self.pixels(image, path, choose_box)
@@ -117,7 +117,7 @@ class Reader:
     def scale(self, image, name):
         """The values that are (black, white) in an opened grey image of more than 8 bits; None of another one.
 
-        Raises Mistake where nothing says them, or they cannot be chosen.
+        Raises Mistake if nothing says them, or they cannot be chosen.
         """
         tags = getattr(image, "tag_v2", {})  # of a TIFF file; 258: bits per sample, 284: whether bands are planes
         if max(tags.get(258, [8])) > 8 and tags.get(284) == 2 and "raw" in str(image.tile[:1]):
@@ -150,7 +150,7 @@ class Reader:
 
     @patient
     def losses(self, path):
-        """What of an image file is lost, or may be taken for what it is not: a list of words. Raises as ``read``."""
+        """A list of words: what reading an image file loses or may get wrong. Raises as ``read``."""
         with opened(path) as image:
             tags, found = getattr(image, "tag_v2", {}), []  # 277: samples per pixel, 262: 0 if 0 is white
             bands = tags.get(277, 1)

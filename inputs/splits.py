@@ -99,7 +99,7 @@ def changed(manifest, dataset):
 
 
 def check_memory(count, reader, bytes_per_pixel, instead=""):
-    """Raises Mistake where so many images do not fit; ``instead`` is what may help beside a smaller size."""
+    """Raises Mistake if so many images do not fit; ``instead`` is what may help beside a smaller size."""
     size, available = reader.image_size, psutil.virtual_memory().available / 1e9
     needed = count * size**2 * bytes_per_pixel / 1e9
     if needed > available:

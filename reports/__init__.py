@@ -1,1 +1,1 @@
-"""What runs and networks come to: logs, tables and curves without torch; scores and drawings of networks with it."""
+"""Results of runs and networks: logs, tables and curves, without torch; scores and drawings of networks, with it."""

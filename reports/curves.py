@@ -50,7 +50,7 @@ class View:
 
 
 def labels(paths):
-    """What tells the paths apart: their parts without those at the beginning and at the end that all of them have."""
+    """Names that tell paths apart: their parts, without what all have at the beginning and the end."""
     paths = [Path(os.path.abspath(path)).parts for path in paths]
     for _ in ("beginning", "end"):
         alike = min(leading(paths), min(map(len, paths)) - 1)  # so that something is left of each
@@ -194,7 +194,7 @@ def make_figure(logs, quantities, view, title=None, size=None):
 
 
 def save(figure, path):
-    """Write a figure in one step, the same bytes for the same logs. Raises Mistake where its texts leave no room."""
+    """Write a figure in one step, the same bytes for the same logs. Raises Mistake if its texts leave no room."""
     kind = path.suffix[1:].lower()
     metadata = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind)
     buffer = io.BytesIO()  # drawn in memory first: a drawing that fails or is killed then leaves nothing

@@ -121,7 +121,7 @@ def example(model, image_size):
 
 
 def describe(node, model):
-    """What a node of the trace does, in the paper's words where it has some."""
+    """The operation of a node of the trace, in the paper's words if it has some."""
     if node.op == "call_module":
         module = model.get_submodule(node.target)
         if isinstance(module, nn.Conv2d):

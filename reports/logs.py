@@ -54,7 +54,7 @@ class Log:
 
     @property
     def headline(self):
-        """The split whose error is reported: test, or validation where there is no test error per epoch."""
+        """The split whose error is reported: test, or validation if there is no test error per epoch."""
         if len(self.tables.get("test", ())) > 1:
             return "test"
         return next(split for split in ("valid", "test", "train") if split in self.tables)
@@ -81,7 +81,8 @@ def network_name(config):
     Arguments that DenseNet has got since, and that are not off, follow: DenseNet-BC-100 (k = 12, activation = gelu).
     """
     model, arch = config["model"], str(config["arguments"].get("arch"))
-    depth, letters = model.get("depth"), "B" * bool(model.get("bottleneck")) + "C" * (model.get("reduction") != 1)
+    depth = model.get("depth")
+    letters = ("B" if model.get("bottleneck") else "") + ("" if model.get("reduction") == 1 else "C")
     name = f"{letters}-{depth}".strip("-") if depth else arch.removeprefix("densenet")
     own = {key: value for key, value in model.items() if key not in NETWORK and value}
     settings = ", ".join(f"{key} = {value}" for key, value in ({"k": model.get("growth_rate")} | own).items())
@@ -95,7 +96,7 @@ def dataset_name(arguments):
 
 
 def read_log(directory):
-    """The Log of a run directory. Raises Mistake where it has none, or no row yet."""
+    """The Log of a run directory. Raises Mistake if it has none, or no row yet."""
     directory = Path(directory)
     if not directory.is_dir():
         raise Mistake(f"{directory} is not a run directory")
@@ -138,7 +139,7 @@ def read_table(path, needed=COLUMNS, names=None):
     """The columns ``needed`` of a CSV file, and of OPTIONAL those that it has, as numbers; an empty cell is NaN.
 
     ``names`` are the columns of a file that has no header. A last line without its newline counts if it is whole. None
-    where the file is missing or has no row. Raises Mistake where it is no such file.
+    where the file is missing or has no row. Raises Mistake if it is no such file.
     """
     if not path.exists():
         return None
@@ -165,7 +166,7 @@ def read_table(path, needed=COLUMNS, names=None):
 def check(table, name):
     """The table by epoch; where a resumed run has logged one twice, the last row counts. An infinite loss is a gap.
 
-    Raises Mistake where a number cannot be one of a log.
+    Raises Mistake if a number cannot be one of a log.
     """
     for values, high in ((table.epoch, 1e6), (table.error.dropna(), 100)):
         for value in values[~values.between(0, high)]:
@@ -177,7 +178,7 @@ def check(table, name):
 def mean_log(logs, unlike=False):
     """The mean of several runs as a Log, over the epochs that all of them have.
 
-    Raises Mistake where they differ in more than their seed, their epochs included; ``unlike`` allows that.
+    Raises Mistake if they differ in more than their seed, their epochs included; ``unlike`` allows that.
     """
     names = ", ".join(str(log.path) for log in logs)
     if len({log.path.resolve() for log in logs}) < max(2, len(logs)):
@@ -218,18 +219,18 @@ def differing(recipes):
 
 
 def recipe(config):
-    """What decides what a run computes, but for its seed: arguments that are not off, and an image folder's name."""
+    """What a run's results depend on, but for its seed: arguments that are not off, and an image folder's name."""
     arguments = config.get("arguments", {})
     kept = {name: value for name, value in arguments.items() if name not in NOT_COMPARED and value}
     return kept | ({"data": dataset_name(arguments)} if arguments.get("dataset") == "folder" else {})
 
 
 def leading(sequences):
-    """How many items all of the sequences begin with."""
+    """The length of the prefix that all sequences share."""
     return sum(1 for _ in itertools.takewhile(lambda items: len(set(items)) == 1, zip(*sequences, strict=False)))
 
 
 def mean_path(paths):
-    """What the paths of several seeds have in common: a/sgd for a/sgd.1 and a/sgd.2, or for a/1/sgd and a/2/sgd."""
+    """The common name of the paths of several seeds: a/sgd for a/sgd.1 and a/sgd.2, or for a/1/sgd and a/2/sgd."""
     columns = zip(*(Path(os.path.abspath(path)).parts for path in paths), strict=False)
     return Path(*(c[0] if len(set(c)) == 1 else SEED.sub("", c[0][: leading(c)]) for c in columns))

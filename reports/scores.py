@@ -27,7 +27,7 @@ def headline(matrix, kind="test"):
 
 
 def print_scores(matrix, classes, kind="test"):
-    """Print the error, each class's scores and what it is taken for, and the matrix itself where it is small.
+    """Print the error, each class's scores and wrong predictions, and the matrix itself if it is small.
 
     A score that is zero by zero is shown as – and left out of the average over the classes.
     """
@@ -62,7 +62,7 @@ def likeliest(probabilities, classes, count):
 
 @contextlib.contextmanager
 def csv_table(path, column, classes, labelled=False):
-    """A function that writes an image's row of a CSV file; None where ``path`` is None.
+    """A function that writes an image's row of a CSV file; None if ``path`` is None.
 
     The file is there, whole, when the block has ended. Its first column holds the images' names and is named
     ``column``; then come the predicted class and its probability, with labels the true class and whether both are the

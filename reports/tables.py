@@ -1,4 +1,4 @@
-"""What runs have come to, side by side, with intervals: as text, Markdown or CSV. Imports no torch."""
+"""Tables of runs, their settings and results with intervals: as text, Markdown or CSV. Imports no torch."""
 
 import datetime
 
@@ -12,7 +12,7 @@ COLUMNS = (*ALWAYS, "sd", "averaged weights (%)", "best valid (%)", "training ti
 
 
 def comparison(logs):
-    """A header and a row per run of ``logs``, {label: Log}: what differs, and what came out; – where it is not known.
+    """A header and a row per run of ``logs``, {label: Log}: what differs, and what came out; – if it is not known.
 
     The interval covers the choice of the test images; of a mean over seeds, there is the standard deviation instead.
     """
@@ -47,7 +47,7 @@ def outcome(log):
 
 
 def training_time(log, images):
-    """Of all epochs, evaluations left out. None where it is not known."""
+    """Of all epochs, evaluations left out. None if it is not known."""
     speeds = log.tables.get("train", {}).get("images_per_second")
     if not images or speeds is None or not speeds.between(1e-3, 1e9).all():  # none in a mean, or damaged
         return None

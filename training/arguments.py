@@ -32,7 +32,7 @@ def parse_args(argv=None, description=None):
     Where no flag says which network, it is that of the weights to start from, if a run has saved it with them.
 
     Returns the namespace, with --resume the checkpoint to go on from, and the weights to start from, if any, as
-    ``read_source`` returns them. Raises Mistake where arguments are wrong or contradict each other, SystemExit where
+    ``read_source`` returns them. Raises Mistake if arguments are wrong or contradict each other, SystemExit where
     argparse finds that.
     """
     parser = make_parser(description)
@@ -70,7 +70,7 @@ def network_of(source, given):
 
 
 def check_finetuning(args, source):
-    """Raises Mistake where the network has not the parts to freeze, or most weights of ``source`` don't fit it."""
+    """Raises Mistake if the network has not the parts to freeze, or most weights of ``source`` don't fit it."""
     if args.head_lr and not args.lr:
         raise Mistake("--head-lr is kept in proportion to --lr, which is 0: to train the classifier, --freeze features")
     with torch.device("meta"):
@@ -96,7 +96,7 @@ def run_directory(given):
 
 
 def read_saved(given):
-    """The checkpoint to resume, and its run's arguments. Raises Mistake where ``given`` would make it another run."""
+    """The checkpoint to resume, and its run's arguments. Raises Mistake if ``given`` would make it another run."""
     path = run_directory(given)
     Run(path).check(resume=True, overwrite=False)
     checkpoint, source = Run(path).latest()

@@ -84,7 +84,7 @@ def default_block(device):
 
 
 def fastest_block(job, default, steps):
-    """The block for so many training steps, and a line; ``default`` and None where measuring would not pay."""
+    """The block for so many training steps, and a line; ``default`` and None if measuring would not pay."""
     device = torch.device(job["device"])
     path = cache_path(job, device)
     with contextlib.suppress(Exception):  # nothing is there, or whatever another program has left
@@ -126,7 +126,7 @@ def describe(found, default):
 
 
 def seconds_to_measure(job, steps):
-    """Seconds that measuring on a CPU may take, 0 where it would not pay."""
+    """Seconds that measuring on a CPU may take, 0 if it would not pay."""
     share = SHARE * steps
     if share < WORK:
         return 0
@@ -139,7 +139,7 @@ def seconds_to_measure(job, steps):
 
 
 def measure_here(job, device):
-    """What ``try_blocks`` finds in this process. Raises Mistake where a kernel has left the GPU unusable."""
+    """Run ``try_blocks`` in this process. Raises Mistake if a kernel has left the GPU unusable."""
     try:
         with contextlib.redirect_stdout(None):
             found = try_blocks(job)
@@ -151,7 +151,7 @@ def measure_here(job, device):
 
 
 def measure_apart(job, budget):
-    """What ``try_blocks`` finds in another process. A block at which that dies or hangs is refused.
+    """Run ``try_blocks`` in another process. Refuse a block at which that dies or hangs.
 
     After ``budget`` seconds, the turns that every block has had until then are the answer.
     """

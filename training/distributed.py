@@ -63,7 +63,7 @@ def share():
 
 
 def launch_id():
-    """What this launch by torchrun has and no other, whatever clocks say; None without torchrun.
+    """A name that only this launch by torchrun has, whatever clocks say; None without torchrun.
 
     torchrun starts all ranks anew when one has died (--max-restarts). On each machine, a launch has one folder with a
     random name for what its ranks report.
@@ -113,7 +113,7 @@ def process_group():
 
 
 def device_of_rank(device):
-    """The device of this rank, of the kind of ``device``, which all ask for at once. Raises Mistake where it lacks one.
+    """The device of this rank, of the kind of ``device``, which all ask for at once. Raises Mistake if it lacks one.
 
     A rank may see one GPU alone, which nobody else sees (``--gpus-per-task=1``).
     """

@@ -1,4 +1,4 @@
-"""How a run ends before its last epoch: with which status, and what is said of what is safe on the disk."""
+"""What a run prints, and its exit status, if it stops early."""
 
 import contextlib
 import shlex
@@ -92,7 +92,7 @@ def less_memory(arguments):
 
 
 def saved(run, change=lambda arguments: ""):
-    """What of a run that ended early is safe on disk, as found there, and how to go on.
+    """Words for what a run that stopped early has on disk, and how to go on.
 
     ``change`` says which flag to add, from the run's arguments.
     """

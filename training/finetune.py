@@ -68,7 +68,8 @@ def foreign(content, what):
     source = {"model": {rename(names[name], FROM_TORCHVISION): value for name, value in weights.items()}}
     if any(name.startswith("features.") for name in names.values()):
         source["normalize"] = NORMALIZE["imagenet"]
-    return source | {"found": [f"its {place}"] * bool(place) + [f"names without {prefix}"] * bool(prefix)}
+    found = ([f"its {place}"] if place else []) + ([f"names without {prefix}"] if prefix else [])
+    return source | {"found": found}
 
 
 def state_dicts(content, place=""):
@@ -101,7 +102,7 @@ def published(arch):
 def unfit(model, source, what, classes=None):
     """Which weights of a network are not to be had from a source, and why: {name: reason}.
 
-    ``classes`` are the names of the network's classes; a classifier of others does not fit. Raises Mistake where most
+    ``classes`` are the names of the network's classes; a classifier of others does not fit. Raises Mistake if most
     weights don't: the source, which the user has called ``what``, is another network.
     """
     found, reasons = source["model"], {}
@@ -162,7 +163,7 @@ def training_mode(model):
 
 
 def parameter_groups(model, head_factor=None):
-    """What the optimiser trains; the classifier in a group whose learning rate is ``head_factor`` times the others'."""
+    """Parameter groups for the optimiser. The classifier's learning rate is ``head_factor`` times the others'."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if head_factor is None:
         return list(trained.values())

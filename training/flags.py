@@ -203,7 +203,7 @@ def modernize(argv):
 
 
 def given_flags(parser, argv):
-    """What a command line sets, without defaults: {name: value}. Ends the program where argparse does."""
+    """The flags that a command line sets, without defaults: {name: value}. Ends the program if argparse does."""
     unset = object()
     blank = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([])), unset))
     return {name: value for name, value in vars(parser.parse_args(argv, blank)).items() if value is not unset}
@@ -222,7 +222,7 @@ def resolve_defaults(defaults, given):
 
 
 def architecture(given):
-    """The arguments of DenseNet that --arch stands for. Raises Mistake where another flag sets one of them, too."""
+    """The arguments of DenseNet that --arch stands for. Raises Mistake if another flag sets one of them, too."""
     preset = ARCHITECTURES.get(given.get("arch"), {})
     for name in ("depth", *preset):
         if preset and name in given:
@@ -231,7 +231,7 @@ def architecture(given):
 
 
 def check_args(args):
-    """Raises Mistake where arguments are out of range, contradict each other, or ask for what this machine lacks."""
+    """Raises Mistake if arguments are out of range, contradict each other, or ask for what this machine lacks."""
     if args.cutout > args.image_size:
         raise Mistake(f"--cutout {args.cutout} is larger than the images, of {args.image_size} pixels: choose less")
     if args.warmup and args.warmup >= args.epochs:
@@ -284,7 +284,7 @@ def can_replay(args, device, precision):
 
 @contextlib.contextmanager
 def possible(image_size):
-    """Raises Mistake where the block builds a network that cannot be, or not for images of so many pixels."""
+    """Raises Mistake if the block builds a network that cannot be, or not for images of so many pixels."""
     try:
         yield
     except ValueError as error:

@@ -72,7 +72,7 @@ class Run:
         return any((self.path / name).exists() for name in CHECKPOINTS)
 
     def latest(self):
-        """The newest checkpoint that is whole, and its path. Raises Mistake where there is none."""
+        """The newest checkpoint that is whole, and its path. Raises Mistake if there is none."""
         try:
             return read_checkpoint(self.path / "latest.pth"), self.path / "latest.pth"
         except Lost:

@@ -85,7 +85,7 @@ def make_model(job, block, device="cpu", **options):
 
 
 def outcomes(job, block, count, device, precision, dtype=torch.float32):
-    """What a block computes of so many images, by draw."""
+    """Outcomes of a block on ``count`` images, one for each seed."""
     model, (amp, _) = make_model(job, block, device, drop_rate=0.0).to(dtype), choose_precision(precision, device)
     return [outcome(model, *make_images(count, job, seed, dtype, device), amp) for seed in range(DRAWS)]
 
