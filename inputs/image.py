@@ -21,7 +21,8 @@ from common.files import readable
 # Formats that Pillow recognises but cannot decode, and EPS, whose files are programs.
 NO_IMAGES = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}
 STREAM_FROM = 128  # pixels: folders of images this large or larger are decoded anew in every epoch
-NO_FILE = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
+# Errors that tell of the file, not of the system: it is not there, or damaged and sends its reader nowhere (EINVAL).
+OF_FILES = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL}
 BILINEAR = Image.Resampling.BILINEAR
 UPRIGHT = {  # EXIF orientation → what turns the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -206,10 +207,7 @@ def opened(path):
         most = f"{2 * Image.MAX_IMAGE_PIXELS / 1e6:.4g}"
         raise Unreadable(f"{path} has more than {most} megapixels, the most that are read: make it smaller") from error
     except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
-        number = getattr(error, "errno", None)  # which errors of the system have
-        if number in NO_FILE:
-            raise Unreadable(f"{path} is not an image file: {error.strerror}") from error
-        if number not in (None, errno.EINVAL):  # by which the system answers what sends its reader nowhere: damage
+        if getattr(error, "errno", None) and error.errno not in OF_FILES:
             error.filename = error.filename or str(path)
             raise
         raise Unreadable(f"{path} is not a readable image ({type(error).__name__})") from error

@@ -66,9 +66,9 @@ def test_copies_are_found_by_what_is_seen(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("make", "flags", "told"),
     [
-        (lambda i: Image.fromarray(np.full((20, 20), i, np.uint16)), [], "only the darkest eighth of 0 … 65535"),
-        (lambda i: Image.fromarray(np.full((20, 20), -i - 1, np.int32)), ["--white", "40"], "values below 0 or above 40"),
-        (lambda i: Image.new("RGBA", (20, 20), (i, 0, 0, 0)), [], "a fourth band that is taken as transparency"),
+        (lambda i: Image.fromarray(np.full((20, 20), 60000 + i, np.uint16)), [], "sizes: 20×20 6"),
+        (lambda i: Image.fromarray(np.full((20, 20), -i - 1, np.int32)), ["--white", "40"], "6 images: values below 0 or above 40"),
+        (lambda i: Image.new("RGBA", (20, 20), (i, 0, 0, 0)), [], "6 images: a fourth band that is taken as transparency"),
     ],
 )
 def test_images_that_differ_in_what_is_lost_are_not_copies(tmp_path, capsys, make, flags, told):
@@ -77,4 +77,4 @@ def test_images_that_differ_in_what_is_lost_are_not_copies(tmp_path, capsys, mak
         make(i).save(path.with_suffix(".tif"))
         path.unlink()
     assert check_data.main([str(root), *flags]) == 0
-    assert f"6 images: {told}" in capsys.readouterr().out
+    assert told in capsys.readouterr().out
