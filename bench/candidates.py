@@ -28,6 +28,7 @@ from training.step import GraphedStep, Step
 
 CHECKED_IMAGES = 4
 DRAWS = 5  # of images to check with
+IMAGES = {"model": {}, "image_size": 32}  # such as trial.make_images makes
 
 
 def bamos(ours):
@@ -114,10 +115,6 @@ def compile_candidate(model, name):
         model.forward = torch.compile(model.forward, mode="max-autotune-no-cudagraphs", dynamic=False)
 
 
-def make_images(count, seed, device, dtype=torch.float32):
-    return trial.make_images(count, {"model": {}, "image_size": 32}, seed, dtype, device)
-
-
 # The tasks.
 
 
@@ -133,8 +130,8 @@ def check(job, device):
     kinds = ("output", "gradients", "statistics") if job["candidate"] in BLOCKS else ("output", "gradients")
 
     def errors(reference, model, dtype, amp, seed):
-        exact = trial.outcome(reference, *make_images(CHECKED_IMAGES, seed, "cpu", torch.float64), exact_amp)
-        images, labels = make_images(CHECKED_IMAGES, seed, next(model.parameters()).device, dtype)
+        exact = trial.outcome(reference, *trial.make_images(CHECKED_IMAGES, IMAGES, seed, torch.float64), exact_amp)
+        images, labels = trial.make_images(CHECKED_IMAGES, IMAGES, seed, dtype, next(model.parameters()).device)
         images = images.to(memory_format=layout)
         found = trial.outcome(model, images, labels, amp, lambda name: rename(name, FROM_TORCHVISION))
         return trial.errors(found, {kind: exact[kind] for kind in kinds})
@@ -152,7 +149,7 @@ def step_functions(job, device):
     model, layout = make_model(job["candidate"], job["depth"], device)
     compile_candidate(model, job["candidate"])
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
-    images, labels = make_images(job["batch_size"], 1, device)
+    images, labels = trial.make_images(job["batch_size"], IMAGES, 1, device=device)
     images = images.to(memory_format=layout)
     job["saved_mib"] = round(saved_bytes(lambda: model(images), model, amp) / 2**20, 1)
     step = (GraphedStep if job["graph"] else Step)(model, optimizer, amp, scaled=job["precision"] == "fp16")

@@ -6,6 +6,7 @@ Example: python bench/speed.py --csv bench/cpu.csv --plot images/speed.png
 """
 
 import contextlib
+import itertools
 import json
 import statistics
 import subprocess
@@ -29,24 +30,24 @@ class CandidateError(Mistake):
     """A candidate that cannot be measured."""
 
 
-class Process:
+class Process(subprocess.Popen):
     """A candidate in a process of its own, so that its peak of memory and its allocator are its own."""
 
     def __init__(self, job):
         self.job, self.seconds, self.peaks = job, {"train": [], "infer": []}, []
         command = [sys.executable, candidates.__file__, json.dumps(job)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        super().__init__(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.ready = self.read()
 
     def read(self):
-        line = self.process.stdout.readline()
+        line = self.stdout.readline()
         if not line:
             raise CandidateError(f"{self.job['candidate']} ended early, for lack of memory if nothing is said above")
         return json.loads(line)
 
     def run(self, word):
         with contextlib.suppress(BrokenPipeError):  # read says that the process has ended
-            print(word, file=self.process.stdin, flush=True)
+            print(word, file=self.stdin, flush=True)
         seconds, peak = self.read()
         self.seconds[word].append(seconds)
         self.peaks.append(peak)
@@ -55,14 +56,11 @@ class Process:
         timed = sorted(self.seconds[word][1:])  # the first allocates
         return [timed[round(q * (len(timed) - 1))] for q in (0.2, 0.5, 0.8)]
 
-    def end(self):
-        self.process.communicate()
-
 
 def answer(job, task):
     """What a candidate's process says that is started for one question."""
     process = Process(job | {"task": task})
-    process.end()
+    process.communicate()
     return process.ready
 
 
@@ -83,13 +81,11 @@ def assert_right(job, ours, naive):
 
 def jobs_of(args):
     """What to measure: candidates of one depth and precision next to each other."""
-    for depth in args.depths:
-        for precision in args.precisions:
-            for name in args.candidates:
-                if precision == "fp32" or name not in candidates.FP32_ONLY:
-                    kind = {"candidate": name, "depth": depth, "batch_size": args.batch_size, "precision": precision}
-                    how = {"graph": args.cuda_graph, "kernels": args.kernels, "device": args.device}
-                    yield kind | how | {"task": "steps"}
+    how = {"graph": args.cuda_graph, "kernels": args.kernels, "device": args.device, "task": "steps"}
+    for depth, precision, name in itertools.product(args.depths, args.precisions, args.candidates):
+        if precision == "fp32" or name not in candidates.FP32_ONLY:
+            kind = {"candidate": name, "depth": depth, "batch_size": args.batch_size, "precision": precision}
+            yield kind | how
 
 
 def rows_of(args):
@@ -116,7 +112,7 @@ def take_turns(job, reference, times=1 + TURNS):
             for process in processes:
                 process.run(word)
     for process in processes:
-        process.end()
+        process.communicate()
     return processes
 
 

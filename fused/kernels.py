@@ -1,8 +1,9 @@
 """Triton kernels of the shared-buffer dense block, and their launchers: the steps that __init__.py has in plain torch.
 
-Every matrix has one row per pixel (M = N·H·W). x is a view of the block's buffer: C columns of a wider row. Products
-accumulate in float32, offsets along rows are int64. Scale and shift of a batch norm are formed where they are used, and
-weights are read as the optimiser keeps them: nothing is prepared by launches of its own.
+What the launchers take and return stands there. Every matrix has one row per pixel (M = N·H·W). x is a view of the
+block's buffer: C columns of a wider row. Products accumulate in float32, offsets along rows are int64. Scale and shift
+of a batch norm are formed where they are used, and weights are read as the optimiser keeps them: nothing is prepared by
+launches of its own.
 
 A program takes a span of rows. One that sums over rows writes a partial sum, and a second, small launch adds those in a
 fixed order and finishes what depends on them: no atomics, so that runs repeat bit for bit. In training, a layer with a
@@ -167,10 +168,6 @@ def bn_relu_conv1x1_kernel(
 
 
 def bn_relu_conv1x1(x, norm, weight, shape, out, statistics):
-    """x (M, C), weight (J, C, 1, 1): writes out (M, J) and, if asked to, mean and variance of its columns (2, J).
-
-    ``shape``: (N, C, H, W) of the images, as for every step.
-    """
     (m, c), j = x.shape, len(weight)
     tiles, bj = fitting("bn_relu_conv1x1", out, shape), min(128, power_of_2(j))
     tiles["num_warps"] *= 1 if bj <= 64 else 2
@@ -245,12 +242,8 @@ def in_image(rows, y, x, M, H: tl.constexpr, W: tl.constexpr):
 
 
 def bn_relu_conv3x3(x, norm, weight, shape, out, statistics):
-    """x (M, J), weight (K, J, 3, 3): writes out (M, K) and, if asked to, its columns' mean and variance (2, K).
-
-    relu(x·s + t) is written down on the way, since each pixel of it is read nine times.
-    """
     (m, j), k = x.shape, len(weight)
-    a, tiles = x.new_empty(m, j), fitting("bn_relu", x, shape)
+    a, tiles = x.new_empty(m, j), fitting("bn_relu", x, shape)  # written down, since each pixel is read nine times
     bn_relu_kernel[(triton.cdiv(m, tiles["BM"]), triton.cdiv(j, tiles["BJ"]))](
         x, x.stride(0), *norm[:5], a, m, j, **tiles, V=vector(j, x.stride(0))
     )
@@ -378,10 +371,6 @@ def conv3x3_weight_kernel(
 
 
 def conv3x3_backward(new, x, norm, weight, shape):
-    """The Buffer of K columns, x (M, J) → dR (M, J), and the gradients of γ, β (J,) and of the weight (K, J, 3, 3).
-
-    Inverse of bn_relu_conv3x3.
-    """
     (m, j), k = x.shape, len(weight)
     kp, tiles = triton.cdiv(k, 16) * 16, fitting("complete", x, shape)  # tl.dot needs 16
     g = x.new_empty(m, kp)
@@ -455,10 +444,6 @@ def conv1x1_backward_kernel(
 
 
 def conv1x1_backward(d_relu, h, norm2, d_weight2, d_bias2, read, norm, weight, shape):
-    """dR2 and h (M, J) with their norm and its gradients (J,): adds to the gradient in the Buffer of C columns.
-
-    Returns the gradients of γ and β (C,) and of the weight (J, C, 1, 1). Inverse of bn_relu_conv1x1.
-    """
     x, d = read.x, read.d
     (m, c), j = x.shape, len(weight)
     bj = power_of_2(j)  # all outputs are in one tile
