@@ -52,7 +52,7 @@ def test_it_evaluates_and_plots_without_being_resumed(capsys):
 
 
 def test_a_flag_that_it_did_not_know_is_off(capsys):
-    args, _ = arguments.parse_args(RESUME)
+    args, *_ = arguments.parse_args(RESUME)
     assert (args.shift, args.milestones, args.patience, args.epochs, args.limit_train) == (4, None, 0, 4, 200)
     assert status_of(train.main, [*RESUME, "--shift", "3"]) == 2
     assert "the run in run was started with --shift 4, not 3" in capsys.readouterr().err
