@@ -99,9 +99,8 @@ class GraphedStep(Step):
 
     The steps before the capture are steps of the training. A graph reads and writes at fixed addresses: the batch and
     the learning rate are copied there, and weights, momentum and statistics stay where they are. There is one for the
-    gradients and one for the update; between them, ranks exchange what no graph holds.
-
-    Where a replay does not compute what an eager step does, ``refused`` says why, and all steps are eager.
+    gradients and one for the update; between them, ranks exchange what no graph holds. Where a replay does not compute
+    what an eager step does, ``refused`` says why, and all steps are eager.
     """
 
     def __init__(self, model, optimizer, amp, ranks=1, scaled=False, recipe=PAPER):
@@ -149,8 +148,8 @@ class GraphedStep(Step):
         again from half the weights, at a tenth of the learning rate. A second eager step shows how far rounding goes,
         which --deterministic excludes. Both need memory beside the graphs', as the odd last batch of an epoch will.
         """
-        start, scaler = [tensor.clone() for tensor in self.state()], self.scaler.state_dict()
-        state, eager = start, (functools.partial(self.add_gradients, *self.static), self.update)
+        state = start = [tensor.clone() for tensor in self.state()]
+        scaler, eager = self.scaler.state_dict(), (functools.partial(self.add_gradients, *self.static), self.update)
         bound = 0 if torch.are_deterministic_algorithms_enabled() else DIFFERENCE
         try:
             replays = [self.beside(self.capture, half) for half in eager]

@@ -111,8 +111,7 @@ def seconds(function, device):
 @contextlib.contextmanager
 def attempt(answer, what, device):
     """Print the answer so far, then refuse ``what`` if it fails. Raises what has left a GPU unusable."""
-    answer["at"] = what
-    print(json.dumps(answer), flush=True)
+    print(json.dumps(answer | {"at": what}), flush=True)
     try:
         yield
     except Exception as error:  # of any kind: compilers of kernels raise what they like
@@ -152,7 +151,7 @@ def try_blocks(job):
                 answer["seconds"][block] += [taken] if turn else []
             if reason := steps[block].func.refused:
                 answer["refused"][f"{block} as a CUDA graph"], answer["lasting"] = reason, False
-    return answer | {"at": None}
+    return answer
 
 
 def limit_memory():
