@@ -32,7 +32,7 @@ def load_folder(root, reader, test_size=0, manifest=None):
     if len(classes) < 2:
         raise Mistake(f"a classifier needs at least two class folders, and {train} has {', '.join(classes) or 'none'}")
     if empty := [name for name in classes if not found["train"][name]]:
-        raise Mistake(f"{train / empty[0]} holds no image that can be read: {convert(passed)}fill it or delete it")
+        raise Mistake(f"{train / empty[0]} holds no image that can be read{convert(passed)}fill it or delete it")
     notes += passed_over(passed)
     files = {split: interleave(folders[split], found[split], classes, reader) for split in folders}
     if not reader.streams:
@@ -132,7 +132,7 @@ def find_images(paths, passed):
     for path in paths:
         images = images_below(path, passed) if os.path.isdir(path) else [path]
         if not images:
-            raise Mistake(f"{path} holds no image: {convert(passed)}name a folder that has some")
+            raise Mistake(f"{path} holds no image{convert(passed)}name a folder that has some")
         found += images
     return found
 
@@ -187,8 +187,8 @@ def passed_over(passed):
 
 
 def convert(passed):
-    """The beginning of advice about a folder without images, if ``passed`` counts others."""
-    return f"convert what was {passed_over(passed)[0]}; or " if passed else ""
+    """The beginning of advice about a folder without images; ``passed`` counts its other files."""
+    return f" ({passed_over(passed)[0]}): convert or rename them, " if passed else ": "
 
 
 def interleave(folder, found, classes, reader):

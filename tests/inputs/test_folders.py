@@ -123,7 +123,7 @@ def renamed(folder, suffix):
         (lambda root: [(root / a).rename(root / b) for a, b in (("train", "Training"), ("test", "t"))], "train is missing: .* alone"),
         (lambda root: (root / "test/dog").rename(root / "test/wolf"), "/test has class folders that the training images have not: wolf"),
         (lambda root: (root / "train/eel").mkdir(), "eel holds no image that can be read: fill it or delete it"),
-        (lambda root: renamed(root / "train/cat", ".dcm"), "cat holds no image.*: convert what was passed over 3 files: .dcm 3; or fill it"),
+        (lambda root: renamed(root / "train/cat", ".dcm"), "cat holds no image that can be read .passed over 3 files: .dcm 3.: convert or rename them, fill it or delete it"),
         (lambda root: shutil.rmtree(root / "train/dog"), "needs at least two class folders, and .*train has cat"),
         (lambda root: renamed(root / "test", ".x"), "no test image in a class folder can be read"),
     ],
