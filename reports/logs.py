@@ -27,7 +27,7 @@ DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "svhn": "SVHN"}
 # its name, not by where it lives.
 NOT_COMPARED = {
     *("seed", "data", "workers", "block", "device", "precision", "compile", "cuda_graph", "deterministic"),
-    *("save", "resume", "overwrite", "log_every", "plot", "progress"),
+    *("save", "resume", "overwrite", "log_every", "keep_every", "tensorboard", "plot", "progress"),
     "recipe",  # a name for other arguments
 }
 # The arguments of DenseNet in the paper, and what goes without saying.
