@@ -24,17 +24,12 @@ from training.step import Step
 LR = 0.1
 
 
-def fit(model, batches, lr, amp):
-    """Train on an iterator of batches through train.train_epoch; returns its (steps, 3) log: loss, wrong, images."""
-    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=1e-4)
-    with tqdm(disable=True) as bar:
-        return train.train_epoch(Step(model, optimizer, amp), batches, lambda i: lr, bar)
-
-
 def overfit(name, model, batch, args, amp):
     """The row of a network that sees one batch again and again, and the failures."""
+    optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    step, batches = Step(model, optimizer, amp), itertools.repeat(batch, args.steps)
     try:
-        log = fit(model, itertools.repeat(batch, args.steps), LR, amp)
+        log = train.train_epoch(step, batches, lambda i: LR, tqdm(disable=True))
     except NotFinite as error:
         return [name, *[f"not finite in step {error.step}", "", "", "", ""]], [f"{name}: the loss is not finite"]
     loss, error = log[:, 0] / log[:, 2], 100 * log[-1, 1] / log[-1, 2]
