@@ -176,7 +176,6 @@ CASES = [
     dict(opt="adam"),
     dict(opt="adam", weight_decay=0.02, schedule="step"),
     # RMSprop's first step is 10·lr·sign(g): a small lr, since rounding decides the sign of the smallest gradients.
-    dict(opt="rmsprop", lr=1e-4),
     dict(opt="rmsprop", lr=1e-4, weight_decay=0.1),
     CONSTANT | dict(label_smoothing=0.1),
     CONSTANT | dict(mixup=0.5),
@@ -189,7 +188,6 @@ CASES = [
     dict(opt="adamw", decay="weights", weight_decay=0.1, head_lr=0.003),
     CONSTANT | dict(accumulate=2),
     CONSTANT | dict(clip_grad=0.5),
-    CONSTANT | dict(class_weights="balanced"),
 ]
 
 
