@@ -2,18 +2,14 @@
 
 import copy
 import importlib
-import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, status_of
+from conftest import TINY, status_of
 
 import train
 from common.checkpoints import read_checkpoint
-from common.console import Mistake
-from inference import export
 from training.arguments import parse_again
 
 DELETED = object()
@@ -170,15 +166,3 @@ def test_keys_of_an_older_release_are_no_damage(trained):
     found, new = read_checkpoint("old.pth"), trained[1]["sgd"]
     assert parse_again(found, "old.pth").items() <= new["config"]["arguments"].items() | {("save", None), ("progress", False)}
     assert found["model"].keys() == new["model"].keys() and found["measured"] == new["normalize"]
-
-
-def test_an_exported_network_is_checked_alike():
-    safetensors = pytest.importorskip("safetensors.torch")
-    checkpoint = read_checkpoint(ROOT / "work/digits.bc16/weights.pth")
-    weights = {name: value.contiguous() for name, value in checkpoint["model"].items()}
-    metadata = export.describe(checkpoint)
-    Path("weights.safetensors").write_bytes(safetensors.save(weights, metadata))
-    export.read_network("weights.safetensors")
-    Path("weights.safetensors").write_bytes(safetensors.save(weights, metadata | {"classes": json.dumps(["0", "1"])}))
-    with pytest.raises(Mistake, match="is not a checkpoint of train"):
-        export.read_network("weights.safetensors")
