@@ -22,10 +22,7 @@ from training.arguments import parse_args
 JOB = {"candidate": "fused", "depth": 10, "precision": "fp32", "kernels": None}
 
 
-COMPILED = [pytest.param(name, marks=pytest.mark.slow) for name in candidates.NAMES if name.endswith("-compiled")]
-
-
-@pytest.mark.parametrize("name", [*(name for name in candidates.NAMES if not name.endswith("-compiled")), *COMPILED])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if "compiled" in name else []) for name in candidates.NAMES])
 def test_every_candidate_computes_the_same_function(name):
     checked = candidates.check(JOB | {"candidate": name}, choose_device("cpu"))
     assert max(checked["float64"].values()) < 1e-8
@@ -37,6 +34,7 @@ def test_a_rival_computes_on_its_gpu(monkeypatch):
     device, done = torch.device("cuda", 1), []
     monkeypatch.setattr(candidates, "choose_device", lambda name: device)
     monkeypatch.setattr(candidates, "set_up_device", done.append)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # as it is afterwards
     monkeypatch.setattr(candidates, "check", lambda job, at: done.append(at) or {})
     assert candidates.serve(JOB | {"candidate": "bamos", "device": "cuda:1", "task": "check"}) == 0
     assert done == [device, device]
