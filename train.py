@@ -355,7 +355,7 @@ def train_epochs(args, checkpoint, run, model, step, batches, state):
     first_epoch, main_process = checkpoint["epoch"] + 1, distributed.rank() == 0
     with Figures(run.path, args.plot and main_process) as figures:
         for epoch in range(first_epoch, args.epochs + 1):
-            if distributed.on_rank_0(lambda: run.stopped_early):
+            if distributed.all_reduce(torch.tensor(float(run.stopped_early))):  # rank 0 knows; others have False
                 break
             begin, refused = time.monotonic(), step.refused
             rows = train_and_test(args, epoch, model, step, batches)
