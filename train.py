@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from common.checkpoints import FIRST_MANIFEST, load_weights
+from common.config import stages
 from common.console import Mistake, command, counted, one_line
 from common.hardware import busy_note, choose_device, choose_precision, peak_memory_mib, set_up_device
 from densenet import DenseNet
@@ -220,7 +221,7 @@ def train_and_test(args, epoch, model, step, batches):
         return learning_rate(args, epoch, i / len(batches["train"]))
 
     # cuDNN's trials in the first epoch need more memory than any step after them. A CUDA graph allocates only there.
-    if device.type == "cuda" and not isinstance(step, GraphedStep):
+    if device.type == "cuda" and step.graphs is None:
         torch.cuda.reset_peak_memory_stats(device)
     start = time.monotonic()
     step.skipped.zero_()
@@ -361,6 +362,7 @@ def train_epochs(args, checkpoint, run, model, step, batches, state):
             rows = train_and_test(args, epoch, model, step, batches)
             if step.refused and not refused:
                 print(f"no CUDA graph ({step.refused}): this run goes on with eager steps", flush=True)
+                stages(checkpoint["config"])[-1]["no_cuda_graph"] = step.refused
             if main_process:
                 seconds = time.monotonic() - begin
                 checkpoint["seconds"] += seconds

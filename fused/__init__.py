@@ -37,8 +37,10 @@ from fused import passes
 
 try:
     from fused import loops
-except (ImportError, RuntimeError):  # without Numba, or without a place where Numba may keep what it compiles
-    loops = None
+
+    NO_LOOPS = None
+except (ImportError, RuntimeError) as error:  # without Numba, or without a place where Numba may keep what it compiles
+    loops, NO_LOOPS = None, str(error).partition("\n")[0]
 
 
 @torch.compiler.disable  # the graph breaks here: the compiler has nothing to fuse across this node

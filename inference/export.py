@@ -83,7 +83,7 @@ def require(*packages):
 
 
 def describe(checkpoint):
-    """Everything but the weights, as JSON by name, and "images": what the network takes. Neither commands nor files."""
+    """All but the weights, as JSON by name, and "images": what the network takes. Neither commands nor test files."""
     first, *resumed = ({**stage, "command": None} for stage in stages(checkpoint["config"]))
     own = {"images": reading(checkpoint), "config": first | {"resumed": resumed}}
     if checkpoint["manifest"]:

@@ -60,7 +60,8 @@ def load_split(checkpoint, split="test", directory=None, reader=None):
     trained, reader = checkpoint["config"]["arguments"], reader or reader_of(checkpoint)
     root, manifest = directory or trained["data"], checkpoint["manifest"]
     try:
-        if split == "test" and (manifest["test_files"] if trained["test_size"] else True):  # not in exported files
+        # Exported files do not name the test files: they are then set apart once more.
+        if split == "test" and (manifest is None or manifest["test_files"] or "test" in manifest["folders"]):
             images, notes = datasets.load_test(trained["dataset"], root, reader, checkpoint["classes"], manifest)
             return images.select(slice(trained["limit_test"])), notes
         dataset = datasets.load_run(trained, root, reader, manifest)

@@ -125,8 +125,11 @@ def make_loader(dataset, workers, **options):
 
 
 def set_up_worker(worker):
-    # Ctrl-C reaches every process of a terminal; the parent then ends its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C and a closed terminal reach every process there, a scheduler's warning every one of a job; the parent then
+    # ends its workers.
+    for name in ("SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+        if hasattr(signal, name):  # Windows has the first alone
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     # A tensor would go to the parent through /dev/shm, of which containers have 64 MB; an array goes through a pipe.
     ForkingPickler.register(torch.Tensor, lambda tensor: (torch.from_numpy, (tensor.numpy(),)))

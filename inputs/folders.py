@@ -16,6 +16,7 @@ from inputs.image import STREAM_FROM, Unreadable, formats, patient
 from inputs.splits import KINDS, NORMALIZE, Dataset, channel_statistics, check_memory, fingerprint, stratified
 from inputs.streaming import ImageFiles
 
+FIFTH = 0.2  # of the images of class folders alone is set apart for testing, unless --test-size says otherwise
 LIKE_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 OF_SYSTEMS = {  # lower case: bins, thumbnails and snapshots of macOS, Windows, Linux and network storage
     *("__macosx", "$recycle.bin", "recycler", "system volume information", "lost+found"),
@@ -84,12 +85,13 @@ def find_splits(root, test_size, manifest):
     fifth for class folders alone. The folders of a manifest stay.
     """
     if manifest:
-        return {split: existing(root / name) for split, name in manifest["folders"].items()}, test_size, []
+        folders = {split: existing(root / name) for split, name in manifest["folders"].items()}
+        return folders, test_size or (0 if "test" in folders else FIFTH), []
     train, val, test = (root / name for name in ("train", "val", "test"))
     below = [path.name for path in root.glob("[!.]*") if path.is_dir()]
     if not test_size and len(below) > 1 and not any(name.lower() in LIKE_SPLITS for name in below):
         note = f"{root} has class folders alone: a fifth of each is set apart for testing (see --test-size)"
-        return {"train": root}, 0.2, [note]
+        return {"train": root}, FIFTH, [note]
     if test_size and not (train.is_dir() and any(path.is_dir() for path in train.iterdir())):  # a class may be a train
         return {"train": existing(root)}, test_size, []
     if test_size and test.is_dir():
@@ -157,7 +159,7 @@ def listed(folder, passed):
     """Yield (name, kind) of what a folder holds; ``passed`` is told what systems keep beside a user's files."""
     for name, kind in entries_of(folder):
         if kind == "folder" and name.lower() in OF_SYSTEMS:
-            passed.update([name] * sum(len(files) for *_, files in os.walk(os.path.join(folder, name))))
+            passed[name] += 1  # as one: a snapshot holds a copy of all that there is
         else:
             yield name, kind
 

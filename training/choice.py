@@ -74,6 +74,8 @@ def choose_block(args, checkpoint, dataset, model, device, precision):
     if not computes_the_same(block):
         block = "naive"
     notes = [f"block {x} does not compute this network ({why}): this run takes {block}" for x, why in refused.items()]
+    if fused.NO_LOOPS and device.type == "cpu" and args.block in ("auto", "fused"):
+        notes.append(f"block fused runs in plain torch, more slowly: Numba cannot be used ({fused.NO_LOOPS})")
     entries = {"block": block, "cuda_graph": graph} | ({"refused": refused} if refused else {})
     return entries, [*notes, *filter(None, [note])]
 

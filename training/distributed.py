@@ -165,7 +165,10 @@ def on_every_rank(function, *args):
 
 def on_rank_0(function, *args):
     """Call a function on rank 0 alone and return its result on every rank."""
-    return all_gather(on_every_rank(lambda: function(*args) if rank() == 0 else None))[0]
+    answer = [on_every_rank(lambda: function(*args) if rank() == 0 else None)]
+    if world_size() > 1:
+        dist.broadcast_object_list(answer, group=waiting)
+    return answer[0]
 
 
 def local_rank_0_first(function, *args):

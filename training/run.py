@@ -60,7 +60,7 @@ class Run:
         if resume and not self.can_go_on():
             found = "only weights.pth" if (self.path / "weights.pth").exists() else "no latest.pth"
             raise Mistake(f"{self.path} has {found} to resume: leave out --resume, or name the run with --save")
-        existing = [name for name in FILES if (self.path / name).exists()]
+        existing = [path.name for name in FILES for path in self.path.glob(name)]
         if existing and not self._is_ours():
             raise Mistake(f"{self.path} holds files of another program ({existing[0]}): choose another --save")
         if existing and not (resume or overwrite):

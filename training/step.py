@@ -37,7 +37,7 @@ class Step:
     the device. ``skipped``, there, counts those. ``recipe`` says what is done beyond the paper's.
     """
 
-    refused = None  # why steps are not replayed, where they were to be
+    refused = graphs = None  # why steps are not replayed, where they were to be; what is replayed
 
     def __init__(self, model, optimizer, amp, ranks=1, scaled=False, recipe=PAPER):
         self.model, self.optimizer, self.amp, self.ranks, self.recipe = model, optimizer, amp, ranks, recipe
@@ -179,7 +179,8 @@ class GraphedStep(Step):
             self.beside(update)
         changes, weights = torch._foreach_sub(self.state(), start), len(list(self.model.parameters()))
         kinds = {"losses": [result], "gradients": gradients or self.gradients(), "weights": changes[:weights]}
-        kinds["statistics or momentum"] = changes[weights:]
+        kinds["statistics or momentum"] = [x for x in changes[weights:] if x.dim()] or [result.new_empty(0)]
+        kinds["counts or rates"] = [x for x in changes[weights:] if not x.dim()]  # which would hide the others
         return {kind: torch.cat([x.flatten() for x in xs]).nan_to_num(0, 0, 0) for kind, xs in kinds.items()}
 
     def gradients(self):

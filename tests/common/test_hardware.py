@@ -82,12 +82,15 @@ def test_a_compiler_that_is_missing_is_named_in_a_line(monkeypatch):
         parse_args(["--compile", "--device", "cpu"])
 
 
-def test_the_block_where_none_is_measured(monkeypatch):
+def test_the_block_where_none_is_measured(monkeypatch, tiny, capsys):
     monkeypatch.setattr(fused, "loops", "Numba is here")
     assert default_block(CPU) == "fused"
     assert default_block(torch.device("cuda")) == default_block(torch.device("mps")) == "naive"
     monkeypatch.setattr(fused, "loops", None)
+    monkeypatch.setattr(fused, "NO_LOOPS", "it refuses this NumPy")
     assert default_block(CPU) == "naive"
+    assert tiny("--save", "run", "--epochs", "1") == 0
+    assert "block fused runs in plain torch, more slowly: Numba cannot be used (it refuses this NumPy)\n" in capsys.readouterr().out
 
 
 def test_a_gpu_without_a_number_is_set_up():

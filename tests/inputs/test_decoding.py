@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import time
 from pathlib import Path
 from unittest.mock import Mock
@@ -23,6 +24,13 @@ def decoded(monkeypatch):
     paths, real = [], Reader.read
     monkeypatch.setattr(Reader, "read", lambda reader, path, *args: paths.append(path) or real(reader, path, *args))
     return paths
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has one of them alone")
+def test_workers_leave_the_signals_of_terminals_and_schedulers_to_their_parent():
+    numbers = [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
+    workers = decoding.make_loader(numbers, 1, collate_fn=lambda number: os.kill(os.getpid(), number) or os.getpid())
+    assert os.getpid() not in list(workers)
 
 
 def test_the_cache_notices_every_change(tmp_path, monkeypatch, decoded):

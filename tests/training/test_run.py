@@ -28,6 +28,9 @@ def test_an_existing_run_is_never_touched(tiny, capsys):
     assert tiny("--save", "run") == 2
     assert "run holds a run (latest.pth): --resume continues it, --overwrite replaces it" in capsys.readouterr().err
     assert {p: p.read_bytes() for p in Path("run").iterdir()} == before
+    Path("kept").mkdir()
+    shutil.copy("run/latest.pth", "kept/epoch-0300.pth")
+    assert tiny("--save", "kept") == 2 and os.listdir("kept") == ["epoch-0300.pth"]
     assert tiny("--save", "run", "--overwrite", "--epochs", "2", "--seed", "2") == 0
     assert len(pd.read_csv("run/test.csv")) == 2
     assert Path("run/notes.txt").read_text() == "mine"
