@@ -58,7 +58,7 @@ def test_class_folders_are_searched_to_any_depth_and_nothing_is_passed_over_in_s
     classes, passed = listed(tmp_path)
     wanted = [str(tmp_path / name) for name in wanted]
     assert classes == {"cat": wanted[:3], "dog": wanted[3:], "none": []}
-    systems = {"__MACOSX": 1, "$RECYCLE.BIN": 1, "@eaDir": 1, "lost+found": 1}
+    systems = {"__MACOSX": 1, "$RECYCLE.BIN": 1, "@eaDir": 1, "lost+found": 1, "#recycle": 1}
     assert passed == {".heic": 2, ".txt": 1, "no suffix": 1, ".h5": 1, ".csv": 1} | systems
     touch(write_folder(tmp_path / "images"), "train/cat/photo.heic", "test/cat/photo.heic", "train/cat/notes.txt")
     assert load(tmp_path / "images").notes == ["passed over 3 files: .heic 2, .txt 1"]
