@@ -57,7 +57,9 @@ def clone(tmp_path):
     clone = shutil.copytree(ROOT, tmp_path / "clone", ignore=ignored)
     for run in ("digits.bc16", "cifar10-jpeg.bc40"):
         shutil.copytree(ROOT / "work" / run, clone / "work" / run)
-    photos = shutil.copytree(write_folder(clone / "DIR") / "train/cat", clone / "photos")
+    for shade, path in enumerate(write_folder(clone / "DIR").rglob("*.png")):  # no two alike
+        Image.new("RGB", (40, 30), (0, 0, 20 * shade)).save(path)
+    photos = shutil.copytree(clone / "DIR/train/cat", clone / "photos")
     for name in ("cat.jpg", "dog.png"):
         Image.open(photos / "0.png").save(clone / name)
     (tmp_path / "python").write_text(SHORTENED)
