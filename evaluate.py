@@ -90,7 +90,7 @@ def classify_files(args, checkpoint, device, amp):
             if write:
                 write(path, predicted, answer)
             if top:
-                tqdm.write(one_line(f"{path}: {scores.likeliest(answer, classes, top)}"))
+                tqdm.write(one_line(f"{path}: {scores.most_probable(answer, classes, top)}"))
     if args.csv:
         most = ", ".join(f"{name} {count:,}" for name, count in counts.most_common(10)) or "no image"
         print(one_line(f"{args.csv}: predicted {most}; {counts.total():,} in all"))

@@ -42,20 +42,20 @@ def print_scores(matrix, classes, kind="test"):
         return "  ".join(map(str.rjust, texts, (7, 11, 8, 6)))
 
     width = max(map(len, (*classes, "macro average")))
-    print(f"\n{'class':{width}}  images  error %  precision %  recall %    F1 %  taken for")
+    print(f"\n{'class':{width}}  images  error %  precision %  recall %    F1 %  predicted as")
     for i, name in enumerate(classes):
         order = matrix[i].argsort(descending=True)[:4].tolist()
         confused = [f"{classes[j]} {int(matrix[i, j])}" for j in order if j != i and matrix[i, j]][:3]
         print(f"{name:{width}}  {int(matrix[i].sum()):6}  {cells(rows[:, i])}  {', '.join(confused)}".rstrip())
     print(f"{'macro average':{width}}  {int(matrix.sum()):6}  {cells(rows.nanmean(1))}")
     if len(classes) <= 20:
-        print("\nconfusion matrix (row: class, column: taken for)")
+        print("\nconfusion matrix (row: class, column: predicted class)")
         for name, row in zip(classes, matrix.tolist(), strict=True):
             print(f"{name:{width}}", *(f"{value:5}" for value in row))
 
 
-def likeliest(probabilities, classes, count):
-    """The ``count`` likeliest classes in words, of the probabilities (classes,) of an image."""
+def most_probable(probabilities, classes, count):
+    """The ``count`` most probable classes in words, of the probabilities (classes,) of an image."""
     best = probabilities.argsort(descending=True)[:count].tolist()
     return ", ".join(f"{classes[i]} {100 * probabilities[i]:.1f} %" for i in best)
 
@@ -90,13 +90,13 @@ def csv_table(path, column, classes, labelled=False):
 
 
 def draw_mistakes(path, images, captions, title):
-    """Draw ImageTensors or streamed images, each with its caption: (true class, class taken for, probability)."""
+    """Draw ImageTensors or streamed images, each with its caption: (true class, predicted class, probability)."""
     from reports.curves import Figure, drawable, save
 
     columns = min(PER_ROW, len(images))
     rows = -(-len(images) // columns)
     figure = Figure(figsize=(max(1.4 * columns, 6), 2 * rows + 0.6), layout="constrained")
-    figure.suptitle(drawable(f"{title}\ntrue class → class taken for, and its probability"), fontsize=10)
+    figure.suptitle(drawable(f"{title}\ntrue class → predicted class, and its probability"), fontsize=10)
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.axis("off")
     drawn = zip(figure.axes, images.names, images.pixels.numpy(), captions, strict=False)  # of more axes than images
@@ -127,7 +127,7 @@ def draw_confusion(path, matrix, classes, title):
     red = axes.imshow(np.ma.array(share, mask=right | (counts == 0)), cmap="Reds", norm=PowerNorm(0.5, 0, most))
     for shade, label in ((blue, "right"), (red, "wrong")):
         figure.colorbar(shade, label=f"{label} (% of the class)", shrink=0.4, fraction=0.04, pad=0.02)
-    axes.set(xlabel="taken for", ylabel="class")
+    axes.set(xlabel="predicted class", ylabel="class")
     if size <= NAMED:
         names, fontsize = [drawable(shortened(name)) for name in classes], 9 if size <= NUMBERED else 6
         axes.set_xticks(range(size), names, rotation=90, fontsize=fontsize)
@@ -143,7 +143,7 @@ def shortened(name, length=20):
 
 
 def confusion_matrix(labels, predicted, count):
-    """(count, count) int64: images of class row that were taken for class column."""
+    """(count, count) int64: images of class row predicted as class column."""
     return torch.bincount(labels * count + predicted, minlength=count * count).view(count, count)
 
 

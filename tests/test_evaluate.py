@@ -249,8 +249,8 @@ def test_top_5_of_many_classes(tmp_path, capsys):
     write_checkpoint(write_folder(tmp_path / "images", classes=classes), classes=classes)
     out = evaluated(capsys, "run.pth", "--csv", "test.csv").out
     table = pd.read_csv("test.csv", dtype={"true": str})
-    likeliest = table[classes].apply(lambda row: row.nlargest(5).index.tolist(), axis=1)
-    wrong = [true not in five for true, five in zip(table.true, likeliest, strict=True)]
+    five_best = table[classes].apply(lambda row: row.nlargest(5).index.tolist(), axis=1)
+    wrong = [true not in five for true, five in zip(table.true, five_best, strict=True)]
     assert 0 < sum(wrong) < 40 and f"\ntop-5 error {100 * sum(wrong) / 40:.2f} %\n" in out
 
 

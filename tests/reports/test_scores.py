@@ -47,14 +47,14 @@ def test_the_table_shows_scores_and_dashes_for_zero_by_zero(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "validation error 50.00 % (95 % interval 18.76 … 81.24 %), 3 of 6 images wrong; always the largest class: 33.33 %"
     assert lines[2:7] == [
-        "class          images  error %  precision %  recall %    F1 %  taken for",
+        "class          images  error %  precision %  recall %    F1 %  predicted as",
         "cat                 4    25.00        60.00     75.00   66.67  dog 1",
         "dog                 0        –         0.00         –    0.00",
         "cow                 2   100.00            –      0.00    0.00  cat 2",
         "macro average       6    62.50        30.00     37.50   22.22",
     ]
     scores.print_scores(torch.tensor([[9, 2, 4, 1, 3], *[[0] * 5] * 4]), list("abcde"))
-    assert "  c 4, e 3, b 2\n" in capsys.readouterr().out  # the three that it is taken for most often
+    assert "  c 4, e 3, b 2\n" in capsys.readouterr().out  # the three that it is predicted as most often
 
 
 @pytest.mark.parametrize(("count", "named", "numbered"), [(10, True, True), (100, True, False), (300, False, False)])
