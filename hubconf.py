@@ -81,9 +81,10 @@ def run(name):
     """
     work = _ROOT / "work"
     runs = {path.parent.relative_to(work).as_posix(): path for path in sorted(work.glob("**/weights.pth"))}
-    path = runs.get(str(name), pathlib.Path(name, "weights.pth"))
+    path = (work / name if (work / name).is_dir() else pathlib.Path(name)) / "weights.pth"
     if not path.exists():
-        raise ValueError(f"{path} is missing: publish.py {name} writes it; work/ publishes {', '.join(runs)}")
+        advice = f"python publish.py {path.parent} writes it; work/ has those of {', '.join(runs)}"
+        raise ValueError(f"{path} is missing: {advice}")
     checkpoint = _module("common.checkpoints").read_checkpoint(path)
     model = _module("inference").load_model(checkpoint)
     model.classes = checkpoint["classes"]

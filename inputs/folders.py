@@ -239,7 +239,7 @@ def read_splits(root, files, classes, notes):
         if skipped := problems.get(split):
             counts = Counter(classes[label] for label in part.labels[list(skipped)])
             by_class = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
-            notes.append(f"skipped {len(skipped)} unreadable {KINDS[split]} images: {by_class}")
+            notes.append(f"skipped {counted(len(skipped), f'unreadable {KINDS[split]} image')}: {by_class}")
             kept = [i for i in range(len(part)) if i not in skipped]
             images[split] = part.select(torch.tensor(kept, dtype=torch.int64))
         if not len(images[split]):

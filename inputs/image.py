@@ -210,7 +210,8 @@ def opened(path):
         if getattr(error, "errno", None) and error.errno not in OF_FILES:
             error.filename = error.filename or str(path)
             raise
-        raise Unreadable(f"{path} is not a readable image ({type(error).__name__})") from error
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise Unreadable(f"{path} is not a readable image ({reason})") from error
 
 
 @functools.cache

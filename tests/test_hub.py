@@ -84,7 +84,7 @@ def test_every_published_run_and_one_s_own():
         assert all(torch.equal(weights[name], value) for name, value in checkpoint["model"].items())
     shutil.copytree(ROOT / "work/digits.bc16", "own")
     assert hub("run", "own").classes == hub("run", "digits.bc16").classes
-    with pytest.raises(ValueError, match=r"digits/weights.pth is missing: publish.py digits writes it; work/ publishes .*digits.bc16"):
+    with pytest.raises(ValueError, match=r"digits/weights.pth is missing: python publish.py digits writes it; work/ has those of .*digits.bc16"):
         hub("run", "digits")
 
 

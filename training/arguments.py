@@ -114,6 +114,8 @@ def read_saved(given):
     epochs = given.get("epochs", saved["epochs"])
     if epochs < checkpoint["epoch"]:
         raise Mistake(f"--epochs {epochs}: the run in {path} has finished {checkpoint['epoch']} already")
+    if epochs == checkpoint["epoch"] and given.get("lr", saved["lr"]) != saved["lr"]:
+        raise Mistake(f"--lr {given['lr']:g}: no epoch of the run in {path} is left to train: add a larger --epochs")
     if saved["head_lr"] and given.get("lr"):  # the same proportion; check_finetuning refuses 0
         saved["head_lr"] *= given["lr"] / saved["lr"]
     return checkpoint, saved | {"save": str(path), "resume": True, "overwrite": False, "progress": sys.stderr.isatty()}

@@ -128,7 +128,7 @@ def add_optimisation_flags(add):
     add("--schedule", choices=("step", "cosine", "constant"),
         help="step: ×0.1 in the epochs at 50 %% and 75 %%, not in the first (default: step; other optimisers constant)")
     add("--milestones", type=positive, nargs="+", metavar="EPOCHS",
-        help="step: drop after these many epochs, by --gamma (default: see --schedule)")
+        help="step: drop after so many epochs, by --gamma (default: see --schedule)")
     add("--gamma", type=between(0, 1), default=0.1, metavar="X", help="see --milestones")
     add("--seed", type=between(0, 2**32 - 1, int), default=1, metavar="N", help="of all that is random")
 

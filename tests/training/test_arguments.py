@@ -141,7 +141,8 @@ def test_what_else_fails_in_the_trial_is_not_blamed_on_small_images(capsys, monk
 
 def test_resume_keeps_the_arguments_and_refuses_others(tiny, capsys):
     assert tiny("--save", "run", "--weight-decay", "0.01", "--epochs", "2", "--head-lr", "0.2") == 0
-    assert "--head-lr is kept in proportion to --lr, which is 0" in refused(capsys, "--resume", "--save", "run", "--lr", "0")
+    assert "--head-lr is kept in proportion to --lr, which is 0" in refused(capsys, "--resume", "--save", "run", "--epochs", "3", "--lr", "0")
+    assert "--lr 0.5: no epoch of the run in run is left to train" in refused(capsys, "--resume", "--save", "run", "--lr", "0.5")
     assert train.main(["--resume", "--save", "run", "--epochs", "3", "--no-plot", "--no-progress"]) == 0
     config = json.loads(Path("run/config.json").read_text())
     assert config["arguments"]["weight_decay"] == 0.01
