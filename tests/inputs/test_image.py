@@ -283,7 +283,8 @@ def test_whatever_a_decoder_raises_makes_a_file_unreadable(tmp_path, monkeypatch
     """As Pillow's do for damaged AVIF, DDS, ICNS and TIFF files."""
     quadrants().save(tmp_path / "image.png")
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", Mock(side_effect=error))
-    with pytest.raises(Unreadable, match=rf"image.png is not a readable image \({type(error).__name__}\)$"):
+    reason = getattr(error, "strerror", None) or type(error).__name__
+    with pytest.raises(Unreadable, match=rf"image.png is not a readable image \({reason}\)$"):
         Reader().read(tmp_path / "image.png")
 
 
