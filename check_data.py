@@ -26,9 +26,8 @@ def inspect(reader, path):
 
     Of what is not read whole, or not in 8 bits, the digest is one of all bits: other pixels may look the same.
     """
-    losses = reader.losses(path)
     with opened(path) as image:
-        scale = reader.scale(image, path)
+        scale, losses = reader.scale(image, path), reader.lost(image, path)
         image.load()
         seen = np.asarray(image, np.float64) if scale else reader.in_8_bits(image, scale)
         content = Path(path).read_bytes() if losses else f"{image.size} {orientation(image)}".encode() + seen.tobytes()

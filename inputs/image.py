@@ -153,24 +153,28 @@ class Reader:
     def losses(self, path):
         """A list of words: what reading an image file loses or may get wrong. Raises as ``read``."""
         with opened(path) as image:
-            tags, found = getattr(image, "tag_v2", {}), []  # 277: samples per pixel, 262: 0 if 0 is white
-            bands = tags.get(277, 1)
-            if has_deep_colours(image):
-                found.append("colours of 16 bits, of which the upper 8 are read")
-            if bands > 4:
-                found.append(f"{bands} bands, of which the first three are read")
-            if bands >= 4 and image.mode == "RGBA" and self.alpha:
-                found.append("a fourth band that is taken as transparency: if it is none, add --no-alpha")
-            if tags.get(262) == 0 and image.mode.startswith("I"):
-                found.append("the file says that 0 is white, and it is read as black: convert it")
-            if scale := self.scale(image, path):
-                black, white = scale
-                low, high = np.nanmin(image), np.nanmax(image)
-                if low < black or high > white:
-                    found.append(f"values below {black:g} or above {white:g}, cut off: see --black and --white")
-                elif high < black + (white - black) / 8:
-                    found.append(f"only the darkest eighth of {black:g} … {white:g}: say with --white what is white")
-            return found
+            return self.lost(image, path)
+
+    def lost(self, image, name):
+        """The same of an image that Pillow has opened, and not yet decoded; ``name`` is for messages."""
+        tags, found = getattr(image, "tag_v2", {}), []  # 277: samples per pixel, 262: 0 if 0 is white
+        bands = tags.get(277, 1)
+        if has_deep_colours(image):
+            found.append("colours of 16 bits, of which the upper 8 are read")
+        if bands > 4:
+            found.append(f"{bands} bands, of which the first three are read")
+        if bands >= 4 and image.mode == "RGBA" and self.alpha:
+            found.append("a fourth band that is taken as transparency: if it is none, add --no-alpha")
+        if tags.get(262) == 0 and image.mode.startswith("I"):
+            found.append("the file says that 0 is white, and it is read as black: convert it")
+        if scale := self.scale(image, name):
+            black, white = scale
+            low, high = np.nanmin(image), np.nanmax(image)
+            if low < black or high > white:
+                found.append(f"values below {black:g} or above {white:g}, cut off: see --black and --white")
+            elif high < black + (white - black) / 8:
+                found.append(f"only the darkest eighth of {black:g} … {white:g}: say with --white what is white")
+        return found
 
 
 def add_reader_flags(add):
