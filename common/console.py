@@ -14,6 +14,10 @@ WRONG_NAME = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO, errno.EROFS)  # whic
 # How torch, CUDA's libraries, NumPy and the system say it, beside MemoryError.
 NO_MEMORY = ("out of memory", "allocate memory", "not enough memory", "alloc_failed")
 
+# By which a run is ended. Schedulers warn by one of the last two, as Slurm does by --signal; Windows has the first two.
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+
 
 class Mistake(Exception):
     """A user's mistake. The message is one line: what, where, what to do instead."""

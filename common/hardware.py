@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from common.console import Mistake
+from common.console import Mistake, counted
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Large tensors in pages of 2 MiB: passes over memory are faster. torch asks when it makes its first tensor.
@@ -112,8 +112,7 @@ def device_name(device):
     with contextlib.suppress(OSError):  # Linux alone has this file, and there platform.processor() is often empty
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    threads = torch.get_num_threads()
-    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{name}, {counted(torch.get_num_threads(), 'thread')}"
 
 
 def busy_note(device, seconds=0.2):

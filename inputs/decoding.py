@@ -16,7 +16,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from common.checkpoints import load_file
-from common.console import Mistake, forget_workers
+from common.console import SIGNALS, Mistake, forget_workers
 from common.files import written_whole
 from inputs.image import Unreadable, patient
 
@@ -127,9 +127,7 @@ def make_loader(dataset, workers, **options):
 def set_up_worker(worker):
     # Ctrl-C and a closed terminal reach every process there, a scheduler's warning every one of a job; the parent then
     # ends its workers.
-    for name in ("SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"):
-        if hasattr(signal, name):  # Windows has the first alone
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
     # A tensor would go to the parent through /dev/shm, of which containers have 64 MB; an array goes through a pipe.
     ForkingPickler.register(torch.Tensor, lambda tensor: (torch.from_numpy, (tensor.numpy(),)))

@@ -6,7 +6,7 @@ import signal
 import sys
 
 from common.checkpoints import Lost
-from common.console import Mistake, forget_workers, memory_problem, place_of
+from common.console import SIGNALS, Mistake, forget_workers, memory_problem, place_of
 from training import distributed
 
 
@@ -22,11 +22,6 @@ class Interrupted(BaseException):
 
     def __init__(self, number):
         self.number = number
-
-
-# Schedulers warn by one of the last two, as Slurm does by --signal. Windows has the first two alone.
-NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
-SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 
 
 @contextlib.contextmanager
