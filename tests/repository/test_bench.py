@@ -1,4 +1,4 @@
-"""The benchmark measures the right networks, refuses wrong ones, and compares recipes by seed."""
+"""The benchmark measures the right networks and refuses wrong ones."""
 
 import os
 import subprocess
@@ -6,18 +6,13 @@ import sys
 from pathlib import Path
 
 import candidates
-import numpy as np
 import pandas as pd
 import pytest
-import recipes
-import scipy.stats
 import speed
 import torch
 from conftest import ROOT, status_of
-from helpers import write_folder
 
 from common.hardware import choose_device
-from training.arguments import parse_args
 
 JOB = {"candidate": "fused", "depth": 10, "precision": "fp32", "kernels": None}
 
@@ -117,37 +112,3 @@ def test_mistakes_end_with_one_line_and_status_2(capsys, flags, words):
 def test_the_script_for_gpus_names_what_exists():
     result = subprocess.run(["bash", ROOT / "bench/gpu.sh", "plan"], capture_output=True, text=True, env=os.environ | {"PY": sys.executable})
     assert (result.returncode, result.stderr) == (0, "") and result.stdout.count("python bench/speed.py") >= 9
-
-
-def test_recipes_are_compared_by_seed(capsys):
-    errors = {"paper": (30, 32), "cutout": (29.5, 31), "ema": (28, 29)}
-    for name, values in errors.items():  # finished runs, which are not repeated
-        for seed, error in enumerate(values, 1):
-            run = Path(f"out/{name}.{seed}")
-            run.mkdir(parents=True)
-            (run / "train.csv").write_text("epoch,images_per_second\n1,100\n2,100\n")
-            (run / "valid.csv").write_text(f"epoch,error\n1,50\n2,{99 if name == 'ema' else error}\n")
-            if name == "ema":
-                (run / "valid-ema.csv").write_text(f"epoch,error\n1,50\n2,{error}\n")
-    assert recipes.main("--out out --epochs 2 --only cutout ema --seeds 1 2".split()) == 0
-    paper, cutout, ema = capsys.readouterr().out.splitlines()[2:]
-    assert paper == "| paper | – | 31.00 ± 1.41 | – | 100 |"
-    low, high = scipy.stats.ttest_1samp(np.array([-0.5, -1.0]), 0).confidence_interval(0.95)
-    assert cutout == f"| cutout | `--cutout 16` | 30.25 ± 1.06 | {f'-0.75 ({low:+.2f} … {high:+.2f})'.replace('-', '−')} | 100 |"
-    assert ema.startswith("| ema | `--ema 0.999` | 28.50 ± 0.71 | −2.50 (")  # of the averaged weights
-
-
-@pytest.mark.slow
-def test_recipes_are_trained_once(capfd):
-    write_folder(Path("images"), train=20)
-    flags = "--data images --out out --epochs 1 --only cutout --seeds 1 -- --image-size 8 --depth 10 --valid-size 4 --device cpu --cutout"
-    assert recipes.main([*flags.split(), "x"]) == 2
-    assert "out/paper.1 ended with status 2: the same command goes on" in capfd.readouterr().err
-    assert recipes.main([*flags.split(), "4"]) == 0 and "| cutout |" in capfd.readouterr().out
-    written = Path("out/cutout.1/latest.pth").stat().st_mtime_ns
-    assert recipes.main([*flags.split(), "4"]) == 0 and Path("out/cutout.1/latest.pth").stat().st_mtime_ns == written
-
-
-@pytest.mark.parametrize("name", recipes.RECIPES)
-def test_recipes_of_the_comparison_are_valid(name):
-    parse_args(["--epochs", "20", *recipes.RECIPES[name].split()])
