@@ -61,11 +61,12 @@ def make_parser(description=None):
         allow_abbrev=False,
     )
     add_data_flags(parser.add_argument_group("data").add_argument)
-    model = parser.add_argument_group("model").add_argument
+    model = parser.add_argument_group("network").add_argument
     add_network_flags(model, depth="100; digits 16")
     model("--block", choices=("auto", *BLOCKS), default="auto",
-        help="how dense blocks run; auto measures which is fastest here, if the run is long (default: %(default)s)")
-    add_optimisation_flags(parser.add_argument_group("optimisation").add_argument)
+        help="how dense blocks are computed, all with the same result; auto measures which is fastest on this machine, "
+        "if the run is long (default: %(default)s)")
+    add_optimisation_flags(parser.add_argument_group("training").add_argument)
     add_finetuning_flags(parser.add_argument_group("fine-tuning").add_argument)
     add_newer_flags(parser.add_argument_group("newer than the paper").add_argument)
     add_run_flags(parser.add_argument_group("run").add_argument)
@@ -76,25 +77,26 @@ def make_parser(description=None):
 
 
 def add_data_flags(add):
-    add("--dataset", choices=datasets.DATASETS, default="cifar10", help="digits needs no download")
+    add("--dataset", choices=datasets.DATASETS, default="cifar10", help="data set; digits needs no download")
     add("--data", type=nonempty, metavar="DIR", default="data",
-        help="where data sets live; folder: has train/<class>/* and test/<class>/*")
+        help="directory of the data sets; with --dataset folder: of train/<class>/* and test/<class>/*")
     add("--image-size", type=pixels, metavar="N",
         help="folder and digits: resize images to N×N pixels (default: 32; folder with ImageNet's networks 224); "
         f"a folder is streamed from disk, not held in memory, from {STREAM_FROM} on")
     add_reader_flags(add)
-    add("--augment", action=switch, help="random crops and mirror images (default: on; digits and svhn off)")
-    add("--flip", choices=FLIPS, default="horizontal", help="how --augment mirrors, half of the time")
-    add("--shift", type=natural, default=PAD, metavar="N", help="pixels by which --augment shifts at most")
+    add("--augment", action=switch,
+        help="shift and mirror training images at random (default: on; digits and svhn off)")
+    add("--flip", choices=FLIPS, default="horizontal", help="how --augment mirrors an image, with probability 1/2")
+    add("--shift", type=natural, default=PAD, metavar="N", help="--augment shifts an image by at most N pixels")
     add("--crop-fill", choices=("mean", "black"), default="mean",
-        help="beyond a shifted image: mean colour (paper) or raw zeros")
+        help="what fills the border of a shifted image: the mean colour, as in the paper, or black")
     add("--valid-size", type=amount, metavar="N",
-        help="training images to hold out for validation, or a share such as 0.1 (default: 0; svhn 6000)")
+        help="hold out N training images for validation, or a fraction such as 0.1 (default: 0; svhn 6000)")
     add("--test-size", type=amount, default=0, metavar="N",
-        help="folder without test images: set N images apart, or a share, the same for every seed "
-        "(default: 0.2 of class folders alone)")
-    add("--limit-train", type=positive, metavar="N", help="train on the first N images (default: all)")
-    add("--limit-test", type=positive, metavar="N", help="test and validate on the first N images (default: all)")
+        help="folder without test images: hold out N images for testing, or a fraction, the same for every seed "
+        "(default: 0.2 if there are only class folders)")
+    add("--limit-train", type=positive, metavar="N", help="train on the first N images only (default: all)")
+    add("--limit-test", type=positive, metavar="N", help="test and validate on the first N images only (default: all)")
 
 
 def add_network_flags(add, depth):
@@ -102,44 +104,46 @@ def add_network_flags(add, depth):
     add("--arch", choices=ARCHITECTURES, metavar="NAME",
         help=f"a network of the paper or its authors: {', '.join(ARCHITECTURES)} (default: see --depth)")
     add("--depth", type=between(1, 2000, int), metavar="L",
-        help=f"layers with weights: 6n + 4, or 3n + 4 without bottlenecks (default: {depth})")
+        help=f"number of layers with weights: 6n + 4, or 3n + 4 without bottlenecks (default: {depth})")
     add("--growth-rate", type=channels, default=12, metavar="K",
         help="channels that each layer adds (default: %(default)s)")
     add("--reduction", type=float, default=0.5, metavar="R",
-        help="share of the channels that a transition keeps (default: %(default)s)")
+        help="fraction of the channels that a transition keeps (default: %(default)s)")
     add("--bottleneck", action=switch, default=True,
-        help="1×1 convolutions before the 3×3 ones (default: on)")
+        help="put a 1×1 convolution before each 3×3 convolution (default: on)")
     add("--drop-rate", type=float, default=0.0, metavar="P",
-        help="dropout after every convolution but the first (default: %(default)s)")
+        help="probability of dropout, after every convolution but the first (default: %(default)s)")
     add("--init-channels", type=channels, metavar="N",
-        help="channels of the first convolution (default: 2K, or 16 without bottlenecks)")
+        help="output channels of the first convolution (default: 2K, or 16 without bottlenecks)")
 
 
 def add_optimisation_flags(add):
     add("--epochs", type=between(1, 10**6, int), metavar="N",
-        help="passes over the images (default: 300; digits 20, svhn 40)")
-    add("--batch-size", type=positive, default=64, metavar="N", help="images")
+        help="passes over the training images (default: 300; digits 20, svhn 40)")
+    add("--batch-size", type=positive, default=64, metavar="N", help="images per batch, of all processes together")
     add("--opt", choices=BY_OPTIMIZER, default="sgd", help="optimiser")
     add("--lr", type=rate, metavar="X", help="initial learning rate (default: 0.1; adam and adamw 0.001, rmsprop 0.01)")
-    add("--momentum", type=rate, default=0.9, metavar="X", help="sgd only")
-    add("--nesterov", action=switch, default=True, help="sgd only (default: on)")
+    add("--momentum", type=rate, default=0.9, metavar="X", help="momentum of sgd")
+    add("--nesterov", action=switch, default=True, help="make the momentum of sgd Nesterov's (default: on)")
     add("--weight-decay", type=rate, default=1e-4, metavar="X",
-        help="see --decay (default: %(default)s; adamw 0.01, apart from the gradient)")
+        help="weight decay; adamw applies it apart from the gradient (default: %(default)s; adamw 0.01)")
     add("--schedule", choices=("step", "cosine", "constant"),
-        help="step: ×0.1 in the epochs at 50 %% and 75 %%, not in the first (default: step; other optimisers constant)")
+        help="how the learning rate falls; step: ×0.1 at 50 %% and at 75 %% of the epochs, never in the first "
+        "(default: step; constant unless --opt is sgd)")
     add("--milestones", type=positive, nargs="+", metavar="EPOCHS",
-        help="step: drop after so many epochs, by --gamma (default: see --schedule)")
-    add("--gamma", type=between(0, 1), default=0.1, metavar="X", help="see --milestones")
-    add("--seed", type=between(0, 2**32 - 1, int), default=1, metavar="N", help="of all that is random")
+        help="with --schedule step: multiply the learning rate by --gamma after these epochs (default: see --schedule)")
+    add("--gamma", type=between(0, 1), default=0.1, metavar="X", help="factor at each of --milestones")
+    add("--seed", type=between(0, 2**32 - 1, int), default=1, metavar="N", help="seed of all random numbers")
 
 
 def add_finetuning_flags(add):
     add("--init-from", metavar="WHAT",
-        help="start from trained weights: a checkpoint, .safetensors or torchvision's state dict, or imagenet: "
-        "torchvision's published ones (default: none)")
+        help="start from trained weights: a checkpoint, a .safetensors file, a state dict of torchvision's, or "
+        "imagenet for the weights that torchvision publishes (default: none)")
     add("--freeze", action=Joined, nargs="+", metavar="PART",
         help="parts not to train: features, stem, blocks.0, … (default: none)")
-    add("--head-lr", type=positive_number, metavar="X", help="of the classifier, initially (default: as --lr)")
+    add("--head-lr", type=positive_number, metavar="X",
+        help="initial learning rate of the classifier (default: as --lr)")
 
 
 def as_flags(values):
@@ -150,40 +154,51 @@ def as_flags(values):
 def add_newer_flags(add):
     sets = "; ".join(f"{name}: {as_flags(values)}" for name, values in RECIPES.items())
     add("--recipe", choices=RECIPES, metavar="NAME",
-        help=f"stands for several flags, each of which can be given, too; {sets} (default: the paper's)")
+        help=f"several flags at once, which other flags override; {sets} (default: the paper's)")
     add("--label-smoothing", type=between(0, 0.999), default=0.0, metavar="E",
-        help="share of a label that all classes get")
-    add("--cutout", type=natural, default=0, metavar="N", help="side of a square that is hidden in each image")
+        help="spread the fraction E of each label over all classes")
+    add("--cutout", type=natural, default=0, metavar="N",
+        help="hide a random square of N×N pixels in each training image")
     add("--mixup", type=between(0, 1000), default=0.0, metavar="ALPHA",
-        help="mix images, in shares drawn from Beta(ALPHA, ALPHA)")
-    add("--warmup", type=rate, default=0.0, metavar="EPOCHS", help="let the learning rate rise from 1 %% meanwhile")
+        help="mix each training image with another, with weights from Beta(ALPHA, ALPHA)")
+    add("--warmup", type=rate, default=0.0, metavar="EPOCHS",
+        help="let the learning rate rise from 1 %% to all in the first EPOCHS epochs")
     add("--ema", type=between(0, 0.999999), default=0.0, metavar="DECAY",
-        help="average weights over 1 / (1 − DECAY) updates, and test these, too")
-    add("--decay", choices=("all", "weights"), default="all", help="what decays: batch norms and biases, too, or not")
-    add("--accumulate", type=positive, default=1, metavar="N", help="batches per update, each by itself for batch norm")
-    add("--clip-grad", type=rate, default=0.0, metavar="X", help="largest norm of the gradient")
-    add("--class-weights", choices=("balanced",), help="let all classes weigh the same")
+        help="also keep and test an average of the weights; DECAY is what it keeps of itself per update, such as 0.999")
+    add("--decay", choices=("all", "weights"), default="all",
+        help="what weight decay is for: all parameters, or weights only, without batch norms and biases")
+    add("--accumulate", type=positive, default=1, metavar="N",
+        help="batches per update; batch norm sees each of them by itself")
+    add("--clip-grad", type=rate, default=0.0, metavar="X", help="shorten gradients whose norm is above X")
+    add("--class-weights", choices=("balanced",),
+        help="weigh the loss so that every class counts the same, however many images it has")
 
 
 def add_run_flags(add):
-    add("--save", type=nonempty, metavar="DIR", help="the run directory (default: work/<dataset>.base)")
+    add("--save", type=nonempty, metavar="DIR",
+        help="run directory, for logs, checkpoints and figures (default: work/<dataset>.base)")
     add("--resume", nargs="?", const=True, default=False, choices=("if-any",), metavar="if-any",
-        help="continue the run in the run directory, with its arguments; if-any: or start one")
+        help="continue the run in the run directory, with its arguments; if-any: or start one if there is none")
     add("--overwrite", action="store_true", help="replace the run in the run directory (default: off)")
-    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps")
+    add("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:N or mps; auto is a GPU if there is one")
     add("--precision", choices=("auto", *PRECISIONS), default="auto",
-        help="auto is bf16 where the hardware has it, fp16 on GPUs without, else fp32")
-    add("--compile", action=switch, default=False, help="use torch.compile (default: off)")
+        help="number format; auto is bf16 if the hardware has it, fp16 on older GPUs with tensor cores, else fp32")
+    add("--compile", action=switch, default=False, help="compile the network by torch.compile (default: off)")
     add("--cuda-graph", action=switch, default=None,
-        help="replay training steps as CUDA graphs, if they do what eager steps do; without --compile "
-             "(default: on, on CUDA GPUs)")
-    add("--deterministic", action=switch, default=False, help="repeat bit for bit on a GPU, too (default: off)")
-    add("--log-every", type=natural, default=0, metavar="N", help="more train.csv rows, one per N iterations")
-    add("--keep-every", type=natural, default=0, metavar="N", help="keep every Nth checkpoint: epoch-0100.pth, …")
-    add("--patience", type=natural, default=0, metavar="N", help="end after N epochs without a lower validation error")
+        help="replay training steps as CUDA graphs, if they compute what eager steps do; not with --compile "
+        "(default: on, on CUDA GPUs)")
+    add("--deterministic", action=switch, default=False,
+        help="make runs on a GPU repeat bit for bit, as on a CPU (default: off)")
+    add("--log-every", type=natural, default=0, metavar="N", help="add a row to train.csv every N iterations, too")
+    add("--keep-every", type=natural, default=0, metavar="N",
+        help="keep the checkpoint of every Nth epoch: epoch-0100.pth, …")
+    add("--patience", type=natural, default=0, metavar="N",
+        help="stop after N epochs without a lower validation error")
     add("--tensorboard", action=switch, default=False, help="write the logs for TensorBoard, too (default: off)")
-    add("--plot", action=switch, default=True, help="draw figures, at most once a minute (default: on)")
-    add("--progress", action=switch, default=sys.stderr.isatty(), help="progress bars (default: on in a terminal)")
+    add("--plot", action=switch, default=True,
+        help="draw the figures of the run while it trains, at most once a minute (default: on)")
+    add("--progress", action=switch, default=sys.stderr.isatty(),
+        help="show progress bars (default: on in a terminal)")
 
 
 def modernize(argv):
