@@ -117,7 +117,7 @@ def make_batches(args, dataset, device):
     """Batches by split: "train", "valid" if images are held out, "test"."""
     common = {"normalize": dataset.normalize, "share": distributed.share()}
     training = {"batch_size": args.batch_size * args.accumulate, "crop_fill": args.crop_fill if args.augment else None}
-    training |= {"cutout": args.cutout, "mixup": args.mixup, "flip": args.flip, "shift": args.shift}
+    training |= {name: getattr(args, name) for name in ("cutout", "mixup", "flip", "shift", "policy")}
     # A GPU waits for launches with fewer images, and needs less memory than in training for as many. Running statistics
     # make the answers the same, but for rounding.
     size = args.batch_size * (4 if device.type == "cuda" else 1)

@@ -12,6 +12,7 @@ import torch
 
 PAD = 4  # pixels by which the augmentation shifts an image at most (section 4.2 of the paper)
 FLIPS = {"horizontal": (1,), "vertical": (0,), "both": (1, 0), "none": ()}  # axes of (rows, columns) that are mirrored
+POLICIES = {"trivial": "TrivialAugmentWide", "rand": "RandAugment", "auto": "AutoAugment"}  # of torchvision
 IGNORE_INDEX = -100  # the label that F.cross_entropy passes over
 
 
@@ -56,15 +57,16 @@ class Batches:
     normalisation, as in the paper's Lua code) or "black" (zero before it, as bamos and gpleiss do). ``share``, (rank,
     ranks), gives a rank every ranks-th image of each batch, so that all together see the batches of a single process.
     ``flip`` and ``shift`` say how images are mirrored, and by how many pixels they are shifted at most.
-    ``cutout``: pixels of the side of a square that is filled likewise; ``mixup``: α of Beta(α, α).
+    ``cutout``: pixels of the side of a square that is filled likewise; ``mixup``: α of Beta(α, α). ``policy``, of
+    POLICIES, is for streamed images.
     """
 
     def __init__(
         self, images, batch_size, normalize, crop_fill=None, share=(0, 1), cutout=0, mixup=0.0,
-        flip="horizontal", shift=PAD,
+        flip="horizontal", shift=PAD, policy=None,
     ):  # fmt: skip
         self.images, self.batch_size, self.crop_fill, self.share = images, batch_size, crop_fill, share
-        self.cutout, self.mixup, self.flip, self.shift = cutout, mixup, flip, shift
+        self.cutout, self.mixup, self.flip, self.shift, self.policy = cutout, mixup, flip, shift, policy
         self.normalized = normalizer(normalize, images.device)
         self.num_images = len(images)
 

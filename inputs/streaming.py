@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from common.console import forget_workers
-from inputs.batches import FLIPS, Batches, chosen, outside
+from inputs.batches import FLIPS, POLICIES, Batches, chosen, outside
 from inputs.decoding import attempt, make_loader, read_all, unreadable
 from inputs.image import Reader, Unreadable, random_box
 
@@ -47,19 +47,18 @@ class ImageFiles:
 class StreamedBatches(Batches):
     """Batches decoded from files by a DataLoader, whose workers live on.
 
-    Augmentation, on with any ``crop_fill``, and evaluation follow ImageNet practice: RandomResizedCrop and a flip;
-    resize to 8/7 and centre crop. With mixup, every image is decoded twice: once more as a partner.
+    Augmentation, on with any ``crop_fill``, and evaluation follow ImageNet practice: RandomResizedCrop, a flip and the
+    ``policy``, if any; resize to 8/7 and centre crop. With mixup, every image is decoded twice: once more as a partner.
     """
 
     def __init__(self, files, *args, **options):
         super().__init__(files, *args, **options)
         self.plan = []  # positions and seed of each batch of a pass
-        workers, pin = files.reader.workers, "cuda" in str(files.device)
-        self.loader = make_loader(
-            DecodedFiles(files, self.flip), workers, sampler=self.plan, persistent_workers=workers > 0, pin_memory=pin
-        )
+        decoded, workers = DecodedFiles(files, self.flip, self.policy), files.reader.workers
+        options = {"persistent_workers": workers > 0, "pin_memory": "cuda" in str(files.device)}
+        self.loader = make_loader(decoded, workers, sampler=self.plan, **options)
         if self.crop_fill:  # before there are workers, which would each take seconds to import it
-            import torchvision.transforms  # noqa: F401
+            import torchvision.transforms.v2  # noqa: F401
 
     def draw_crops(self, generator):  # DecodedFiles draws them
         return {}
@@ -86,10 +85,10 @@ class DecodedFiles(torch.utils.data.Dataset):
     With a seed, images are augmented: what is random for image i depends on (seed, i) alone, not on workers.
     """
 
-    def __init__(self, files, flip="horizontal"):
+    def __init__(self, files, flip="horizontal", policy=None):
         # One array of bytes: a million objects would be copied to every worker, one by one.
         self.paths = np.array([os.fsencode(path) for path in files.names])
-        self.labels, self.reader, self.flip = files.labels, files.reader, flip
+        self.labels, self.reader, self.flip, self.policy = files.labels, files.reader, flip, policy
 
     def __getitem__(self, batch):
         return attempt(self.decode, *batch)
@@ -105,4 +104,13 @@ class DecodedFiles(torch.utils.data.Dataset):
             # torch.manual_seed would seed the GPU, too, where the masks of dropout are drawn.
             torch.default_generator.manual_seed((seed * 1_000_003 + i) % 2**63)
             pixels = reader.read(path, cache(random_box))  # reading may be tried again, and is to draw no other box
-            return np.flip(pixels, [axis for axis in FLIPS[self.flip] if torch.rand(1) < 0.5])
+            pixels = np.flip(pixels, [axis for axis in FLIPS[self.flip] if torch.rand(1) < 0.5])
+            return by_policy(self.policy, pixels) if self.policy else pixels
+
+
+def by_policy(name, pixels):
+    """(S, S, C) uint8 as one of POLICIES changes them, which draws from torch's generator."""
+    from torchvision.transforms import v2
+
+    policy = getattr(v2, POLICIES[name])(interpolation=v2.InterpolationMode.BILINEAR)
+    return np.array(policy(v2.functional.to_pil_image(pixels))).reshape(pixels.shape)

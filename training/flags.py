@@ -12,7 +12,7 @@ from common.console import Mistake, Parser, amount, between, natural, nonempty, 
 from common.hardware import PRECISIONS, choose_device, choose_precision, compiler_problem
 from densenet import ARCHITECTURES, BLOCKS, DenseNet
 from inputs import datasets
-from inputs.batches import FLIPS, PAD
+from inputs.batches import FLIPS, PAD, POLICIES
 from inputs.image import STREAM_FROM, Reader, add_reader_flags
 from training import distributed
 from training.recipe import RECIPES
@@ -161,6 +161,9 @@ def add_newer_flags(add):
         help="hide a random square of N×N pixels in each training image")
     add("--mixup", type=between(0, 1000), default=0.0, metavar="ALPHA",
         help="mix each training image with another, with weights from Beta(ALPHA, ALPHA)")
+    add("--policy", choices=POLICIES,
+        help="streamed folder: change images by torchvision's TrivialAugmentWide, RandAugment or AutoAugment, "
+        "after --augment")
     add("--warmup", type=rate, default=0.0, metavar="EPOCHS",
         help="let the learning rate rise from 1 %% to all in the first EPOCHS epochs")
     add("--ema", type=between(0, 0.999999), default=0.0, metavar="DECAY",
@@ -282,9 +285,12 @@ def check_args(args):
             raise Mistake(f"--{name.replace('_', '-')} is for --dataset folder: leave it out")
     Reader.of_run(vars(args))  # raises Mistake
     streamed = args.dataset == "folder" and size >= STREAM_FROM
-    for name, usual in (("flip", "horizontal"), ("shift", PAD), ("crop_fill", "mean")):
-        if getattr(args, name) != usual and (not args.augment or (streamed and name != "flip")):
-            done = "shifted" if args.augment else "augmented"
+    shifted, changed = args.augment and not streamed, args.augment and streamed
+    for name, usual, is_done, done in (
+        ("flip", "horizontal", args.augment, "augmented"), ("policy", None, changed, "streamed and augmented"),
+        ("shift", PAD, shifted, "shifted"), ("crop_fill", "mean", shifted, "shifted"),
+    ):  # fmt: skip
+        if getattr(args, name) != usual and not is_done:
             raise Mistake(f"--{name.replace('_', '-')}: no image is {done} in this run: leave it out")
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise Mistake("--tensorboard needs a package that is not installed: pip install tensorboard")

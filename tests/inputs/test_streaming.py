@@ -8,12 +8,14 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from helpers import NORMALIZE, random_images, write_folder
-from PIL import Image
+from helpers import NORMALIZE, photo, random_images, write_folder
+from PIL import Image, ImageOps
 from test_decoding import damage
+from torchvision.transforms import v2
 
 import train
 from inputs import datasets, streaming
+from inputs.batches import POLICIES
 from inputs.image import Reader
 
 
@@ -46,14 +48,15 @@ def test_streamed_images_are_cut_out_and_mixed(tmp_path):
     assert all(torch.equal(batches((rank, 2), cutout=40, mixup=0.5)[0][0], mixed[rank::2]) for rank in (0, 1))
 
 
-def test_large_images_are_streamed_behind_the_same_interface(tmp_path):
+@pytest.mark.parametrize("policy", [None, "rand"])
+def test_large_images_are_streamed_behind_the_same_interface(tmp_path, policy):
     dataset = load(tmp_path, (300, 200))
-    batches = dataset.train.batches(4, dataset.normalize, "mean")
+    batches = dataset.train.batches(4, dataset.normalize, "mean", policy=policy)
     assert len(batches) == 2
     first = list(batches.shuffled(1))
     assert [x.shape for x, *_ in first] == [(4, 3, 128, 128), (2, 3, 128, 128)]
     # The same images and augmentation whatever the batch size and the number of workers, others for another seed.
-    other = datasets.load("folder", tmp_path, Reader(128, workers=2)).train.batches(6, dataset.normalize, "mean")
+    other = datasets.load("folder", tmp_path, Reader(128, workers=2)).train.batches(6, dataset.normalize, "mean", policy=policy)
     [(x, y, _)] = other.shuffled(1)
     assert torch.equal(x, torch.cat([x for x, *_ in first])) and torch.equal(y, torch.cat([y for _, y, _ in first]))
     assert not torch.equal(x, next(other.shuffled(2))[0])
@@ -113,3 +116,18 @@ def test_streamed_images_are_mirrored_half_of_the_time(tmp_path, flip, shares):
     assert [one.float().mean().item() for one in mirrored] == pytest.approx(shares, abs=0.15)
     [(x, _)] = batches.in_order()
     assert (x[:, 0, 64, 8] < x[:, 0, 64, -8]).all()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_policy_follows_crops_and_mirroring(tmp_path, monkeypatch, policy, channels):
+    photo(200, 150).save(tmp_path / "image.png")
+    files = streaming.ImageFiles([tmp_path / "image.png"] * 8, torch.zeros(8), Reader(128, channels=channels))
+
+    def pixels(policy):
+        return streaming.DecodedFiles(files, policy=policy).decode(range(8), seed=1)[0]
+
+    changed, plain = pixels(policy), pixels(None)
+    assert changed.shape == plain.shape and (changed != plain).any()
+    monkeypatch.setattr(v2, POLICIES[policy], lambda **options: ImageOps.invert)
+    assert torch.equal(pixels(policy), 255 - plain)
