@@ -6,8 +6,7 @@ Example: python plot.py work/digits.base
          python plot.py --mean work/sgd.1 work/sgd.2 work/sgd.3 --mean work/adam.1 work/adam.2 work/adam.3
          python plot.py work/digits.* --table markdown    (what differs, and what came out; draws nothing)
 
-Reads the logs of train.py, of bamos/densenet.pytorch (train.csv, test.csv without header) and of
-gpleiss/efficient_densenet_pytorch (results.csv).
+Reads the logs of train.py and of bamos/densenet.pytorch (train.csv, test.csv without header).
 """
 
 import sys

@@ -4,7 +4,6 @@ Without arguments: DenseNet-BC-100 (growth rate 12) on augmented CIFAR-10 by the
 """
 
 import contextlib
-import datetime
 import itertools
 import math
 import os
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 from common.checkpoints import FIRST_MANIFEST, load_weights
 from common.config import stages
-from common.console import Mistake, command, counted, one_line
+from common.console import Mistake, command, counted, duration, one_line
 from common.hardware import busy_note, choose_device, choose_precision, peak_memory_mib, set_up_device
 from densenet import DenseNet
 from inputs import datasets, splits
@@ -277,7 +276,7 @@ def print_epoch(args, rows, skipped, seconds):
     train = rows["train"][-1]
     parts = [f"epoch {train['epoch']:3}/{args.epochs}", f"loss {train['loss']:.4f}", f"error {train['error']:5.2f} %"]
     parts += [f"{name} {rows[name][0]['error']:5.2f} %" for name in rows if name != "train"]
-    left = datetime.timedelta(seconds=round(seconds * (args.epochs - train["epoch"])))
+    left = duration(seconds * (args.epochs - train["epoch"]))
     parts += [f"lr {train['lr']:.3g}", f"{train['images_per_second']:.0f} images/s", f"{left} left"]
     parts += [f"{skipped} updates skipped, their gradients too large for fp16"] if skipped else []
     print("  ".join(parts), flush=True)
@@ -289,7 +288,7 @@ def print_end(args, first_epoch, run, seconds):
     elif first_epoch > args.epochs:
         print(f"all is done, {counted(args.epochs, 'epoch')}; a larger --epochs goes further")
     final, best = run.rows["test"][-1], run.best("test")
-    took = datetime.timedelta(seconds=round(seconds))
+    took = duration(seconds)
     print(f"test error {final['error']:.2f} % after epoch {final['epoch']}, the last; all epochs took {took}")
     if "test-ema" in run.rows:
         print(f"test error {run.rows['test-ema'][-1]['error']:.2f} % of the averaged weights, after the same epoch")

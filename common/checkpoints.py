@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import pickle
+import textwrap
 import zipfile
 
 import torch
@@ -96,5 +97,6 @@ def load_weights(module, weights):
     except (LookupError, TypeError, AttributeError, RuntimeError) as error:
         if memory_problem(error):
             raise
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise Mistake(f"the checkpoint's weights do not fit its network ({reason})") from error
+        reason = textwrap.shorten(str(error).strip().splitlines()[-1], 100, placeholder=" …")
+        instead = "build the network of its config, as inference.load_model does"
+        raise Mistake(f"the checkpoint's weights do not fit its network ({reason}): {instead}") from error

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import datetime
 import errno
 import functools
 import os
@@ -147,6 +148,11 @@ def forget_workers():
 def counted(count, noun):
     """1 image, 2,000 images."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def duration(seconds):
+    """0:01:20."""
+    return str(datetime.timedelta(seconds=round(seconds)))
 
 
 def printable(text):

@@ -3,8 +3,8 @@
     from inference import classify, read_network
     checkpoint = read_network("work/digits.bc16/weights.onnx")  # for classify, like that of weights.pth
 
-Each file has what a checkpoint holds beside its weights in its metadata, as JSON by name: "classes", "config" with the
-architecture, and "images": size, colours, resizing, and mean and standard deviation of each channel, of 255.
+The metadata of each file hold, as JSON by name, what a checkpoint holds beside its weights, such as "classes" and
+"config" with the architecture; and "images": their size, colours, resizing, and each channel's mean and deviation.
 """
 
 import importlib.util
@@ -20,13 +20,13 @@ from common.console import Mistake, memory_problem
 from common.files import readable, written_whole
 from inference.network import load_model, reader_of
 
-SIZES = (1, 3, 64)  # of the batches that an exported network is checked with
+SIZES = (1, 3, 64)  # of the batches that check an exported network
 TOLERANCE = 1e-5  # of the largest logit, or of 1
 NEEDED = {"config", "normalize", "classes"}  # beside the weights
 
 
 class Exported(torch.nn.Module):
-    """A network that another program runs, on the CPU: images (N, C, S, S) → logits (N, classes), float32."""
+    """A network that another program runs on the CPU: images (N, C, S, S) → logits (N, classes), float32."""
 
     def __init__(self, run):
         super().__init__()
@@ -38,32 +38,30 @@ class Exported(torch.nn.Module):
 
 @torch.no_grad()
 def export(checkpoint, path, images):
-    """Write the network of a checkpoint to ``path``, whose suffix says how; kept if it then computes the same.
+    """Write the network of a checkpoint to ``path``, in the format of its suffix.
 
-    ``images`` (64, C, S, S), normalised, are what it is tried on. Returns the largest difference between logits.
+    Checks its logits for ``images`` (64, C, S, S), normalised. Returns their largest difference, as a fraction of the
+    largest logit, or of 1. Raises Mistake if that exceeds TOLERANCE.
     """
     write, read = FORMATS[path.suffix]
     content = write(checkpoint)
     networks = load_model(checkpoint), load_model(read(content))
-    expected, found = (torch.cat([network(images[:size]) for size in SIZES]) for network in networks)
-    difference, allowed = (found - expected).abs().max().item(), TOLERANCE * max(1.0, expected.abs().max().item())
-    if not difference <= allowed:
-        raise Mistake(f"{path} would compute something else: logits differ by {difference:.1e}, over {allowed:.1e}")
+    expected, exported = (torch.cat([network(images[:size]) for size in SIZES]) for network in networks)
+    difference = (exported - expected).abs().max().item() / max(1.0, expected.abs().max().item())
+    if not difference <= TOLERANCE:
+        raise Mistake(f"{path} would compute something else: logits differ by {difference:.1e} of the largest one")
     with written_whole(path) as file:
         file.write(content)
     return difference
 
 
 def read_network(path):
-    """The checkpoint in a .pth file or an exported one, for ``load_model``. Raises Mistake or, without one, OSError."""
+    """The checkpoint in a .pth file or an exported one, for ``load_model``. Raises Mistake, or OSError if missing."""
     return upgrade(read_weights(path), path)
 
 
 def read_weights(path):
-    """Read a file of weights, of any program; of an exported one, by the second functions of FORMATS.
-
-    Raises Mistake if it is damaged, OSError where an exported one cannot be read.
-    """
+    """What a file of weights by any program holds. Raises Mistake if it is damaged, OSError if an export is missing."""
     suffix = Path(path).suffix
     if suffix not in FORMATS:
         return load_file(path)
@@ -71,7 +69,7 @@ def read_weights(path):
         raise Mistake(f"{path} could run any code when it is loaded: name a .pth, .onnx or .safetensors file")
     try:
         return FORMATS[suffix][1](readable(path).read_bytes())
-    except Exception as error:  # each format has errors of its own
+    except Exception as error:  # each format raises others
         if isinstance(error, (Mistake, OSError)) or memory_problem(error):
             raise
         raise Mistake(f"{path} is damaged or no {suffix} file ({type(error).__name__})") from error
@@ -83,7 +81,7 @@ def require(*packages):
 
 
 def describe(checkpoint):
-    """All but the weights, as JSON by name, and "images": what the network takes. Neither commands nor test files."""
+    """All but the weights, as JSON by name, and "images"; without commands and names of test files."""
     first, *resumed = ({**stage, "command": None} for stage in stages(checkpoint["config"]))
     own = {"images": reading(checkpoint), "config": first | {"resumed": resumed}}
     if checkpoint["manifest"]:
@@ -92,7 +90,7 @@ def describe(checkpoint):
 
 
 def reading(checkpoint):
-    """How to make images into the network's input, for other programs."""
+    """How other programs prepare images for the network."""
     reader, (mean, std) = reader_of(checkpoint), checkpoint["normalize"]
     size, resized = reader.image_size, reader.image_size * 8 // 7
     return {
@@ -108,19 +106,19 @@ def reading(checkpoint):
 
 
 def described(metadata):
-    """The inverse of ``describe``; nothing of what another program has written."""
+    """The inverse of ``describe``; {} if another program wrote the metadata."""
     return {name: json.loads(value) for name, value in metadata.items()} if metadata.keys() >= NEEDED else {}
 
 
 def traced(checkpoint):
-    """The network, a batch of the shape that it takes, and which of that shape's sizes may change: the first."""
+    """The network, an example of its input, and that input's dimension whose size may change: the batch."""
     arguments = checkpoint["config"]["arguments"]
-    images = torch.zeros(2, arguments["channels"], *[arguments["image_size"]] * 2)  # 2: of 1, torch makes a constant
+    images = torch.zeros(2, arguments["channels"], *[arguments["image_size"]] * 2)  # torch makes 1 a constant
     return load_model(checkpoint), (images,), ({0: torch.export.Dim("batch")},)
 
 
-# For each format: a checkpoint's dict → bytes, and back. Where these hold no state dict, but a program, that is the
-# checkpoint's "network", beside an empty "model".
+# For each format: a checkpoint → bytes, and back. A format without a state dict gives the checkpoint a "network" and an
+# empty "model".
 
 
 def to_onnx(checkpoint):
@@ -132,7 +130,7 @@ def to_onnx(checkpoint):
     program = torch.onnx.export(model, inputs, dynamo=True, dynamic_shapes=sizes, verbose=False, **names)
     program.model.metadata_props.update(describe(checkpoint))
     content = program.model_proto
-    content.ir_version = onnx.helper.find_min_ir_version_for(content.opset_import)  # that older runtimes read
+    content.ir_version = onnx.helper.find_min_ir_version_for(content.opset_import)  # for older runtimes
     return content.SerializeToString()
 
 
@@ -175,7 +173,7 @@ def to_pt2(checkpoint):
 
 def from_pt2(content):
     program = torch.export.load(io.BytesIO(content)).module()
-    return {"model": {}, "network": Exported(program.__call__)}  # not the module itself: it has no evaluation mode
+    return {"model": {}, "network": Exported(program.__call__)}  # the module itself has no evaluation mode
 
 
 FORMATS = {

@@ -78,7 +78,8 @@ def stratified(labels, count, seed, flag):
     try:
         parts = train_test_split(range(len(labels)), test_size=count, stratify=labels, random_state=seed)
     except ValueError as error:
-        raise Mistake(f"{flag} {count}: cannot take the same share of each class ({error})") from error
+        needs = "both parts need an image of every class, so every class needs two images or more"
+        raise Mistake(f"{flag} {count}: cannot take the same share of each class: {needs}") from error
     return [sorted(part) for part in parts]
 
 

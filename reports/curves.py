@@ -10,8 +10,6 @@ from pathlib import Path
 os.environ["MPLBACKEND"] = "agg"  # no window is opened; a notebook's backend may not be installed here
 
 import matplotlib
-import numpy as np
-import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -19,7 +17,7 @@ from common.console import Mistake, printable
 from common.files import written_whole
 from reports.logs import SPLITS, leading
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; of one run, the training curve is the lighter one.
+# Okabe and Ito's colours, which colour-blind readers can tell apart. The training curve of a single run is lighter.
 SPLIT_STYLES = {
     "train": {"color": "#56B4E9", "linestyle": "--", "linewidth": 1.1},
     "valid": {"color": "#009E73", "linestyle": ":", "linewidth": 1.8},
@@ -29,12 +27,12 @@ RUN_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", 
 DROP_STYLE = {"color": "0.6", "linestyle": (0, (1, 2)), "linewidth": 1}
 FORMATS = ("png", "pdf", "svg")
 FIGURES = {"loss": ("loss",), "error": ("error",), "loss-error": ("loss", "error")}
-POSSIBLE = {"loss": (0, None), "error": (0, 100)}  # what a band of deviations may not leave
+POSSIBLE = {"loss": (0, None), "error": (0, 100)}  # a band of deviations is clipped to this
 
 
 @dataclass
 class View:
-    """What of the logs is shown, and how. ``smooth``: epochs; ``xlim``, and ``ylim`` of each quantity: (low, high)."""
+    """Which part of the logs to show, and how. ``smooth``: epochs; ``xlim``, ``ylim`` of each quantity: (low, high)."""
 
     only: str | None = None
     smooth: float = 0
@@ -50,36 +48,32 @@ class View:
 
 
 def labels(paths):
-    """Names that tell paths apart: their parts, without what all have at the beginning and the end."""
+    """Names that tell paths apart: the paths without the parts that all share at the beginning and at the end."""
     paths = [Path(os.path.abspath(path)).parts for path in paths]
     for _ in ("beginning", "end"):
-        alike = min(leading(paths), min(map(len, paths)) - 1)  # so that something is left of each
+        alike = min(leading(paths), min(map(len, paths)) - 1)  # keep at least one part of each
         paths = [path[alike:][::-1] for path in paths]
     return ["/".join(path) for path in paths]
 
 
 def smooth(table, epochs):
-    """Rolling mean over the last ``epochs`` epochs."""
-    if not epochs:
-        return table
-    starts = np.searchsorted(table.epoch, table.epoch - epochs, side="right")
-    values = table[["loss", "error"]].to_numpy()
-    means = [values[min(start, i) : i + 1].mean(0) for i, start in enumerate(starts)]
-    return pd.DataFrame(means, columns=["loss", "error"]).assign(epoch=table.epoch.to_numpy())
+    """Rolling mean over the last ``epochs`` rows, one per epoch."""
+    means = table[["loss", "error"]].rolling(max(1, int(epochs)), min_periods=1).mean()
+    return means.assign(epoch=table.epoch)
 
 
 def drops(log):
-    """Epochs at whose start the learning rate fell to half or less."""
+    """The last epochs before the learning rate falls to less than half."""
     table = log.tables.get("train", {})
     if "lr" not in table:
         return []
     before = table.lr.shift()
-    steady = before == table.lr.shift(2).fillna(before)  # so that the end of a cosine is no drop
+    steady = before == table.lr.shift(2).fillna(before)  # not so at the end of a cosine
     return (table.epoch[steady & (table.lr < 0.5 * before)] - 1).tolist()
 
 
 def summary(log):
-    """Final and best error of the log, in words."""
+    """The log's final and best error, in words."""
     split = log.headline
     table = log.tables[split]
     final, best = table.iloc[-1], table.sort_values("error", kind="stable").iloc[0]
@@ -88,18 +82,16 @@ def summary(log):
         return f"{split} error, mean of {runs}: final {final.error:.2f} ± {spread:.2f} % (epoch {final.epoch:.0f})"
     text = f"{split} error: final {final.error:.2f} % (epoch {final.epoch:.0f})"
     if split != "train":
-        text += f", best {'on test ' * (split == 'test')}{best.error:.2f} % (epoch {best.epoch:.0f})"
-    if split == "valid" and "test" in log.tables:
-        text += f"; test {log.tables['test'].error.iloc[-1]:.2f} %"
+        text += f", best {'on test ' if split == 'test' else ''}{best.error:.2f} % (epoch {best.epoch:.0f})"
     return text
 
 
 def line_style(split, i, count):
-    """Of the i-th of ``count`` runs. More runs than there are colours differ in markers."""
+    """The style of the i-th of ``count`` runs. If there are more runs than colours, markers tell them apart."""
     if count == 1:
         return SPLIT_STYLES[split]
-    turn, color = divmod(i, len(RUN_COLORS))
-    marker = (turn + 2, 0) if turn else None  # triangles, then squares, …
+    reused, color = divmod(i, len(RUN_COLORS))
+    marker = (reused + 2, 0) if reused else None  # triangles, then squares, …
     return SPLIT_STYLES[split] | {"color": RUN_COLORS[color], "marker": marker}
 
 
@@ -130,7 +122,7 @@ def draw(axes, logs, quantity, view):
     for epoch in sorted({epoch for log in logs for epoch in drops(log)}):
         axes.axvline(epoch, zorder=0, **DROP_STYLE)
     scale, limits = view.scale[quantity], view.ylim.get(quantity)
-    if scale == "auto":  # less than a decade on a logarithmic axis has hardly a number beside it
+    if scale == "auto":  # a logarithmic axis of less than a decade has hardly any numbers
         low, high = limits or axes.dataLim.intervaly
         scale = "log" if high > 10 * low > 0 else "linear"
     axes.set(xlabel="epoch", ylabel="loss (nats)" if quantity == "loss" else "error (%)", yscale=scale)
@@ -141,19 +133,19 @@ def draw(axes, logs, quantity, view):
 
 
 def drawable(text):
-    """Text as Matplotlib draws it: a $ begins no formula, and what is no letter, such as a stray byte, is its code."""
+    """Text for Matplotlib: $ starts no formula, and what cannot be printed, such as a stray byte, becomes its code."""
     return "\n".join(map(printable, text.split("\n"))).replace("$", r"\$")
 
 
 def wrapped(text, inches, size):
-    """Drawable text in lines that are not wider than so many inches in letters of ``size`` points."""
-    width = max(10, int(inches * 72 / (0.6 * size)))  # letters are 0.6 of their size wide, on average
+    """Drawable text, wrapped to a width in ``inches`` with letters of ``size`` points."""
+    width = max(10, int(inches * 72 / (0.6 * size)))  # the average letter is 0.6 of its size wide
     lines = (line for paragraph in text.split("\n") for line in textwrap.wrap(paragraph, width) or [""])
     return drawable("\n".join(lines))
 
 
 def add_legend(figure, entries, width, **options):
-    """A legend of (text, style of its line) in as many columns as fit into ``width`` inches. Returns its rows."""
+    """Add a legend of (text, line style) in as many columns as fit into ``width`` inches. Returns its rows."""
     texts = [wrapped(text, width - 0.6, 9) for text, _ in entries]
     widths = [0.6 + 0.07 * max(map(len, text.split("\n"))) for text in texts]
     columns = len(texts) if sum(widths) < width else max(1, int(width / max(widths)))
@@ -166,8 +158,9 @@ def add_legend(figure, entries, width, **options):
 def make_figure(logs, quantities, view, title=None, size=None):
     """A figure with a panel per quantity. ``logs``: label → Log; ``size``: (width, height) in inches.
 
-    Above stand network and data if all runs share them, and what the styles of lines mean; below, several runs, and
-    network and data where they differ; of each run, its errors. A ``title`` takes the place of these, and of errors.
+    The legend above the panels says what the line styles mean. Its title names network and data if all runs share
+    them, else the legend below does, which names several runs. Errors follow each name. ``title`` replaces the title
+    and the errors.
     """
     runs, width = list(logs.values()), size[0] if size else 5.6 * len(quantities)
     figure = Figure(figsize=(width, 4), layout="constrained")
@@ -197,9 +190,9 @@ def save(figure, path):
     """Write a figure in one step, the same bytes for the same logs. Raises Mistake if its texts leave no room."""
     kind = path.suffix[1:].lower()
     metadata = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind)
-    buffer = io.BytesIO()  # drawn in memory first: a drawing that fails or is killed then leaves nothing
+    buffer = io.BytesIO()  # a drawing that fails or is killed leaves nothing on disk
     with matplotlib.rc_context({"svg.hashsalt": "densenet"}), warnings.catch_warnings(action="ignore"):
-        warnings.filterwarnings("error", "constrained_layout not applied")  # others: of what no font here has
+        warnings.filterwarnings("error", "constrained_layout not applied")  # others are about letters that no font has
         try:
             figure.savefig(buffer, format=kind, dpi=150, metadata=metadata)
         except UserWarning as error:

@@ -1,7 +1,6 @@
 """Reads the logs of runs as tables, and averages runs that differ in their seed. Imports no torch.
 
-The runs are those of train.py, of bamos/densenet.pytorch (train.csv, test.csv without header) and of
-gpleiss/efficient_densenet_pytorch (results.csv).
+The runs are those of train.py and of bamos/densenet.pytorch (train.csv, test.csv without header).
 """
 
 import io
@@ -11,7 +10,6 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from common.config import read_config
@@ -21,29 +19,30 @@ from common.files import readable
 SPLITS = ("train", "valid", "test")
 LOGS = (*SPLITS, "test-ema")  # of the averaged weights, which are not drawn
 COLUMNS = ("epoch", "loss", "error")
-OPTIONAL = ("lr", "test_error", "images_per_second")
+OPTIONAL = ("lr", "images_per_second")
 DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "svhn": "SVHN"}
-# Arguments in which runs of one mean may differ: the seed, and what changes at most the rounding. Data is compared by
-# its name, not by where it lives.
+# Arguments in which runs of one mean may differ: the seed, and what changes at most the rounding. Data sets are
+# compared by their names, not by their directories.
 NOT_COMPARED = {
     *("seed", "data", "workers", "block", "device", "precision", "compile", "cuda_graph", "deterministic"),
     *("save", "resume", "overwrite", "log_every", "keep_every", "tensorboard", "plot", "progress"),
     "recipe",  # a name for other arguments
 }
-# The arguments of DenseNet in the paper, and what goes without saying.
+# The arguments of DenseNet that the paper has, or that the data and the name of the network imply.
 NETWORK = {
     *("depth", "growth_rate", "reduction", "bottleneck", "drop_rate", "init_channels"),
     *("num_classes", "in_channels", "block_config", "stem"),
 }
-SEED = re.compile(r"([.\-_ ]*seed)?[.\-_ ]*\d*$")  # at the end of what the names of several seeds have in common
+SEED = re.compile(r"([.\-_ ]*seed)?[.\-_ ]*\d*$")  # at the end of the prefix that the names of several seeds share
 
 
 @dataclass
 class Log:
-    """The logs of one run: split → table with the columns epoch, loss, error (percent) and, if known, lr.
+    """The logs of one run, or their mean over several runs.
 
-    ``fine`` holds rows within epochs; ``tables["train"]`` then holds the epochs' averages. ``config`` is the run's
-    config.json, empty where another program wrote the logs. ``members`` are the Logs of which this is the mean, if any.
+    ``tables``: split → table with the columns epoch, loss, error (percent) and, if known, those of OPTIONAL. ``fine``
+    holds rows within epochs; ``tables["train"]`` then holds the epochs' averages. ``config`` is the run's config.json,
+    empty if another program wrote the logs. ``members`` are the Logs that were averaged, if any.
     """
 
     path: Path
@@ -54,31 +53,29 @@ class Log:
 
     @property
     def headline(self):
-        """The split whose error is reported: test, or validation if there is no test error per epoch."""
-        if len(self.tables.get("test", ())) > 1:
-            return "test"
-        return next(split for split in ("valid", "test", "train") if split in self.tables)
+        """The split whose error is reported."""
+        return next(split for split in ("test", "valid", "train") if split in self.tables)
 
     @property
     def title(self):
         return title_of(self.config) if self.config else ""
 
     def deviations(self, split, change=lambda table: table):
-        """Standard deviations over the members, each of whose tables is changed first."""
+        """Standard deviations over the members, after a ``change`` of each member's table."""
         return over_runs([change(log.tables[split]) for log in self.members])[1]
 
 
 def title_of(config):
-    """Network and data of a run, and how many training images if not all."""
+    """Network and data of a run, and the number of training images if not all."""
     limit = config["arguments"].get("limit_train")
     part = f", {limit:,} training images" if isinstance(limit, int) else ""
     return f"{network_name(config)}, {dataset_name(config['arguments'])}{part}"
 
 
 def network_name(config):
-    """As in the paper: DenseNet-BC-100 (k = 12), of ImageNet's networks DenseNet-121 (k = 32).
+    """As in the paper: DenseNet-BC-100 (k = 12), or DenseNet-121 (k = 32) for ImageNet.
 
-    Arguments that DenseNet has got since, and that are not off, follow: DenseNet-BC-100 (k = 12, activation = gelu).
+    Arguments that the paper's DenseNet lacks follow if they are on: DenseNet-BC-100 (k = 12, activation = gelu).
     """
     model, arch = config["model"], str(config["arguments"].get("arch"))
     depth = model.get("depth")
@@ -90,22 +87,20 @@ def network_name(config):
 
 
 def dataset_name(arguments):
-    """The data set that a run's arguments name; an image folder has the name of its directory."""
+    """The name of a run's data set; for an image folder, that of its directory."""
     name = str(arguments.get("dataset"))
     return Path(str(arguments.get("data"))).name if name == "folder" else DATASETS.get(name, name)
 
 
 def read_log(directory):
-    """The Log of a run directory. Raises Mistake if it has none, or no row yet."""
+    """The Log of a run directory. Raises Mistake if it has no logs, or none with a row."""
     directory = Path(directory)
     if not directory.is_dir():
         raise Mistake(f"{directory} is not a run directory")
-    found = {split: read_table(directory / f"{split}.csv", names=COLUMNS) for split in LOGS}
-    tables = {split: table for split, table in found.items() if table is not None}
-    tables = tables or read_results(directory / "results.csv")
+    tables = {split: read_table(directory / f"{split}.csv") for split in LOGS}
+    tables = {split: check(table, f"{directory}, {split}") for split, table in tables.items() if table is not None}
     if not tables:
-        raise Mistake(f"{directory} has no log with a row: train.csv, test.csv or results.csv")
-    tables = {split: check(table, f"{directory}, {split}") for split, table in tables.items()}
+        raise Mistake(f"{directory} has no log with a row: train.csv or test.csv")
     train, fine = tables.get("train"), None
     if train is not None and not (whole := train.epoch % 1 == 0).all():
         if "lr" not in train:  # of bamos: a row per iteration; epoch 2.0 begins the third epoch
@@ -116,30 +111,11 @@ def read_log(directory):
     return Log(directory, tables, fine, read_config(directory))
 
 
-def read_results(path):
-    """The tables of gpleiss/efficient_densenet_pytorch: errors are fractions, the last row holds the test error alone.
+def read_table(path):
+    """COLUMNS of a CSV file, and those of OPTIONAL that it has, as numbers; an empty cell is NaN.
 
-    Empty where the file is missing or has no row.
-    """
-    needed = [f"{split}_{quantity}" for split in ("train", "valid") for quantity in ("loss", "error")]
-    results = read_table(path, needed=("epoch", *needed))
-    if results is None:
-        return {}
-    tables = {}
-    for split in ("train", "valid"):
-        table = results[["epoch", f"{split}_loss", f"{split}_error"]].set_axis(COLUMNS, axis=1).dropna()
-        tables[split] = table.assign(error=100 * table.error)
-    if "test_error" in results:
-        error = results.test_error.dropna().tail(1)
-        tables["test"] = pd.DataFrame({"epoch": results.epoch.max(), "loss": np.nan, "error": 100 * error})
-    return {split: table for split, table in tables.items() if len(table)}
-
-
-def read_table(path, needed=COLUMNS, names=None):
-    """The columns ``needed`` of a CSV file, and of OPTIONAL those that it has, as numbers; an empty cell is NaN.
-
-    ``names`` are the columns of a file that has no header. A last line without its newline counts if it is whole. None
-    where the file is missing or has no row. Raises Mistake if it is no such file.
+    A file without a header has COLUMNS alone. A last line without its newline counts if it is whole. None if the file
+    is missing or has no row. Raises Mistake if it is not a log.
     """
     if not path.exists():
         return None
@@ -149,24 +125,23 @@ def read_table(path, needed=COLUMNS, names=None):
             lines.pop()  # a row that is being written
         if not any(lines):
             return None
-        header = {"header": None, "names": names} if names and "epoch" not in lines[0] else {}
+        header = {} if "epoch" in lines[0] else {"header": None, "names": COLUMNS}
         table = pd.read_csv(io.StringIO("\n".join(lines)), dtype=object, skipinitialspace=True, **header)
         if not isinstance(table.index, pd.RangeIndex):  # what pandas makes of more cells than names
             raise ValueError("the first row has more cells than there are columns")
-        if missing := [name for name in needed if name not in table]:
+        if missing := [name for name in COLUMNS if name not in table]:
             raise ValueError(f"it has no column {missing[0]}")
-        wanted = dict.fromkeys(name for name in (*needed, *OPTIONAL) if name in table)
-        # By Python's float: the rounding of read_csv's own differs between releases.
-        table = table.dropna(how="all")[[*wanted]].astype(float)
+        # Python's float converts: the rounding of read_csv's own differs between releases.
+        table = table.dropna(how="all")[[name for name in (*COLUMNS, *OPTIONAL) if name in table]].astype(float)
     except ValueError as error:  # of decoding, too
         raise Mistake(f"{path} is not a log: {str(error).strip()}") from error
     return table if len(table) else None
 
 
 def check(table, name):
-    """The table by epoch; where a resumed run has logged one twice, the last row counts. An infinite loss is a gap.
+    """Sort a table by epoch. Of an epoch that a resumed run logged twice, the last row stays. An infinite loss is NaN.
 
-    Raises Mistake if a number cannot be one of a log.
+    Raises Mistake if an epoch or an error is out of range.
     """
     for values, high in ((table.epoch, 1e6), (table.error.dropna(), 100)):
         for value in values[~values.between(0, high)]:
@@ -178,7 +153,7 @@ def check(table, name):
 def mean_log(logs, unlike=False):
     """The mean of several runs as a Log, over the epochs that all of them have.
 
-    Raises Mistake if they differ in more than their seed, their epochs included; ``unlike`` allows that.
+    Raises Mistake if they differ in more than their seed, such as in their epochs, unless ``unlike``.
     """
     names = ", ".join(str(log.path) for log in logs)
     if len({log.path.resolve() for log in logs}) < max(2, len(logs)):
@@ -196,30 +171,31 @@ def mean_log(logs, unlike=False):
 
 
 def over_runs(tables):
-    """Mean and standard deviation of tables, by the epochs that all have; a loss that one lacks has neither."""
+    """Mean and standard deviation of tables, over the epochs that all have; NaN if one of them lacks the value."""
     epochs = pd.concat(tables, join="inner").groupby("epoch")
     known, common = epochs.count() == len(tables), epochs.size() == len(tables)
     return [table.where(known)[common].reset_index() for table in (epochs.mean(), epochs.std())]
 
 
 def differences(logs):
-    """In what runs differ beside their seed, the rows of their logs included: texts such as "depth (16, 40)"."""
-    found = {name: list(dict.fromkeys(each)) for name, each in differing([recipe(log.config) for log in logs]).items()}
+    """The arguments other than the seed, and the epochs, that differ: texts such as "depth (16, 40)"."""
+    values = {name: dict.fromkeys(each) for name, each in differing([recipe(log.config) for log in logs]).items()}
     for split in SPLITS:
         epochs = dict.fromkeys(tuple(log.tables[split].epoch) if split in log.tables else () for log in logs)
-        found[f"epochs of {split}"] = [str(len(each)) for each in epochs]
-    return [f"{name} ({', '.join(each)})" for name, each in found.items() if len(each) > 1]
+        if len(epochs) > 1:
+            values[f"epochs of {split}"] = [str(len(each)) for each in epochs]
+    return [f"{name} ({', '.join(each)})" for name, each in values.items()]
 
 
 def differing(recipes):
-    """{name: its value in each, as text} of what is not the same in all of the dicts."""
+    """{name: its value in each dict, as text} of the values that are not the same in all dicts."""
     names = dict.fromkeys(itertools.chain(*recipes))
     values = {name: [str(recipe.get(name, "–")) for recipe in recipes] for name in names}
     return {name: each for name, each in values.items() if len(set(each)) > 1}
 
 
 def recipe(config):
-    """What a run's results depend on, but for its seed: arguments that are not off, and an image folder's name."""
+    """The arguments that a run's results depend on, other than the seed, if they are on; an image folder by name."""
     arguments = config.get("arguments", {})
     kept = {name: value for name, value in arguments.items() if name not in NOT_COMPARED and value}
     return kept | ({"data": dataset_name(arguments)} if arguments.get("dataset") == "folder" else {})

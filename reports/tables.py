@@ -1,20 +1,19 @@
 """Tables of runs, their settings and results with intervals: as text, Markdown or CSV. Imports no torch."""
 
-import datetime
-
 import pandas as pd
 
+from common.console import duration
 from reports.logs import differing, recipe
 
 FORMATS = ("text", "markdown", "csv")
 ALWAYS = ("epoch", "test error (%)", "95 % low", "95 % high")
-COLUMNS = (*ALWAYS, "sd", "averaged weights (%)", "best valid (%)", "training time")  # others only where a run has them
+COLUMNS = (*ALWAYS, "sd", "averaged weights (%)", "best valid (%)", "time without evaluation")  # if a run has them
 
 
 def comparison(logs):
-    """A header and a row per run of ``logs``, {label: Log}: what differs, and what came out; – if it is not known.
+    """A header and a row per run of ``logs``, {label: Log}: arguments that differ, and results; – if not known.
 
-    The interval covers the choice of the test images; of a mean over seeds, there is the standard deviation instead.
+    The interval covers the choice of the test images. A mean over seeds has a standard deviation instead.
     """
     recipes = [recipe(log.config) for log in logs.values()]
     for log, each in zip(logs.values(), recipes, strict=True):
@@ -29,9 +28,13 @@ def comparison(logs):
 
 
 def outcome(log):
-    """{column: text} of what is known of a run: errors in percent, the time of training."""
-    numbers, images = {}, {} if log.members else log.config.get("images", {})  # early releases did not count them
+    """{column: text} of what is known of a run's results; "14 of 60" epochs if it is unfinished."""
+    numbers, texts = {}, {}
+    images = {} if log.members else log.config.get("images", {})  # early releases did not count them
     if "test" in log.tables:
+        done, epochs = f"{log.tables['test'].epoch.iloc[-1]:.0f}", log.config.get("arguments", {}).get("epochs")
+        unfinished = epochs and done != str(epochs) and not log.config.get("stopped_early")
+        texts["epoch"] = f"{done} of {epochs}" if unfinished else done
         numbers["test error (%)"] = error = log.tables["test"].error.iloc[-1]
         if images:
             numbers["95 % low"], numbers["95 % high"] = wilson(error, images["test"])
@@ -41,21 +44,14 @@ def outcome(log):
         numbers["averaged weights (%)"] = log.tables["test-ema"].error.iloc[-1]
     if "valid" in log.tables:
         numbers["best valid (%)"] = log.tables["valid"].error.min()
-    texts = {name: f"{value:.2f}" for name, value in numbers.items()}
-    epoch = f"{log.tables['test'].epoch.iloc[-1]:.0f}" if "test" in log.tables else None
-    return {"epoch": epoch} | texts | {"training time": training_time(log, images.get("train"))}
-
-
-def training_time(log, images):
-    """Of all epochs, evaluations left out. None if it is not known."""
     speeds = log.tables.get("train", {}).get("images_per_second")
-    if not images or speeds is None or not speeds.between(1e-3, 1e9).all():  # none in a mean, or damaged
-        return None
-    return str(datetime.timedelta(seconds=round((images / speeds).sum())))
+    if images and speeds is not None and speeds.between(1e-3, 1e9).all():  # else damaged
+        texts["time without evaluation"] = duration((images["train"] / speeds).sum())
+    return texts | {name: f"{value:.2f}" for name, value in numbers.items()}
 
 
 def formatted(header, rows, kind):
-    """A table as one text, in one of FORMATS."""
+    """A table as text, in one of FORMATS."""
     if kind == "csv":
         return pd.DataFrame(rows, columns=header).to_csv(index=False, lineterminator="\n").rstrip("\n")
     if kind == "markdown":
@@ -65,8 +61,8 @@ def formatted(header, rows, kind):
 
 
 def wilson(error, count, z=1.96):
-    """Wilson's score interval of an error measured on ``count`` images, errors in percent; z = 1.96 for 95 %."""
-    share = error / 100
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * (share * (1 - share) / count + z * z / (4 * count * count)) ** 0.5
+    """Wilson's score interval, (low, high), of an error on ``count`` images, all in percent; z = 1.96 for 95 %."""
+    p = error / 100
+    centre = (p + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * (p * (1 - p) / count + z * z / (4 * count * count)) ** 0.5
     return 100 * max(0.0, centre - half), 100 * min(1.0, centre + half)

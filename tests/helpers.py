@@ -184,20 +184,6 @@ def write_bamos(path, epochs=4):
     return path
 
 
-RESULTS = (
-    "epoch,train_loss,train_error,valid_loss,valid_error,test_error\n"
-    "001,1.500000,0.500000,1.40000,0.45000,\n"
-    "002,1.000000,0.300000,1.10000,0.33000,\n"
-    ",,,,,0.34000\n"
-)
-
-
-def write_gpleiss(path):
-    path.mkdir()
-    (path / "results.csv").write_text(RESULTS)
-    return path
-
-
 def write_config(run, **arguments):
     """The config.json of a run, one of this repository's with other arguments."""
     config = json.loads((ROOT / "work/digits.bc16/config.json").read_text())

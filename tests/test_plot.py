@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, status_of
-from helpers import write_bamos, write_config, write_gpleiss, write_ours, write_seeds
+from helpers import write_bamos, write_config, write_ours, write_seeds
 from PIL import Image
 
 import plot
@@ -28,7 +28,7 @@ def test_draws_three_figures_the_same_each_time(tmp_path, kind, capsys):
 
 
 def test_overlays_runs_of_all_kinds(tmp_path):
-    runs = [write_ours(tmp_path / "a", fine=True), write_bamos(tmp_path / "b"), write_gpleiss(tmp_path / "c")]
+    runs = [write_ours(tmp_path / "a", fine=True), write_bamos(tmp_path / "b"), write_ours(tmp_path / "c")]
     assert plot.main([*map(str, runs), "--out", "figures"]) == 0
     assert sorted(p.name for p in Path("figures").iterdir()) == ["error.png", "loss-error.png", "loss.png"]
     assert plot.main([*map(str, runs), "--out", "one/picture.svg", "--title", "three runs", "--labels", "SGD", "b", "c"]) == 0

@@ -31,7 +31,8 @@ def published(directory, capsys, status=0):
     if status:
         assert err.startswith("publish.py: error: ") and err.count("\n") == 1
         return err
-    header, _, row = out.splitlines()
+    *_, title, header, _, row = out.splitlines()
+    assert title == "table of the runs, in Markdown:"
     return dict(zip(header.strip("| ").split(" | "), row.strip("| ").split(" | "), strict=True))
 
 

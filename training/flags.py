@@ -77,7 +77,7 @@ def make_parser(description=None):
 
 
 def add_data_flags(add):
-    add("--dataset", choices=datasets.DATASETS, default="cifar10", help="data set; digits needs no download")
+    add("--dataset", choices=datasets.DATASETS, default="cifar10", help="data set; digits and folder need no download")
     add("--data", type=nonempty, metavar="DIR", default="data",
         help="directory of the data sets; with --dataset folder: of train/<class>/* and test/<class>/*")
     add("--image-size", type=pixels, metavar="N",
@@ -139,7 +139,7 @@ def add_optimisation_flags(add):
 def add_finetuning_flags(add):
     add("--init-from", metavar="WHAT",
         help="start from trained weights: a checkpoint, a .safetensors file, a state dict of torchvision's, or "
-        "imagenet for the weights that torchvision publishes (default: none)")
+        "imagenet to download the weights that torchvision publishes (default: none)")
     add("--freeze", action=Joined, nargs="+", metavar="PART",
         help="parts not to train: features, stem, blocks.0, … (default: none)")
     add("--head-lr", type=positive_number, metavar="X",

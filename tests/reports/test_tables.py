@@ -28,14 +28,14 @@ def test_a_table_has_what_differs_and_what_came_out(tmp_path, capsys):
     first, second = table(capsys, one, two)
     low, high = wilson(9.5, 300)
     assert first == {
-        "run": "one", "depth": "16", "mixup": "–", "seed": "1", "epoch": "8", "test error (%)": "9.50",
+        "run": "one", "depth": "16", "mixup": "–", "seed": "1", "epoch": "8 of 20", "test error (%)": "9.50",
         "95 % low": f"{low:.2f}", "95 % high": f"{high:.2f}", "averaged weights (%)": "–", "best valid (%)": "–",
-        "training time": "0:01:20",  # 8 epochs of 1,000 images, 100 a second
+        "time without evaluation": "0:01:20",  # 8 epochs of 1,000 images, 100 a second
     }  # fmt: skip
     low, high = wilson(9.5, 40)
     assert second == first | {
         "run": "two", "depth": "22", "mixup": "0.2", "seed": "7", "95 % low": f"{low:.2f}", "95 % high": f"{high:.2f}",
-        "averaged weights (%)": "8.25", "best valid (%)": "12.50", "training time": "0:00:40",
+        "averaged weights (%)": "8.25", "best valid (%)": "12.50", "time without evaluation": "0:00:40",
     }  # fmt: skip
 
 
@@ -47,7 +47,7 @@ def test_a_table_of_runs_that_say_less(tmp_path, capsys):
     unknown = dict.fromkeys(("95 % low", "95 % high"), "–")
     assert first.items() >= (unknown | {"run": "bamos", "dataset": "–", "epoch": "4", "test error (%)": "15.00"}).items()
     assert second.items() >= (unknown | {"run": "ours", "dataset": "folder", "data": "photos", "test error (%)": "9.50"}).items()
-    assert "training time" not in first
+    assert "time without evaluation" not in first
     runs = write_seeds(tmp_path)
     *singles, mean = table(capsys, *runs, "--mean", *runs)
     assert mean["test error (%)"] == "4.00" and mean["sd"] == "2.00" and mean["95 % low"] == mean["seed"] == singles[0]["sd"] == "–"
