@@ -64,8 +64,8 @@ def test_exported_networks_are_those_of_the_run(published, kind, package, metada
     assert metadata(path, published) == export.describe(published)
     content, network = Path(path).read_bytes(), export.read_network(path)
     assert network["classes"] == ["cat", "dog"] and b"cat/" not in content and b"python " not in content and b".png" not in content
-    assert evaluate.main(["run/weights.pth"]) == 0 and (expected := capsys.readouterr().out)
-    assert evaluate.main([path]) == 0 and capsys.readouterr().out == expected
+    assert evaluate.main(["run/weights.pth", "--precision", "fp32"]) == 0 and (expected := capsys.readouterr().out)
+    assert evaluate.main([path, "--precision", "fp32"]) == 0 and capsys.readouterr().out == expected
     image = str(next(Path("images").rglob("*.png")))
     torch.testing.assert_close(classify(network, [image]), classify(published, [image]), rtol=0, atol=1e-6)
 
