@@ -114,10 +114,10 @@ def keep_statistics(layer):
 
 
 class KeptStatistics:
-    """A context that leaves the running statistics of ``layer`` as they are: it updates copies, which are thrown away.
+    """A context in which batch norms of ``layer`` update copies of their running statistics, which are thrown away.
 
     Without it, recomputation would update them a second time in every step. Each backward pass through the graph
-    enters it anew. Those of norm2, which is not recomputed, are none of its business.
+    enters it anew. norm2 is not recomputed, so it is left alone.
     """
 
     def __init__(self, layer):
@@ -160,8 +160,8 @@ def unknown_to_fused(layers, x):
 
 
 # The ways to run a dense block, (N, C, H, W) → (N, C + L·k, H, W). All compute the same function of the same
-# parameters, so a state_dict trained with one loads into a model that uses another. One that does not call the layers
-# as they are says below for which layers or x that makes a difference: then naive runs them.
+# parameters, so a state_dict trained with one loads into a model that uses another. A block that does not call the
+# layers as they are has a function in UNKNOWN: it says for which layers or x naive has to run instead.
 BLOCKS = {"naive": naive_block, "checkpoint": checkpoint_block, "fused": fused.dense_block}
 UNKNOWN = {"checkpoint": unknown_to_checkpoint, "fused": unknown_to_fused}
 
@@ -187,7 +187,7 @@ class DenseBlock(nn.Module):
 
 
 def as_naive(what, block, reason):
-    """True if there is a reason not to run something as that kind of block. It is said once."""
+    """True if there is a reason to run something as naive, which is printed once."""
     if reason and not torch.compiler.is_dynamo_compiling():  # which does not print
         print_once(f"{what}: {reason}: runs as block 'naive', not {block!r}")
     return bool(reason)
@@ -199,7 +199,7 @@ def print_once(line):
 
 
 def differing_blocks(model, block):
-    """The dense blocks and transitions that do not compute as ``block`` what their code says: {name: why, in words}."""
+    """The dense blocks and transitions that compute something else as ``block`` than their code says: {name: why}."""
     return compare.differing(model, (DenseBlock, Transition), block)
 
 
@@ -223,7 +223,7 @@ class Transition(nn.Module):
 
 
 def known_between(x, **modules):
-    """True if fused knows modules that stand between dense blocks. Else they run as naive, which is said once."""
+    """True if fused knows these modules between dense blocks. Otherwise prints once that they run as naive."""
     return not as_naive("between dense blocks", "fused", known.unknown_between(x, modules))
 
 
@@ -244,7 +244,7 @@ def make_stem(kind, in_channels, out_channels):
 def layers_per_block(depth, bottleneck):
     """Layers in each of the three dense blocks of a CIFAR network, from its depth (section 4.2).
 
-    Raises ValueError, naming the nearest valid depths, where the depth does not divide.
+    Raises ValueError, which names the nearest valid depths, if the depth does not divide.
     """
     step = 6 if bottleneck else 3  # 3 blocks of layers with 2 convolutions or 1; 4 = stem, 2 transitions, classifier
     layers, rest = divmod(depth - 4, step)
@@ -349,13 +349,9 @@ class DenseNet(nn.Module):
     def load_torchvision(self, state_dict):
         """Load weights in torchvision's names, those of its early releases ("norm.1") included.
 
-        A network for grey images takes the sum of the weights for red, green and blue: it computes what the original
-        does for a grey image. Raises RuntimeError, as load_state_dict does, where names or shapes do not fit.
+        Raises RuntimeError, as load_state_dict does, if names or shapes do not fit.
         """
-        weights = {rename(key, FROM_TORCHVISION): value for key, value in state_dict.items()}
-        if self.stem.conv.in_channels == 1:
-            weights["stem.conv.weight"] = weights["stem.conv.weight"].sum(1, keepdim=True)
-        self.load_state_dict(weights)
+        self.load_state_dict({rename(key, FROM_TORCHVISION): value for key, value in state_dict.items()})
 
     def torchvision_state_dict(self):
         """The weights in torchvision's names: what ``torchvision.models.densenet121().load_state_dict`` takes."""

@@ -22,8 +22,8 @@ written. Kept for the backward pass are buf, every h and the statistics.
 A network without bottlenecks has the 3×3 convolution alone: o = conv3×3(relu(x·s + t), W1).
 
 The four steps, bn_relu_conv1x1, bn_relu_conv3x3 and their backward passes, stand below in plain torch, which runs
-everywhere, and in kernels.py for CUDA in bf16 and fp16. Batch norms that use their running statistics take those in
-place of μ and σ²; where all do, as in evaluation, none are computed.
+everywhere, and in kernels.py for CUDA in bf16 and fp16. A batch norm that uses its running statistics takes those in
+place of μ and σ². If all do, as in evaluation, no statistics are computed.
 """
 
 import functools
@@ -39,7 +39,7 @@ try:
     from fused import loops
 
     NO_LOOPS = None
-except (ImportError, RuntimeError) as error:  # without Numba, or without a place where Numba may keep what it compiles
+except (ImportError, RuntimeError) as error:  # no Numba, or no folder where it may keep compiled code
     loops, NO_LOOPS = None, str(error).partition("\n")[0]
 
 
@@ -47,12 +47,12 @@ except (ImportError, RuntimeError) as error:  # without Numba, or without a plac
 def dense_block(layers, x):
     """Run a dense block's layers on x (N, C0, H, W) → (N, C0 + L·k, H, W), channels last.
 
-    ``layers`` are SingleLayer or BottleneckLayer modules, used as containers, of which nothing may be ``unknown`` (in
-    known.py). Under autocast the result has autocast's dtype; statistics are float32 or better. Raises RuntimeError in
-    a backward pass that is itself to be differentiated.
+    ``layers`` are SingleLayer or BottleneckLayer modules that known.py knows; they are only containers here. Under
+    autocast the result has autocast's dtype; statistics are float32 or better. Raises RuntimeError if the backward pass
+    is differentiated again.
     """
     parameters = [parameter for layer in layers for parameter in layer_parameters(layer)]
-    if not len(x):  # for which no kernel can be launched
+    if not len(x):  # no kernel can be launched for an empty batch
         return torch.cat((x, x.new_empty(0, len(layers) * parameters[-1].shape[0], *x.shape[2:])), 1)
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *parameters))  # none: all is frozen
     return SharedBuffer.apply(x, layers, keep, *parameters)
@@ -67,7 +67,7 @@ def layer_parameters(layer):
 
 
 def steps_for(x):
-    """Where the four steps for tensors like x come from: the module kernels, or this one.
+    """The module that has the four steps for tensors like x: kernels, or this one.
 
     The kernels' tiles are made for tensor cores. In float32, exact products of that size do not fit into registers.
     """
@@ -77,7 +77,7 @@ def steps_for(x):
 
 @functools.cache
 def kernels_for(device):
-    """The module kernels, or None if they cannot run or would be slow, which is said in a line."""
+    """The module kernels. If they cannot run or would be slow: None, and a line says why."""
     if torch.version.hip:
         problem = "nobody has tried them on ROCm yet"
     elif torch.cuda.get_device_capability(device) < (8, 0):
@@ -87,7 +87,7 @@ def kernels_for(device):
             from fused import kernels
 
             ones = torch.ones(1, 2, 16, device=device)
-            kernels.finish_statistics(ones, torch.empty_like(ones[0]), 1, 1)  # a small one shows what is missing
+            kernels.finish_statistics(ones, torch.empty_like(ones[0]), 1, 1)  # the smallest kernel, as a trial
             torch.cuda.synchronize(device)
             return kernels
         except Exception as error:  # of any kind, many of Triton's own
@@ -98,9 +98,9 @@ def kernels_for(device):
 
 
 def norm_relu(norm, relu, x, pool=False):
-    """relu(norm(x)), of modules that are not ``odd`` and x (N, C, H, W): between the blocks, as within them.
+    """relu(norm(x)) for x (N, C, H, W), between the dense blocks. known.py knows the modules.
 
-    ``pool``: then the mean of every 2×2 pixels, (N, C, H/2, W/2). On a CPU these are loops; elsewhere, what torch does.
+    ``pool``: then the mean of every 2×2 pixels, (N, C, H/2, W/2). On a CPU our loops do it; elsewhere, torch.
     """
     if torch.compiler.is_compiling() or passes_for(x) is not loops or not len(x):
         x = relu(norm(x))
@@ -125,7 +125,7 @@ class SharedBuffer(torch.autograd.Function):
         with torch.autocast(kind, enabled=False), torch.cuda.device_of(x):
             buf = x.new_empty(x[:, 0].numel(), total, dtype=dtype)  # (M, C0 + L·k)
             steps = steps_for(buf)
-            columns = new_statistics(buf, total).zero_()  # mean and variance of each, where a batch norm asks for them
+            columns = new_statistics(buf, total).zero_()  # mean and variance of each, if a batch norm uses them
             asked = any(uses_batch(layer.norm1) for layer in layers)
             buf[:, :start] = to_rows(x)
             if asked:
@@ -214,7 +214,7 @@ def in_groups(items, count):
 
 
 def layer_backward(read, new, saved, parameters, settings, shape):
-    """From the gradient of the columns that a layer wrote: adds to that of those it read; returns its parameters'."""
+    """From the gradient of a layer's columns: adds to the gradient of those it read, returns its parameters'."""
     norms = [Norm(*saved[2 * i :][:2], *parameters[3 * i :][:2], *setting) for i, setting in enumerate(settings)]
     x = saved[-1] if len(norms) == 2 else read.x
     steps = steps_for(x)
@@ -229,7 +229,7 @@ def layer_backward(read, new, saved, parameters, settings, shape):
 class Norm(NamedTuple):
     """Batch norm of C columns, (x − mean)/√(var + eps)·weight + bias, all of shape (C,).
 
-    ``batch``: mean and var are those of the batch, so that they have gradients; not so in evaluation mode.
+    ``batch``: True if mean and var are the batch's, so that they have gradients.
     """
 
     mean: torch.Tensor
@@ -274,13 +274,13 @@ def take_norm(module, x, statistics, keep):
     if batch:
         mean, var = statistics
     else:
-        wide = torch.promote_types(x.dtype, torch.float32)  # a copy where it is kept: the next step may change them
+        wide = torch.promote_types(x.dtype, torch.float32)  # a copy if it is kept: the next step may change them
         mean, var = (value.to(wide, copy=keep) for value in (module.running_mean, module.running_var))
     return Norm(mean, var, module.weight.detach(), module.bias.detach(), module.eps, batch)
 
 
 def update_running_statistics(measured, count):
-    """Let BatchNorm2d modules learn from the batch, over ``count`` rows, that gave them their Norms: all together."""
+    """Update the running statistics of BatchNorm2d modules from their Norms over ``count`` rows, all at once."""
     by_momentum = {}
     for module, norm in measured:
         if module.training and module.track_running_stats:
@@ -302,9 +302,9 @@ def update_running_statistics(measured, count):
 class Buffer(NamedTuple):
     """Columns of the buffer x (M, C) and their means (C,), and their gradient while it is being summed.
 
-    That is d (M, C), and the deferred p and q (C,), which stay 0 if no batch norm used the batch. ``latest``: room
-    for a copy of the last k columns of d and x, (2, M, k), which are those that the layer before wrote: on CPUs it is
-    slow to look for so few columns in the rows of a wide matrix.
+    The gradient is d (M, C) and the deferred p and q (C,), which stay 0 if no batch norm used the batch. ``latest``:
+    room for a copy of the last k columns of d and x, (2, M, k), those that the layer before wrote. CPUs are slow to
+    gather so few columns from the rows of a wide matrix.
     """
 
     x: torch.Tensor
@@ -318,19 +318,19 @@ class Buffer(NamedTuple):
         return Buffer(self.x[:, columns], self.d[:, columns], self.mean[columns], self.p[columns], self.q[columns])
 
     def defer(self, norm, d_weight, d_bias):
-        """Note what the batch's mean and variance contribute, to be applied when a column is complete."""
+        """Add the gradients of the batch's mean and variance to p and q, which ``gradient`` applies."""
         if norm.batch:
             scale = norm.scale / len(self.x)
             self.p.addcmul_(scale, d_bias)
             self.q.addcmul_(scale * norm.rstd, d_weight)
 
     def gradient(self):
-        """That of columns to which nothing will be added any more, (M, C)."""
+        """The complete gradient (M, C) of columns, once every layer that reads them has added to it."""
         return passes_for(self.x).combine(self.d, self.x, torch.ones_like(self.q), -self.q, self.q * self.mean - self.p)
 
 
 def to_rows(x):
-    """(N, C, H, W) → (M, C), a view where x is channels last."""
+    """(N, C, H, W) → (M, C), a view if x is channels last."""
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
@@ -339,7 +339,7 @@ def to_images(x, shape):
     return x.view(shape[0], shape[2], shape[3], x.shape[1]).permute(0, 3, 1, 2)
 
 
-# The four steps in plain torch, whose passes over memory are in the module passes or, compiled, in loops.
+# The four steps in plain torch. Their passes over memory are in passes.py or, compiled for CPUs, in loops.py.
 
 
 def bn_relu_conv1x1(x, norm, weight, shape, out, statistics):
@@ -390,7 +390,7 @@ def conv1x1_backward(d_relu, h, norm2, d_weight2, d_bias2, read, norm, weight, s
 
 
 def passes_for(x):
-    """Where the passes over tensors like x come from: the module loops, or passes."""
+    """The module that has the passes over tensors like x: loops or passes."""
     if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64, torch.bfloat16) and loops:
         return loops
     return passes

@@ -1,4 +1,4 @@
-"""Dense blocks and transitions compared with naive: what an edit of a method changes, no look at modules shows."""
+"""Compares dense blocks and transitions with naive, which shows edited methods that a look at the modules cannot."""
 
 import copy
 
@@ -8,13 +8,13 @@ import fused
 
 
 def differing(model, kinds, block):
-    """The parts of a model, of these kinds, that do not compute as ``block`` what they say: {name: why, in words}.
+    """The parts of a model, of these types, that compute something else as ``block`` than their code says: {name: why}.
 
-    Each is copied, and the copies take a training step and an evaluation on a few random pixels in float64, on the CPU.
-    Modules and random numbers stay as they are.
+    Copies of each part take a training step and an evaluation on a few random pixels, in float64 on the CPU. Modules
+    and torch's random numbers stay as they are.
     """
     parts = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
-    loops, fused.loops = fused.loops, None  # passes in plain torch, for which nothing has to be compiled
+    loops, fused.loops = fused.loops, None  # passes in plain torch need no compiling
     try:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             found = {name: difference(module, block) for name, module in parts.items()}
@@ -24,7 +24,7 @@ def differing(model, kinds, block):
 
 
 def difference(original, block):
-    """Why a dense block or transition must not be run as ``block``, in words, or None; draws random numbers."""
+    """Why a dense block or transition must not run as ``block``, or None. Uses random numbers."""
     found = {}
     for name in ("naive", block):
         try:
@@ -44,9 +44,9 @@ def difference(original, block):
 
 
 def outcome(module, x):
-    """Results of a module in a training step and an evaluation: {kind: vector}.
+    """Results of a module in a training step and an evaluation: {"outputs", "gradients", "statistics": vector}.
 
-    Its parameters are moved first: those that are 1 and 0 would hide mistakes.
+    Moves the parameters first: values of 1 and 0 would hide errors.
     """
     tensors = [x, *module.parameters()]
     with torch.no_grad():

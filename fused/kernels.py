@@ -1,13 +1,12 @@
 """Triton kernels of the shared-buffer dense block, and their launchers: the steps that __init__.py has in plain torch.
 
-What the launchers take and return stands there. Every matrix has one row per pixel (M = N·H·W). x is a view of the
-block's buffer: C columns of a wider row. Products accumulate in float32, offsets along rows are int64. Scale and shift
-of a batch norm are formed where they are used, and weights are read as the optimiser keeps them: nothing is prepared by
-launches of its own.
+Arguments and results of the launchers are described there. Every matrix has one row per pixel (M = N·H·W). x is a view
+of the block's buffer: C columns of a wider row. Products accumulate in float32, row offsets are int64. Kernels compute
+a batch norm's scale and shift themselves, and read weights as the optimiser keeps them: no launch only prepares.
 
-A program takes a span of rows. One that sums over rows writes a partial sum, and a second, small launch adds those in a
-fixed order and finishes what depends on them: no atomics, so that runs repeat bit for bit. In training, a layer with a
-bottleneck makes five launches forward and six backward.
+A program takes a span of rows. A program that sums over rows writes a partial sum; a second, small launch adds those in
+a fixed order. There are no atomics, so runs repeat bit for bit. In training, a layer with a bottleneck makes five
+launches forward and six backward.
 """
 
 import functools
@@ -23,9 +22,9 @@ def power_of_2(n, least=16):
     return max(least, triton.next_power_of_2(n))
 
 
-# Tiles: rows BM at most, columns of the input, of outputs (BQ) or of both, and warps: the best of what was tried on an
-# H200 (bench/README.md) that fits the registers of every GPU, and what fits Hopper's alone, where bottlenecks have at
-# most NARROW columns.
+# Tiles: at most BM rows; columns of the input (BC, BJ) and of outputs (BQ); warps. TILES fit the registers of every
+# GPU; HOPPER_TILES fit Hopper's, for bottlenecks of at most NARROW columns. They were the best on an H200
+# (bench/README.md).
 TILES = {
     "bn_relu_conv1x1": {"BM": 64, "BC": 32, "num_warps": 4},
     "bn_relu": {"BM": 64, "BJ": 64, "num_warps": 4},
@@ -43,17 +42,17 @@ HOPPER_TILES = TILES | {
     "conv3x3_weight": {"BM": 128, "BQ": 64, "BJ": 64, "num_warps": 8},
     "conv1x1_backward": {"BM": 32, "BC": 64, "num_warps": 4},
 }
-# A tile's rows give each multiprocessor about one of so many images. A launch that sums over rows has so many programs
-# for each: enough for it, few enough to be added soon.
+# A tile has so few rows that IMAGES images give every multiprocessor a tile. A launch that sums over rows has PROGRAMS
+# programs per multiprocessor: enough to keep it busy, and few partial sums to add.
 IMAGES, PROGRAMS = 64, 2
-# How many partial sums of statistics, and of gradients, are added at once, and columns of them that a program finishes.
+# Partial sums that are added at once (BP), and columns that a program finishes (BC).
 STATISTICS, GRADIENTS = {"BP": 128, "BC": 16}, {"BP": 64, "BC": 64}
 
 
 def vector(*sizes):
-    """How many neighbouring columns a thread may read at once, 8 of bf16 at most: what divides all strides and ends.
+    """Neighbouring columns that a thread may read at once, at most 8 of bf16: the largest divisor of all sizes.
 
-    Triton itself asks only whether 16 divides them, and would read one by one. Kernels see it as n // V * V.
+    Triton itself only asks if 16 divides a size, and else reads one by one. Kernels tell it by n // V * V.
     """
     return math.gcd(8, *sizes)
 
@@ -68,10 +67,10 @@ def hardware(device):
 
 
 def fitting(name, h, shape, outputs=16):
-    """The tiles of a kernel for h, rows of bottlenecks or, in networks without, of the buffer, of images (N, C, H, W).
+    """The tiles of a kernel for images (N, C, H, W); h has their bottlenecks or, without these, the buffer's columns.
 
-    They do not depend on N: an epoch's last batch and those of evaluation have nothing compiled anew. They have fewer
-    rows and columns where a tile has many ``outputs``.
+    Tiles do not depend on N, so that an epoch's last batch and evaluation compile nothing anew. Many ``outputs`` in a
+    tile leave it fewer rows and columns.
     """
     capability, multiprocessors = hardware(h.device)
     tiles = dict((HOPPER_TILES if capability == HOPPER and h.stride(0) <= NARROW else TILES)[name])
@@ -83,15 +82,15 @@ def fitting(name, h, shape, outputs=16):
 
 
 def share_rows(x, tile, others=1):
-    """(rows of a program, programs) of a launch over the rows of x with ``others`` that share something else."""
+    """(rows per program, programs) of a launch over the rows of x, and ``others`` programs for each span of rows."""
     tiles = triton.cdiv(len(x), tile)
     most = triton.cdiv(PROGRAMS * hardware(x.device)[1], others)
     span = triton.cdiv(tiles, min(tiles, most)) * tile
     return span, triton.cdiv(len(x), span)
 
 
-# A kernel that is compiled once, whatever these arguments are, which follow from the size of a batch. So does M, but 16
-# divides it for usual images, and to know that saves registers.
+# Kernels are not compiled anew for other values of these arguments, which follow from the batch size. M does, too, but
+# to know that 16 divides it saves registers.
 BY_BATCH = ["programs", "sums_programs", "partial_programs", "asked"]
 kernel = triton.jit(do_not_specialize=BY_BATCH)
 
@@ -236,7 +235,7 @@ def pixels(rows, H: tl.constexpr, W: tl.constexpr):
     return pixel // W, pixel % W
 
 
-# Whether the pixels y, x exist that rows ask for.
+# True if the pixels y, x lie inside the image.
 @triton.jit
 def in_image(rows, y, x, M, H: tl.constexpr, W: tl.constexpr):
     return (rows < M) & (y >= 0) & (y < H) & (x >= 0) & (x < W)
@@ -244,7 +243,7 @@ def in_image(rows, y, x, M, H: tl.constexpr, W: tl.constexpr):
 
 def bn_relu_conv3x3(x, norm, weight, shape, out, statistics):
     (m, j), k = x.shape, len(weight)
-    a, tiles = x.new_empty(m, j), fitting("bn_relu", x, shape)  # written down, since each pixel is read nine times
+    a, tiles = x.new_empty(m, j), fitting("bn_relu", x, shape)  # stored, since each pixel is read nine times
     bn_relu_kernel[(triton.cdiv(m, tiles["BM"]), triton.cdiv(j, tiles["BJ"]))](
         x, x.stride(0), *norm[:5], a, m, j, **tiles, V=vector(j, x.stride(0))
     )
@@ -282,7 +281,7 @@ def finish_statistics_kernel(partial, mean, var, programs, span, M, C, BP: tl.co
 
 
 def finish_statistics(partial, statistics, span, rows):
-    """Writes (2, C) from the partial statistics (programs, 2, C) of spans of rows, if it is asked to."""
+    """Write ``statistics`` (2, C), unless None, from the partial ones (programs, 2, C) of spans of rows."""
     if statistics is not None:
         programs, _, columns = partial.shape
         finish_statistics_kernel[(triton.cdiv(columns, STATISTICS["BC"]),)](
@@ -328,7 +327,7 @@ def conv3x3_backward_kernel(
         acc = tl.zeros((BM, BJ), tl.float32)
         for part in range(9 * (KP // BQ)):
             tap, outs = part % 9, part // 9 * BQ + tl.arange(0, BQ)
-            dy, dx = 1 - tap // 3, 1 - tap % 3  # of the pixel whose tap reads from here: the sign is turned
+            dy, dx = 1 - tap // 3, 1 - tap % 3  # to the output whose tap reads this pixel: opposite sign
             inside = in_image(rows, row_y + dy, row_x + dx, M, H, W)
             place = g + (rows + dy * W + dx)[:, None] * KP + outs[None, :]
             d_out = tl.load(place, mask=inside[:, None], other=0.0)  # (BM, BQ)
@@ -461,8 +460,8 @@ def conv1x1_backward(d_relu, h, norm2, d_weight2, d_bias2, read, norm, weight, s
     return finish_gradients(sums, partial, weight, norm, m, read)
 
 
-# Adds partial sums: dγ and dβ from (programs, 2, C) and, where the norm used the batch (DEFER), to p and q what these
-# contribute; dW from (programs, taps·K, C), into the weight's strides. The first programs take columns, the others dW.
+# Adds partial sums: dγ and dβ from (programs, 2, C); dW from (programs, taps·K, C), into the weight's strides. If the
+# norm used the batch (DEFER), also adds its terms to p and q. The first programs take columns, the others dW.
 @kernel
 def finish_gradients_kernel(
     sums, sums_programs, d_weight, d_bias, partial, partial_programs, d_conv, wk, wj, wy, wx,
@@ -503,7 +502,7 @@ def finish_gradients_kernel(
 def finish_gradients(sums, partial, weight, norm, rows, read=None):
     """Gradients of γ and β (C,) and of a weight, from partial sums (programs, 2, C) and (programs, taps, K, C).
 
-    ``read``: the Buffer of the columns that the norm normalised, in which to defer what they contribute.
+    ``read``: the Buffer whose columns the norm normalised; its p and q take the deferred terms.
     """
     columns, size = sums.shape[2], partial[0].numel()
     d_weight, d_bias = sums.new_empty(2, columns)

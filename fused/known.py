@@ -1,6 +1,6 @@
-"""Which layers the fused block computes: those that densenet.py makes. All others run as they are written.
+"""Recognises the layers that the fused block can compute: those that densenet.py makes. Others run as written.
 
-Every forward pass looks, so that nothing is remembered that may have changed: at 336 modules in 0.4 ms.
+Every forward pass looks anew, since anything may have changed: 0.4 ms for 336 modules.
 """
 
 from operator import itemgetter
@@ -20,10 +20,7 @@ settings, statistics = itemgetter(*SETTINGS), itemgetter("running_mean", "runnin
 
 
 def watched(x, modules):
-    """Why each of the modules has to be called with x, in words, or None: they have hooks, or operations are traced.
-
-    torch.fx traces with a stand-in for x that is no tensor.
-    """
+    """Why each module has to be called, or None: it has hooks, or x is being traced (torch.fx passes no tensor)."""
     if not isinstance(x, torch.Tensor) or torch.jit.is_tracing() or torch.compiler.is_exporting():
         return "it is traced or exported"
     hooks = has_hooks_everywhere() or any(
@@ -33,7 +30,7 @@ def watched(x, modules):
 
 
 def parts(layers):
-    """The layers and all that they are made of; many times as fast as ``modules()``, since every step looks at them."""
+    """The layers and all modules in them. Many times as fast as ``modules()``: every step calls it."""
     for layer in layers:
         yield layer
         for module in layer._modules.values():
@@ -41,7 +38,7 @@ def parts(layers):
 
 
 def unknown(layers, x):
-    """Why the fused block cannot compute these layers on x (N, C, H, W), in words, or None."""
+    """Why the fused block cannot compute these layers on x (N, C, H, W), or None."""
     if reason := watched(x, parts(layers)) or (None if len(layers) else "no layers"):
         return reason
     expected = BOTTLENECK if "norm2" in layers[0]._modules else SINGLE
@@ -65,7 +62,7 @@ def unknown(layers, x):
 
 
 def unknown_between(x, modules):
-    """The same of the batch norm, the ReLU and, in a transition, the 1×1 convolution between the blocks: {name: it}."""
+    """The same for {name: module} between the blocks: batch norm, ReLU and, in a transition, the 1×1 convolution."""
     if reason := watched(x, modules.values()):
         return reason
     for name, module in modules.items():
@@ -76,10 +73,7 @@ def unknown_between(x, modules):
 
 
 def odd(module, kind, width, size=None):
-    """How a module on ``width`` channels differs from one of this kind as it was made, in words, or None.
-
-    ``size`` is that of a convolution's kernel.
-    """
+    """How a module on ``width`` channels differs from densenet.py's, or None. ``size`` is a convolution's kernel's."""
     state = module.__dict__
     if type(module) is not kind:
         return f"is a {type(module).__name__}"

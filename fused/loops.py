@@ -1,11 +1,11 @@
 """The passes over memory of the fused dense block, on the CPU: each one loop, compiled by Numba.
 
-The functions up to ``combine`` do what those of the same names in __init__.py do with several operations of torch each.
-A matrix (M, C) has a row for each pixel and a column for each channel. Sums are taken over slices of ROWS rows first,
-then over the slices: they depend on the shape of the matrix alone, not on the number of threads.
+The functions up to ``combine`` do what those of the same names in passes.py do with several operations of torch each.
+A matrix (M, C) has a row for each pixel and a column for each channel. Sums run over slices of ROWS rows first, then
+over the slices: they depend on the shape of the matrix alone, not on the number of threads.
 
-Numba knows no bfloat16. It sees the bits of such a matrix as uint16: the upper halves of float32 numbers, to which
-``wide`` adds the lower halves and from which ``store`` takes them off again. Sums and coefficients are float32.
+Numba has no bfloat16. It sees the bits of such a matrix as uint16, the upper halves of float32 numbers: ``wide`` adds
+the lower halves, ``store`` rounds them away. Sums and coefficients are float32.
 """
 
 import contextlib
@@ -23,10 +23,10 @@ ROWS = 256  # of a slice: few enough for the cache of a core, enough to be worth
 
 
 def start_threads():
-    """Start Numba's threads, so that they and torch's do not fight each other for the cores.
+    """Start Numba's threads, so that they and torch's do not compete for the cores.
 
-    Both are GNU OpenMP's, in some installations one pool, whose size Numba then sets. In others there are two copies of
-    the library, each with threads that wait for work by asking again and again: those of Numba shall soon sleep.
+    Both use GNU OpenMP. In some installations they have one pool of threads, whose size Numba then sets. In others
+    there are two copies of the library, whose threads spin while they wait for work: let Numba's soon sleep.
     """
     numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
     threads, given = torch.get_num_threads(), os.environ.get("GOMP_SPINCOUNT")
@@ -41,10 +41,10 @@ start_threads()
 
 
 def compiled(loop):
-    """Compile a loop when it is first called; kept on disk, in a file of the module's full name.
+    """Compile a loop when it is first called, and keep the result on disk, in a file of the module's full name.
 
-    What Numba keeps imports the module by that name, which is another one where hubconf.py has imported it. Sums may be
-    reordered into vector lanes; NaN and infinity keep their meaning.
+    The kept code imports the module by that name, which differs if hubconf.py has imported it. Sums may be reordered
+    into vector lanes; NaN and infinity keep their meaning.
     """
     loop.__qualname__ = f"{__name__}.{loop.__name__}"
     function = numba.njit(loop, parallel=True, fastmath={"reassoc", "contract", "nsz"})
@@ -53,7 +53,7 @@ def compiled(loop):
 
 
 class Cache(FunctionCache):
-    """What Numba keeps on disk: compiled anew where a file is damaged, and not kept where the disk is full."""
+    """Numba's compiled code on disk. Compiles anew if a file is damaged; keeps nothing if the disk is full."""
 
     def load_overload(self, *args):
         try:
@@ -95,11 +95,8 @@ def combine(d, x, u, v, w):
 
 
 def vectors(norm):
-    """Mean, variance, weight and bias of a Norm, in one dtype: the last two, parameters, as copies.
-
-    What NumPy has seen cannot be resized any more, as FSDP does to free the memory of parameters.
-    """
-    return [vector.to(norm.mean.dtype, copy=i > 1) for i, vector in enumerate(norm[:4])]
+    """Mean, variance, weight and bias of a Norm, in one dtype."""
+    return [vector.to(norm.mean.dtype) for vector in norm[:4]]
 
 
 def slices_of(x):
@@ -114,9 +111,9 @@ def run(loop, *arguments):
 
 
 def as_array(x):
-    """NumPy's view of a tensor; of some columns of a matrix, all columns from the first of them on.
+    """NumPy's view of a tensor. For some columns of a matrix: all columns from the first of them on.
 
-    Numba vectorises loops over contiguous matrices alone. The last row ends beyond the matrix, where no loop goes.
+    Numba vectorises loops over contiguous matrices only. The last row ends beyond the matrix; no loop goes there.
     """
     array = (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
     if x.dim() == 1 or x.is_contiguous() or x.stride(1) != 1:
@@ -175,7 +172,7 @@ def rows_of(part, matrix):
 
 @numba.njit
 def scale_and_shift(mean, var, weight, bias, eps):
-    """Two vectors in batch norm's dtype, and the zero of that dtype: a plain 0 would make a loop float64, and slow."""
+    """Two vectors in batch norm's dtype, and its zero: a plain 0 would make a loop float64, and slow."""
     scale = weight / np.sqrt(var + var.dtype.type(eps))
     return scale, bias - mean * scale, var.dtype.type(0)
 
@@ -234,7 +231,7 @@ def add_slices(d_weights, d_biases, var, eps, d_weight, d_bias):
 @compiled
 def relu_backward_loop(
     da, x, mean, var, weight, bias, eps, d_weights, d_biases, d_weight, d_bias, d, latest_d, latest_x
-):  # two programs: where d is None, what is for d is not compiled
+):  # two programs: if d is None, the lines for d are not compiled
     scale, shift, zero = scale_and_shift(mean, var, weight, bias, eps)
     first = len(scale) - latest_d.shape[1]
     for part in numba.prange(len(d_biases)):

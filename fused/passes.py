@@ -1,4 +1,4 @@
-"""The passes over memory of the fused dense block in plain torch: the reference for the module loops, and its stand-in.
+"""The passes over memory of the fused dense block in plain torch: the reference for loops.py, and its substitute.
 
 x is a matrix of M pixels and C channels, norm a Norm of its columns.
 """

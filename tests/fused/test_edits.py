@@ -160,28 +160,6 @@ def test_float64_stays_float64_under_autocast():
         assert_same(step(with_block(model, block), x, amp=True), step(with_block(model, "naive"), x, amp=True))
 
 
-def fsdp_rank(rank, rendezvous):
-    from torch.distributed.fsdp import fully_shard
-
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    mesh, losses, x = torch.distributed.init_device_mesh("cpu", (2,)), [], torch.randn(4, 3, 8, 8)
-    for block in ("naive", "fused"):
-        model = with_block(make(torch.float32), block)
-        for part in (*model.blocks, *model.transitions, model):
-            fully_shard(part, mesh=mesh)
-        for _ in range(2):
-            losses.append(model(x).square().sum())
-            losses[-1].backward()
-    torch.testing.assert_close(losses[:2], losses[2:], rtol=1e-4, atol=0)
-    torch.distributed.destroy_process_group()
-
-
-def test_fully_sharded_data_parallel(tmp_path):
-    """Which frees the parameters of a part after its forward pass."""
-    torch.multiprocessing.spawn(fsdp_rank, (tmp_path / "rendezvous",), nprocs=2)
-
-
 # What an edit of densenet.py makes of a method, and which blocks a comparison finds to be others then.
 
 
