@@ -10,7 +10,7 @@ from filelock import FileLock
 
 from common.console import Mistake
 from inputs.batches import ImageTensors
-from inputs.folders import load_folder, load_test_folder
+from inputs.folders import groups_of, load_folder, load_test_folder
 from inputs.image import Reader
 from inputs.splits import NORMALIZE, Dataset, channel_statistics, check_memory
 
@@ -18,17 +18,17 @@ DATASETS = ("cifar10", "cifar100", "svhn", "digits", "folder")
 DEFAULT_READER = Reader()
 
 
-def load(name, root, reader=DEFAULT_READER, test_size=0, manifest=None):
+def load(name, root, reader=DEFAULT_READER, test_size=0, manifest=None, groups=None):
     """Load a data set by name; ``root`` holds the archives, or the folders of images.
 
     ``reader`` says how image files are read; its image_size (pixels) and channels count for "digits", too. Where a
     folder has no test images, ``test_size`` of its images are set apart. ``manifest`` is that of an earlier call, whose
-    splits are to be found again. Raises Mistake.
+    splits are to be found again. ``groups``: see load_folder. Raises Mistake.
     """
     if name == "digits":
         return load_digits(reader)
     if name == "folder":
-        return load_folder(Path(root), reader, test_size, manifest)
+        return load_folder(Path(root), reader, test_size, manifest, groups)
     if name == "svhn":
         train, extra, test = load_svhn(root, "train", "extra", "test")
         train = ImageTensors(torch.cat((train.pixels, extra.pixels)), torch.cat((train.labels, extra.labels)))
@@ -38,9 +38,11 @@ def load(name, root, reader=DEFAULT_READER, test_size=0, manifest=None):
 
 def load_run(arguments, root, reader, manifest=None):
     """``load`` as the arguments of a run say, images held out and limits included."""
-    dataset = load(arguments["dataset"], root, reader, arguments["test_size"], manifest)
+    test_size, groups = arguments["fold"] or arguments["test_size"], arguments["groups"]
+    dataset = load(arguments["dataset"], root, reader, test_size, manifest, groups)
     if arguments["valid_size"]:
-        dataset = dataset.hold_out(arguments["valid_size"], arguments["seed"])
+        groups = groups_of(dataset.train.names, root, groups)
+        dataset = dataset.hold_out(arguments["valid_size"], arguments["seed"], groups)
     return dataset.limit(arguments["limit_train"], arguments["limit_test"])
 
 

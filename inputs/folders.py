@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -24,8 +25,12 @@ OF_SYSTEMS = {  # lower case: bins, thumbnails and snapshots of macOS, Windows, 
 }
 
 
-def load_folder(root, reader, test_size=0, manifest=None):
-    """Class folders of images, in the splits that ``find_splits`` finds; images of any format, size and mode."""
+def load_folder(root, reader, test_size=0, manifest=None, groups=None):
+    """Class folders of images, in the splits that ``find_splits`` finds; images of any format, size and mode.
+
+    ``test_size`` is a number or share of images to set apart for testing, or a fold "I/K". ``groups``, a pattern of
+    ``groups_of``, names groups of images; no group is in two splits. Raises Mistake.
+    """
     folders, test_size, notes = find_splits(root, test_size, manifest)
     passed, train = Counter(), folders["train"]
     found = {split: list_images(folder, passed) for split, folder in folders.items()}
@@ -41,13 +46,16 @@ def load_folder(root, reader, test_size=0, manifest=None):
         check_memory(sum(map(len, files.values())), reader, reader.channels, instead)
     test_files = manifest["test_files"] if manifest else []
     if test_size and not test_files:  # always the same ones, whatever the seed
-        drawn = stratified(files["train"].labels, test_size, seed=0, flag="--test-size")[1]
+        flag, names = "--fold" if isinstance(test_size, str) else "--test-size", files["train"].names
+        drawn = stratified(files["train"].labels, test_size, 0, flag, groups_of(names, root, groups))[1]
         test_files = [Path(files["train"].names[i]).relative_to(root).as_posix() for i in drawn]
     if test_files:
         files["test"] = set_apart(root, test_files, train, classes, reader)
         apart = set(map(Path, files["test"].names))  # as paths: "./cat/0.png" is "cat/0.png"
         kept = [i for i, name in enumerate(files["train"].names) if Path(name) not in apart]
         files["train"] = files["train"].select(torch.tensor(kept))
+    if groups:
+        check_groups(files, root, groups)
     images = read_splits(root, files, classes, notes)
     notes += look_at(images["train"], reader)
     if reader.streams:
@@ -95,7 +103,7 @@ def find_splits(root, test_size, manifest):
     if test_size and not (train.is_dir() and any(path.is_dir() for path in train.iterdir())):  # a class may be a train
         return {"train": existing(root)}, test_size, []
     if test_size and test.is_dir():
-        raise Mistake(f"--test-size: {test} has test images: leave out one of the two")
+        raise Mistake(f"{test} has test images: leave out --test-size or --fold")
     splits, notes = {"train": existing(train)}, []
     if val.is_dir() and (test_size or test.is_dir()):
         splits["valid"] = val
@@ -215,6 +223,33 @@ def set_apart(root, names, train, classes, reader):
     except (ValueError, IndexError) as error:
         raise Mistake(f"the run's test images are not in class folders of {train} ({error})") from error
     return ImageFiles(list(map(str, paths)), labels, reader)
+
+
+def groups_of(names, root, pattern):
+    """What the first group of a regular expression is in the path of each image, relative to ``root``.
+
+    It names the image's patient, scene or writer. None without a pattern. Raises Mistake.
+    """
+    if pattern is None:
+        return None
+    paths = [Path(os.path.relpath(name, root)).as_posix() for name in names]
+    try:
+        groups = [match and match[1] for match in (re.search(pattern, path) for path in paths)]
+    except (re.error, IndexError) as error:
+        raise Mistake(f"--groups {pattern}: {error}: write a regular expression with a group in parentheses") from error
+    if None in groups:
+        raise Mistake(f"--groups {pattern} does not match {paths[groups.index(None)]}: every image needs a group")
+    return groups
+
+
+def check_groups(files, root, pattern):
+    """Raises Mistake if images of one group, see ``groups_of``, are in two of {split: ImageFiles}."""
+    first = {}
+    for split, part in files.items():
+        for group in groups_of(part.names, root, pattern):
+            if first.setdefault(group, split) != split:
+                parts = f"{KINDS[first[group]]} and {KINDS[split]} images"
+                raise Mistake(f"--groups {pattern}: {group} is in {parts}: move all images of a group into one split")
 
 
 # From files to pixels.

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import warnings
 from dataclasses import dataclass, field, replace
 
 import psutil
@@ -56,11 +57,14 @@ class Dataset:
             return self
         return replace(self, normalize=tuple(map(tuple, normalize)), measured=self.normalize)
 
-    def hold_out(self, count, seed):
-        """Move ``count`` training images, the same share of each class, to ``valid``. Drawn by ``seed`` alone."""
+    def hold_out(self, count, seed, groups=None):
+        """Move ``count`` training images, the same share of each class, to ``valid``. Drawn by ``seed`` alone.
+
+        ``groups``: see ``stratified``.
+        """
         if self.valid is not None:
             raise Mistake(f"--valid-size {count}: the data set has validation images: leave it out")
-        parts = stratified(self.train.labels, count, seed, flag="--valid-size")
+        parts = stratified(self.train.labels, count, seed, "--valid-size", groups)
         train, valid = (self.train.select(torch.tensor(part)) for part in parts)
         return replace(self, train=train, valid=valid)
 
@@ -70,13 +74,28 @@ class Dataset:
         return replace(self, **{name: split.select(slice(counts[name])) for name, split in self.splits.items()})
 
 
-def stratified(labels, count, seed, flag):
-    """Positions of all images but ``count``, and of those, the same share of each class. Raises Mistake."""
-    from sklearn.model_selection import train_test_split
+def stratified(labels, count, seed, flag, groups=None):
+    """Positions of all images but ``count``, and of those, the same share of each class. Raises Mistake.
+
+    ``count`` is a number, a fraction, or a fold "I/K". With ``groups``, the name of each image's group, no group is in
+    both parts, which then have about as many images as they should.
+    """
+    from sklearn import model_selection
 
     labels = labels.cpu().numpy()
     try:
-        parts = train_test_split(range(len(labels)), test_size=count, stratify=labels, random_state=seed)
+        if groups is None and not isinstance(count, str):
+            parts = model_selection.train_test_split(
+                range(len(labels)), test_size=count, stratify=labels, random_state=seed
+            )
+        else:
+            if not isinstance(count, str):
+                folds = 1 / count if isinstance(count, float) else len(labels) / count
+                count = f"1/{min(round(folds), len(set(groups)))}"
+            i, k = map(int, count.split("/"))
+            make = model_selection.StratifiedGroupKFold if groups else model_selection.StratifiedKFold
+            with warnings.catch_warnings(action="ignore"):  # of classes that some folds lack, which read_splits tells
+                parts = [*make(k, shuffle=True, random_state=seed).split(labels, labels, groups)][i - 1]
     except ValueError as error:
         needs = "both parts need an image of every class, so every class needs two images or more"
         raise Mistake(f"{flag} {count}: cannot take the same share of each class: {needs}") from error

@@ -27,6 +27,7 @@ NOT_COMPARED = {
     *("seed", "data", "workers", "block", "device", "precision", "compile", "cuda_graph", "deterministic"),
     *("save", "resume", "overwrite", "log_every", "keep_every", "tensorboard", "plot", "progress"),
     "recipe",  # a name for other arguments
+    "fold",  # one mean over all folds is what they are for
 }
 # The arguments of DenseNet that the paper has, or that the data and the name of the network imply.
 NETWORK = {

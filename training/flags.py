@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
@@ -41,6 +42,14 @@ NETWORK = ("depth", "growth_rate", "reduction", "bottleneck", "drop_rate", "init
 switch = argparse.BooleanOptionalAction
 rate = between(0, 1e30)  # beyond, float32 has infinity
 channels = pixels = between(1, 100_000, int)
+
+
+def fold(text):
+    """The type of --fold: "I/K" with 1 ≤ I ≤ K and K ≥ 2."""
+    i, k = map(int, text.split("/"))
+    if not 1 <= i <= k or k < 2:
+        raise argparse.ArgumentTypeError(f"{text} is none of 1/{k} … {k}/{k}")
+    return f"{i}/{k}"
 
 
 class Joined(argparse.Action):
@@ -95,6 +104,11 @@ def add_data_flags(add):
     add("--test-size", type=amount, default=0, metavar="N",
         help="folder without test images: hold out N images for testing, or a fraction, the same for every seed "
         "(default: 0.2 if there are only class folders)")
+    add("--fold", type=fold, metavar="I/K",
+        help="folder without test images: test on the Ith of K equal parts, the same parts for every seed")
+    add("--groups", type=nonempty, metavar="REGEX",
+        help="folder: keep images of one patient, scene or writer in one split: those with the same first group of "
+        "a regular expression in their paths below --data")
     add("--limit-train", type=positive, metavar="N", help="train on the first N images only (default: all)")
     add("--limit-test", type=positive, metavar="N", help="test and validate on the first N images only (default: all)")
 
@@ -280,9 +294,12 @@ def check_args(args):
             raise Mistake(f"--channels {args.channels}: the images of {args.dataset} have 3 channels")
         if Path(args.data, "train").is_dir():
             raise Mistake(f"{args.data}/train is not of {args.dataset}: for image folders, add --dataset folder")
-    for name in ("white", "black", "alpha", "test_size", "skip_unreadable"):
-        if getattr(args, name) != getattr(Reader, name, 0) and args.dataset != "folder":
+    usual = {field.name: field.default for field in dataclasses.fields(Reader)} | {"test_size": 0}
+    for name in ("white", "black", "alpha", "test_size", "skip_unreadable", "fold", "groups"):
+        if getattr(args, name) != usual.get(name) and args.dataset != "folder":
             raise Mistake(f"--{name.replace('_', '-')} is for --dataset folder: leave it out")
+    if args.fold and args.test_size:
+        raise Mistake(f"--fold {args.fold} is the test split: leave out --test-size")
     Reader.of_run(vars(args))  # raises Mistake
     streamed = args.dataset == "folder" and size >= STREAM_FROM
     shifted, changed = args.augment and not streamed, args.augment and streamed

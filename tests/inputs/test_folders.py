@@ -182,7 +182,7 @@ def test_val_is_for_validation_or_where_there_is_no_test_for_testing(tmp_path):
     assert (len(dataset.train), len(dataset.valid), len(dataset.test)) == (6, 3, 4) and dataset.notes == []
     with pytest.raises(Mistake, match="--valid-size 2: the data set has validation images"):
         dataset.hold_out(2, seed=1)
-    with pytest.raises(Mistake, match=r"--test-size: .*/test has test images: leave out one of the two"):
+    with pytest.raises(Mistake, match="/test has test images: leave out --test-size or --fold"):
         load(root, test_size=2)
     shutil.rmtree(root / "test")
     assert [len(split) for split in load(root, test_size=2).splits.values()] == [4, 3, 2]
@@ -232,6 +232,62 @@ def test_class_folders_alone_are_divided_the_same_way_for_every_seed(tmp_path, i
             find()
     with pytest.raises(Mistake, match=r"--test-size 1: .* number of classes = 2"):
         load(root, reader, test_size=1)
+
+
+def grouped_folder(root):
+    """Nine patients with one to three images each, of two classes."""
+    for number in range(9):
+        for i in range(1 + number % 3):
+            path = root / ("cat", "dog")[number % 2] / f"p{number}_{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (20, 20), (60 * (number % 2), 20 * number, 9 * i)).save(path)
+    return root
+
+
+def patients(images):
+    return {Path(name).name.split("_")[0] for name in images.names}
+
+
+@pytest.mark.parametrize("groups", [None, r"/(p\d)_"])
+def test_folds_are_equal_parts_of_all_images_and_divide_no_group(tmp_path, groups):
+    root, tested = grouped_folder(tmp_path), []
+    for i in (1, 2, 3):
+        dataset = load(root, Reader(8), f"{i}/3", groups=groups)
+        assert 5 <= len(dataset.test) <= 7 and dataset.test.labels.unique().tolist() == [0, 1]
+        assert not set(dataset.test.names) & set(dataset.train.names)
+        assert not groups or not patients(dataset.test) & patients(dataset.train)
+        assert load(root, Reader(8), f"{i}/3", dataset.manifest, groups).manifest == dataset.manifest
+        tested += dataset.test.names
+    assert len(tested) == len(set(tested)) == 18
+    with pytest.raises(Mistake, match="--fold 1/19: cannot take the same share of each class"):
+        load(root, Reader(8), "1/19", groups=groups)
+
+
+@pytest.mark.parametrize(("test_size", "valid_size"), [("0.3", "0.3"), ("5", "4")])
+def test_groups_are_kept_together_by_a_run_and_its_evaluation(tmp_path, test_size, valid_size):
+    root = grouped_folder(tmp_path / "images")
+    checkpoint = trained(root, "--test-size", test_size, "--valid-size", valid_size, "--groups", r"(p\d)_\d.png$")
+    parts = [load_split(checkpoint, split)[0] for split in ("train", "valid", "test")]
+    assert sum(map(len, parts)) == 18 and sum(len(patients(part)) for part in parts) == 9
+    assert 3 <= len(parts[1]) <= 5 and 4 <= len(parts[2]) <= 7
+    assert resumed(2)["config"]["arguments"]["groups"] == r"(p\d)_\d.png$"
+
+
+@pytest.mark.parametrize(("pattern", "words"), [
+    ("(p[0-7])_", r"--groups \(p\[0-7\]\)_ does not match cat/p8_0.png: every image needs a group"),
+    ("p.", "no such group: write a regular expression with a group"),
+    ("(p", "missing \\)"),
+])  # fmt: skip
+def test_groups_that_are_none_are_refused(tmp_path, pattern, words):
+    with pytest.raises(Mistake, match=words):
+        load(grouped_folder(tmp_path), Reader(8), groups=pattern)
+
+
+def test_a_group_in_two_splits_of_the_users_own_is_refused(tmp_path):
+    root = write_folder(tmp_path)
+    with pytest.raises(Mistake, match="0 is in training and test images: move all images of a group into one split"):
+        load(root, groups=r"(\d).png")
+    assert len(load(root, groups=r"(\w+/\w+/\d).png").train) == 6
 
 
 @pytest.mark.parametrize("test_size", [["--test-size", "4"], []])
