@@ -1,4 +1,4 @@
-"""Test error of a trained network and what it misclassifies, or its class probabilities for image files.
+"""Print the test error of a trained network and its scores for each class, or classify image files.
 
 Example: python evaluate.py work/digits.bc16/weights.pth --mistakes mistakes.png
          python evaluate.py work/cifar10-jpeg.bc40/weights.pth cat.jpg photos --csv photos.csv
@@ -34,15 +34,16 @@ def parse_args(argv=None):
     add("paths", nargs="*", type=nonempty, metavar="PATH",
         help="image files to classify, and folders, searched at any depth (default: the test set)")
     add("--split", choices=KINDS,
-        help="images of the run's data set: trained on (not augmented), held out, or tested on (default: test)")
+        help="images of the run's data set to evaluate: training (not augmented), validation or test (default: test)")
     add("--ema", action="store_true", help="evaluate the averaged weights of a run with --ema (default: the last ones)")
-    add("--data", type=nonempty, metavar="DIR", help="where the data set lives (default: as in training)")
+    add("--data", type=nonempty, metavar="DIR",
+        help="directory of the data set, which is downloaded if it is missing (default: as in training)")
     add("--csv", type=Path, metavar="FILE", help="write a row per image: its class, and the probability of each class")
-    add("--top", type=natural, metavar="N", help="classes to print of each file (default: 5; with --csv none)")
-    add("--mistakes", type=Path, metavar="FILE.png", help=f"draw the {DRAWN} most confidently misclassified")
+    add("--top", type=natural, metavar="N", help="classes to print for each file (default: 5; with --csv none)")
+    add("--mistakes", type=Path, metavar="FILE.png", help=f"draw the {DRAWN} most confidently misclassified images")
     add("--confusion", type=Path, metavar="FILE.png", help="draw the confusion matrix")
     add("--white", type=positive_number, metavar="X",
-        help="the value that is white in files of more than 8 bits (default: as in training)")
+        help="the value of white in files of more than 8 bits (default: as in training)")
     add("--workers", type=workers, default=0, metavar="N",
         help="processes that decode image files (default: %(default)s)")
     add("--batch-size", type=positive, metavar="N", help="images (default: as in training)")
@@ -56,7 +57,7 @@ def parse_args(argv=None):
 
 
 def check_args(args):
-    """Raises Mistake if a flag means nothing or a file cannot be written; makes the folders of what is written."""
+    """Raises Mistake if a flag has no meaning or a file can't be written. Makes the folders of files to write."""
     for name in ("split", "mistakes", "confusion") if args.paths else ("top", "white"):
         if getattr(args, name) is not None:
             meant = "images of the run's data set: leave out the paths" if args.paths else "image files: name some"
@@ -70,7 +71,7 @@ def check_args(args):
 
 
 def classify_files(args, checkpoint, device, amp):
-    """Print the top classes of each file, or write a row of each. Returns 1 if some cannot be read."""
+    """Print the most probable classes of each file, or write its row. Returns 1 if files can't be read."""
     passed, counts, classes = Counter(), Counter(), checkpoint["classes"]
     paths = find_images(args.paths, passed)
     for line in passed_over(passed):
@@ -100,7 +101,7 @@ def classify_files(args, checkpoint, device, amp):
 
 
 def evaluate_split(args, checkpoint, device, amp):
-    """Print error and scores on images of the run's data set, and draw what is asked for."""
+    """Print error and scores on a split of the run's data set; write and draw what the flags say."""
     classes, split = checkpoint["classes"], args.split or "test"
     reader = reader_of(checkpoint, workers=args.workers, progress=args.progress)
     images, notes = load_split(checkpoint, split, args.data, reader)
@@ -132,7 +133,7 @@ def evaluate_split(args, checkpoint, device, amp):
     if len(classes) >= 20:
         print(f"top-5 error {100 * (ranks >= 5).double().mean():.2f} %")
     if args.mistakes and not len(wrong):
-        print(f"no image is wrong: {args.mistakes} is not written")
+        print(f"no image is misclassified: {args.mistakes} is not written")
 
 
 @command

@@ -1,13 +1,13 @@
-"""Networks and published weights for other projects, through torch.hub: a clone or its address will do.
+"""Networks and published weights for other projects, through torch.hub, from a clone or from GitHub.
 
     import torch
-    network = torch.hub.load("CLONE", "run", "digits.bc16", source="local")     # a run that work/ publishes
+    network = torch.hub.load("CLONE", "run", "digits.bc16", source="local")     # a published run in work/
     images = torch.stack([network.preprocess("seven.png")])                     # (1, 3, 32, 32)
     print(network.classes[network(images).argmax()])
     network = torch.hub.load("CLONE", "densenet_bc_100_12", source="local", num_classes=100)  # with random weights
 
-The modules of this repository are imported as parts of a package of their own, named after this directory: a project
-may have modules that are called ``inputs`` or ``training``, too.
+The modules of this repository are imported into a package of their own: a project may have other modules named
+``inputs`` or ``training``.
 """
 
 import ast
@@ -28,14 +28,14 @@ _PACKAGE = f"hub_{zlib.crc32(bytes(_ROOT)):08x}"
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
-    """Finds and loads the modules of ``_PACKAGE``, whose imports of one another, at any depth, come from there."""
+    """Finds and loads the modules of ``_PACKAGE``, and lets them import each other from it."""
 
     @classmethod
     def find_spec(cls, name, path=None, target=None):
         if name.startswith(f"{_PACKAGE}."):
             return importlib.machinery.FileFinder(path[0], (cls, [".py"])).find_spec(name)
 
-    def get_code(self, fullname):  # bytecode is neither read nor written: that is for the plain names
+    def get_code(self, fullname):  # neither reads nor writes bytecode, which has the plain names
         tree = ast.parse(self.get_data(self.path))
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and not node.level and node.module.partition(".")[0] in _OURS:
@@ -58,7 +58,7 @@ def _module(name):
 
 
 class _Preprocess:
-    """An image, opened by Pillow or a path → (C, S, S) float32, as evaluate.py reads it; for DataLoaders, picklable."""
+    """A picklable function: an image, as a path or opened by Pillow → (C, S, S) float32, as evaluate.py reads it."""
 
     def __init__(self, arguments, normalize):
         self.arguments, self.normalize = arguments, normalize
@@ -67,17 +67,17 @@ class _Preprocess:
         return _module("inference").preprocess(image, self.arguments, self.normalize)
 
     def __reduce__(self):
-        """As a DataLoader's workers get it, which do not know this module."""
+        """Lets a DataLoader's workers, which do not know this module, load it."""
         hub = functools.partial(torch.hub.load, str(_ROOT), "_Preprocess", source="local")
         return hub, (self.arguments, self.normalize)
 
 
 def run(name):
-    """The network of a run that work/ publishes, such as "digits.bc16", or of one's own, a directory; for evaluation.
+    """The network of a published run in work/, such as "digits.bc16", or in another directory, in evaluation mode.
 
-    With it come ``classes``, their names, and ``preprocess``: an image, opened by Pillow or the path of its file →
-    (C, S, S) float32, read as evaluate.py reads it. That decodes large JPEG files at a reduced size: an image that has
-    been decoded before gives slightly other values.
+    Its attributes: ``classes``, their names; and ``preprocess``, a function: an image, as a path or opened by Pillow →
+    (C, S, S) float32, as evaluate.py reads it. That decodes large JPEG files at a reduced size; an image that is
+    already decoded gives slightly other values.
     """
     work = _ROOT / "work"
     runs = {path.parent.relative_to(work).as_posix(): path for path in sorted(work.glob("**/weights.pth"))}
@@ -96,7 +96,7 @@ _densenet = _module("densenet")
 for _name, _options in _densenet.ARCHITECTURES.items():
     _classes = 1000 if _options.get("stem") == "imagenet" else 10
     globals()[_name] = functools.partial(_densenet.DenseNet, **_options, num_classes=_classes)
-    globals()[_name].__doc__ = f"""{_name} with random weights, for {_classes} classes. Options are those of DenseNet:
+    globals()[_name].__doc__ = f"""{_name} with random weights, for {_classes} classes. Takes the options of DenseNet:
 
     num_classes, in_channels, drop_rate, block ("naive", "checkpoint" or "fused") and what else its docstring lists.
     """

@@ -3,7 +3,7 @@
 Example: python make_graph.py
          python make_graph.py --depth 28 --part blocks.0 --direction right --out images/dense-block.png
 
-torch.fx traces the network, so boxes and arrows are those of the model; dot (https://graphviz.org) lays them out.
+torch.fx traces the network, so boxes and arrows are those of the model. dot (https://graphviz.org) places them.
 """
 
 import sys
@@ -22,20 +22,20 @@ def make_parser():
     add = parser.add_argument_group("model").add_argument
     add_network_flags(add, depth="100")
     add("--num-classes", type=channels, metavar="N",
-        help="length of the logits (default: 10; of ImageNet's networks 1000)")
-    add("--channels", type=channels, default=3, metavar="N", help="of the images (default: %(default)s)")
-    add("--image-size", type=pixels, metavar="N", help="of N×N pixels (default: 32; of ImageNet's networks 224)")
+        help="length of the logits (default: 10; ImageNet's networks 1000)")
+    add("--channels", type=channels, default=3, metavar="N", help="channels of the images (default: %(default)s)")
+    add("--image-size", type=pixels, metavar="N", help="images of N×N pixels (default: 32; ImageNet's networks 224)")
 
     add = parser.add_argument_group("graph").add_argument
     add("--out", type=Path, default=Path("images/model.svg"), metavar="FILE",
-        help=f"its suffix is the format: {', '.join(FORMATS)} (default: %(default)s)")
+        help=f"file to write; its suffix is the format: {', '.join(FORMATS)} (default: %(default)s)")
     add("--part", metavar="NAME", help="draw only stem, blocks.I, transitions.I or classifier (default: all)")
-    add("--direction", choices=("down", "right"), default="down", help="of the arrows (default: %(default)s)")
+    add("--direction", choices=("down", "right"), default="down", help="where arrows point (default: %(default)s)")
     return parser
 
 
 def build(given):
-    """The network that the flags describe, without data, and the size of its images. Raises Mistake."""
+    """The network that the ``given`` flags describe, without data, and its image size. Raises Mistake."""
     options = architecture(given)
     imagenet = options.get("stem") == "imagenet"
     options = {"num_classes": 1000 if imagenet else 10} | options
@@ -60,7 +60,7 @@ def main(argv=None):
     print(written)
     if written != args.out:
         draw = f"dot -T{args.out.suffix[1:]} {written} -o {args.out}"
-        print(f"the program dot is missing: install it (apt install graphviz), then {draw}", file=sys.stderr)
+        print(f"the program dot is missing or fails: install it (apt install graphviz), then {draw}", file=sys.stderr)
         return 1
 
 

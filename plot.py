@@ -4,7 +4,7 @@ Example: python plot.py work/digits.base
          python plot.py work/sgd work/adam --out figures --format svg --smooth 3
          python plot.py work/sgd work/adam --out sgd-vs-adam.png --labels SGD Adam --only test --ylim 0 20
          python plot.py --mean work/sgd.1 work/sgd.2 work/sgd.3 --mean work/adam.1 work/adam.2 work/adam.3
-         python plot.py work/digits.* --table markdown    (what differs, and what came out; draws nothing)
+         python plot.py work/digits.* --table markdown    (arguments that differ, and results; draws nothing)
 
 Reads the logs of train.py and of bamos/densenet.pytorch (train.csv, test.csv without header).
 """
@@ -26,19 +26,20 @@ def make_parser():
     add("--mean", nargs="+", type=nonempty, action="append", default=[], metavar="DIR",
         help="runs that differ in their seed: draw their mean and a band of one standard deviation")
     add("--unlike", action="store_true",
-        help="--mean: also of runs that differ in more, over the epochs that all of them have (default: refuse)")
+        help="--mean: allow runs that differ in more, over the epochs that all of them have (default: refuse)")
     add("--table", choices=TABLES, nargs="?", const="text",
-        help="print what differs between the runs and what came out, and draw nothing (default: draw; text)")
+        help="print the arguments that differ and the results, and draw nothing (default: draw; text)")
     add("--out", type=nonempty, metavar="PATH",
-        help="where figures go (default: DIR; of several, here); a file such as sgd-vs-adam.png: one figure of both")
+        help="directory of the figures (default: DIR; for several runs, the current one), or a file such as "
+        "sgd-vs-adam.png for a single figure of loss and error")
     add("--format", choices=FORMATS, default="png", help="(default: %(default)s)")
-    add("--title", metavar="TEXT", help="a line above the figure (default: network, data and errors)")
+    add("--title", metavar="TEXT", help="text above the figure (default: network, data and errors)")
     add("--labels", nargs="+", metavar="TEXT",
         help="names of the runs, then of the means, in this order (default: what differs in their paths)")
     add("--only", choices=SPLITS, help="draw one curve per run (default: all)")
     add("--smooth", type=between(0, 1e6), default=0, metavar="EPOCHS", help="rolling mean (default: none)")
     add("--loss-scale", choices=("auto", "log", "linear"), default="auto",
-        help="auto is log from a decade on (default: %(default)s)")
+        help="auto: log if the losses span a decade (default: %(default)s)")
     add("--error-scale", choices=("log", "linear"), default="linear", help="(default: %(default)s)")
     add("--xlim", nargs=2, type=number, metavar=("LOW", "HIGH"), help="epochs to show (default: all)")
     add("--ylim", nargs=2, type=number, metavar=("LOW", "HIGH"), help="errors to show, in %% (default: all)")
@@ -56,13 +57,13 @@ def parse_args(argv=None):
     for name, scale in (("xlim", ""), ("ylim", args.error_scale), ("loss_ylim", args.loss_scale)):
         low, high = getattr(args, name) or (1, 2)
         if low >= high or (scale == "log" and low <= 0):
-            flag, positive = f"--{name.replace('_', '-')}", " above 0" * (scale == "log")
-            raise Mistake(f"{flag} {low:g} {high:g}: needs two numbers{positive}, the lower one first")
+            numbers = "numbers above 0" if scale == "log" else "numbers"
+            raise Mistake(f"--{name.replace('_', '-')} {low:g} {high:g}: needs two {numbers}, the lower one first")
     return args
 
 
 def read_logs(args, view):
-    """What to draw: {label: Log}."""
+    """{label: Log} of the runs and the means."""
     logs = [read_log(run) for run in args.runs]
     logs += [mean_log([read_log(run) for run in group], args.unlike) for group in args.mean]
     names = args.labels or labels([log.path for log in logs])
@@ -77,7 +78,7 @@ def read_logs(args, view):
 
 
 def figures(args):
-    """Which figures to write: {path: quantities}."""
+    """The figures to write: {path: quantities}."""
     out = Path(args.out or (args.runs[0] if len(args.runs) == 1 and not args.mean else "."))
     kind = out.suffix[1:].lower() if args.out and not out.is_dir() else None
     if kind in FORMATS:
@@ -90,8 +91,8 @@ def figures(args):
 @command
 def main(argv=None):
     args = parse_args(argv)
-    ylim, scale = {"loss": args.loss_ylim, "error": args.ylim}, {"loss": args.loss_scale, "error": args.error_scale}
-    view = View(args.only, args.smooth, args.xlim, ylim, scale)
+    ylim = {"loss": args.loss_ylim, "error": args.ylim}
+    view = View(args.only, args.smooth, args.xlim, ylim, {"loss": args.loss_scale, "error": args.error_scale})
     logs = read_logs(args, view)
     if args.table:
         print(formatted(*comparison(logs), args.table))

@@ -111,7 +111,7 @@ def main(argv=None):
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="DIR", help="directories of finished runs")
     add("--data", type=nonempty, metavar="DIR",
-        help="directory of the data set, to which one that is missing is downloaded (default: as in training)")
+        help="directory of the data set, which is downloaded if it is missing (default: as in training)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
     add("--ema", action="store_true", help="averaged weights of runs with --ema (default: the last)")
     add("--export", choices=[suffix[1:] for suffix in FORMATS], action="append", default=[],

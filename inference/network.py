@@ -18,7 +18,7 @@ from inputs.image import Reader
 
 @torch.no_grad()
 def predict(model, batches, amp):
-    """Yield (logits (B, classes) float32, labels (B,)) of every batch, in order, in evaluation mode."""
+    """Yield (logits (B, classes) float32, labels (B,)) of each batch, in order, in evaluation mode."""
     model.eval()
     for images, labels in batches.in_order():
         with amp():
@@ -28,7 +28,7 @@ def predict(model, batches, amp):
 
 def load_model(checkpoint):
     """The trained network of a checkpoint, (N, C, S, S) → logits (N, classes), in evaluation mode. Raises Mistake."""
-    if "network" in checkpoint:  # of an exported file
+    if "network" in checkpoint:  # an exported file
         return checkpoint["network"]
     try:
         model = DenseNet(**checkpoint["config"]["model"])
@@ -39,51 +39,50 @@ def load_model(checkpoint):
 
 
 def averaged(checkpoint):
-    """The checkpoint with the averaged weights of its run, that of --ema, in place of the last ones. Raises Mistake."""
+    """The checkpoint with the averaged weights of its run, which had --ema, for the last ones. Raises Mistake."""
     if "ema" not in checkpoint:
         raise Mistake("the checkpoint has no averaged weights, which train.py --ema makes: leave out --ema")
     return checkpoint | {"model": checkpoint["ema"]["model"], "averaged": True}
 
 
 def reader_of(checkpoint, **options):
-    """The Reader of a checkpoint's run; it decodes in this process, without a bar, unless ``options`` say otherwise."""
+    """The Reader of a checkpoint's run. By default, it decodes in this process, without a progress bar."""
     return Reader.of_run(checkpoint["config"]["arguments"], **{"workers": 0, "progress": False} | options)
 
 
 def load_split(checkpoint, split="test", directory=None, reader=None):
-    """The images that the checkpoint's run had in a split, not augmented, and lines to print about them.
+    """The images of a split of the checkpoint's run, not augmented, and lines to print about them.
 
-    ``split`` is "train", "valid" (held out of the training images, or a folder of their own) or "test". ``directory``
-    says where the data set lives, if not where it was. Raises Mistake if images are missing, have other classes, or
-    cannot be the ones that were held out.
+    ``split``: "train", "valid" or "test". ``directory``: that of the data set, by default as in training. Raises
+    Mistake if images are missing, have other classes, or cannot be those that were held out.
     """
     trained, reader = checkpoint["config"]["arguments"], reader or reader_of(checkpoint)
     root, manifest = directory or trained["data"], checkpoint["manifest"]
     try:
-        # Exported files do not name the test files: they are then set apart once more.
+        # Exported files do not name the test files, which are then set apart again.
         if split == "test" and (manifest is None or manifest["test_files"] or "test" in manifest["folders"]):
             images, notes = datasets.load_test(trained["dataset"], root, reader, checkpoint["classes"], manifest)
             return images.select(slice(trained["limit_test"])), notes
         dataset = datasets.load_run(trained, root, reader, manifest)
         check_training_data(checkpoint, dataset, root, split)
     except Mistake as error:
-        raise Mistake(f"{error}; --data says where the data set of the training is") from error
+        raise Mistake(f"{error}; say with --data where the data set of the training is") from error
     if split not in dataset.splits:
         raise Mistake("the run held out no images for validation: choose --split train or test")
     return dataset.splits[split], dataset.notes
 
 
 def check_training_data(checkpoint, dataset, root, split):
-    """Raises Mistake if a data set is not the one that the checkpoint's run had, or held images out of."""
+    """Raises Mistake if a data set is not that of the checkpoint's run, or other images would be held out."""
     if list(dataset.classes) != checkpoint["classes"]:
         raise Mistake(f"the images in {root} have other classes than those of the training")
     if changed := {"train", split} & {*splits.changed(checkpoint["manifest"], dataset)}:
         raise Mistake(f"images in {root} ({', '.join(sorted(changed))}) have changed since the training")
-    # Which images are held out depends on how many there are. Their mean and standard deviation tell, if measured.
+    # The number of images decides which are held out. Mean and standard deviation, if measured, show a change.
     measured = checkpoint["measured"], dataset.normalize
     before, now = (torch.tensor(values, dtype=torch.float64) for values in measured)
     if checkpoint["config"]["arguments"]["valid_size"] and not torch.equal(before, now):
-        raise Mistake(f"the training images in {root} have changed: which were held out is not known any more")
+        raise Mistake(f"the training images in {root} have changed: the images that were held out are unknown")
 
 
 def predictions(checkpoint, images, device="cpu", amp=contextlib.nullcontext, batch_size=None):
@@ -96,19 +95,19 @@ def predictions(checkpoint, images, device="cpu", amp=contextlib.nullcontext, ba
 def classify(checkpoint, paths, device="cpu", amp=contextlib.nullcontext):
     """Class probabilities of a list of image files of any size: (images, classes) float32, in their order.
 
-    Raises Mistake if a file is missing or no image, or the list is empty.
+    Raises Mistake if a file is missing or not an image, or the list is empty.
     """
     if isinstance(paths, str) or not paths:
         raise Mistake(f"{paths!r} is not a list of image files")
     batch_size = checkpoint["config"]["arguments"]["batch_size"]
-    found = list(classify_each(classifier(checkpoint, device, amp), paths, reader_of(checkpoint), batch_size))
-    if problems := [str(answer) for answer in found if isinstance(answer, Mistake)]:
+    answers = list(classify_each(classifier(checkpoint, device, amp), paths, reader_of(checkpoint), batch_size))
+    if problems := [str(answer) for answer in answers if isinstance(answer, Mistake)]:
         raise Mistake("; ".join(problems))
-    return torch.stack(found)
+    return torch.stack(answers)
 
 
 def classifier(checkpoint, device="cpu", amp=contextlib.nullcontext):
-    """A function: pixels (N, S, S, C) uint8, as a Reader returns them → class probabilities (N, classes) float32."""
+    """A function: pixels (N, S, S, C) uint8, as a Reader returns them → probabilities (N, classes) float32."""
     model = load_model(checkpoint).to(device, memory_format=memory_format(device))
     normalized = normalizer(checkpoint["normalize"], device)
 
@@ -122,9 +121,9 @@ def classifier(checkpoint, device="cpu", amp=contextlib.nullcontext):
 
 
 def classify_each(probabilities, paths, reader, batch_size):
-    """Yield for each image file its class probabilities (classes,), or the Mistake that says why it cannot be read.
+    """Yield the class probabilities (classes,) of each image file, or the Mistake that says why it can't be read.
 
-    ``probabilities`` is what ``classifier`` returns. No more than a batch is in memory at once.
+    ``probabilities``: what ``classifier`` returns. Only one batch is in memory at once.
     """
     decoded = iter(in_workers(reader.read, paths, reader, "classifying images"))
     while batch := list(itertools.islice(decoded, batch_size)):
@@ -134,12 +133,12 @@ def classify_each(probabilities, paths, reader, batch_size):
 
 
 def preprocess(image, arguments, normalize):
-    """One image, opened by Pillow or a path, as ``classify`` reads it: (C, S, S) float32.
+    """An image, as a path or opened by Pillow, read as by ``classify``: (C, S, S) float32.
 
-    ``arguments`` are those of the network's run. Raises Mistake if it cannot be read.
+    ``arguments``: those of the network's run. Raises Mistake if it cannot be read.
     """
     reader = Reader.of_run(arguments, workers=0, progress=False)
-    if isinstance(image, JpegImageFile) and image.tile:  # not decoded yet: read anew, at the size that is needed
+    if isinstance(image, JpegImageFile) and image.tile:  # not decoded yet: decode at the size that is needed
         image = image.fp
     pixels = reader.pixels(image, "the image") if isinstance(image, Image.Image) else reader.read(image)
     return normalizer(normalize, "cpu")(torch.from_numpy(pixels)[None])[0]

@@ -1,6 +1,6 @@
-"""The network as boxes and arrows: its operations, as torch.fx traces them, grouped; what make_graph.py draws.
+"""The network as boxes and arrows: groups of the operations that torch.fx traces. make_graph.py draws it.
 
-The tensors have no data, and dense blocks run as the naive one: the others compute the same function.
+The tensors have no data. Dense blocks run as the naive one; the others compute the same function.
 """
 
 import itertools
@@ -18,19 +18,19 @@ from common.console import Mistake, counted
 from common.files import written_whole
 
 INPUT, CONCATENATION = "input", "concatenation"
-SHOWN = 4  # layers of a dense block that get boxes of their own
+SHOWN = 4  # boxes for the layers of a dense block, at most
 FORMATS = ("svg", "png", "pdf", "dot")
 FONT = "Helvetica,Arial,sans-serif"
-SIDES = {"down": "we", "right": "sn"}  # compass points to the left and right of the way
+SIDES = {"down": "we", "right": "sn"}  # compass points to the left and right of the direction
 GREY, LINE = "#EDEDED", "#555555"
 FILLS = {"image": "#FFFFFF", "stem": "#FFF3CF", "transitions": "#FFF3CF", "classifier": "#FFF3CF"}
-# Tints and full tones after Okabe and Ito's colours, which colour-blind readers can tell apart. A layer's box and the
-# arrows that leave it have one colour.
+# Of a layer's box and of the arrows that leave it, after Okabe and Ito's colours, which colour-blind readers can tell
+# apart.
 LAYER_COLORS = (("#D6E8F5", "#0072B2"), ("#FBE0CF", "#D55E00"), ("#D3EFE4", "#009E73"), ("#F6E1EC", "#B04A87"))
 
 
 class Parts(Tracer):
-    """Sees the layers' parts, and those of transitions, as one operation each, whatever they are made of."""
+    """Traces each part of a layer or a transition as one operation, whatever it is made of."""
 
     def is_leaf_module(self, module, path):
         part = re.match(r"(blocks\.\d+\.layers|transitions)\.\d+\.", path) and not isinstance(module, nn.Sequential)
@@ -40,27 +40,27 @@ class Parts(Tracer):
 class Op(NamedTuple):
     """One operation of the network."""
 
-    text: str  # what it does: "Conv 3×3"
-    part: str  # what it belongs to: image, stem, blocks.I, transitions.I, classifier
-    layer: int | None  # index of its layer in the dense block
-    reads: tuple  # shape of what it reads, without N: (C, H, W)
+    text: str  # "Conv 3×3"
+    part: str  # image, stem, blocks.I, transitions.I or classifier
+    layer: int | None  # index in the dense block
+    reads: tuple  # shape of its input without N: (C, H, W)
     shape: tuple  # of its output
 
 
 def trace(model, image_size):
-    """The boxes to draw, {name: operations in it}, and the arrows, {(box read, box that reads): None}.
+    """The boxes to draw, {name: its operations}, and the arrows, {(from box, to box): None}, in forward order.
 
-    Both are in the order of the forward pass. Boxes are layers of dense blocks, and whole other parts. A block
-    concatenates its concatenation so far with each layer's output: that is all outputs before (equation 2). So arrows
-    come from these outputs, and only a concatenation that others read has a box, as has the input of a block.
+    A box is a layer of a dense block, or a whole part outside of them. Layers read a concatenation of all outputs
+    before them (equation 2): the arrows to a layer come from these outputs. A block's input has a box, and so has a
+    concatenation that other parts read.
     """
     traced = GraphModule(model, Parts().trace(model))
     ShapeProp(traced).propagate(example(model, image_size))
     boxes, arrows = {}, {}
-    drawn = {}  # node → the node that is drawn for it: dropout of 0 is not, nor what is no tensor, such as a size
+    drawn = {}  # node → the node to draw for it: not dropout of 0, nor what is no tensor, such as a size
     places, held = {}, {}  # node → its part and layer; node → the boxes whose outputs it holds
     for node in traced.graph.nodes:
-        if node.op == "get_attr":  # a weight that is used by itself
+        if node.op == "get_attr":  # a weight
             continue
         sources = [drawn[source] for source in node.all_input_nodes if source in drawn]
         off = node.target is F.dropout and node.kwargs.get("p") == 0
@@ -96,16 +96,16 @@ def trace(model, image_size):
 
 
 def place_of(node):
-    """The part of the network that a node belongs to, and the index of its layer in a dense block or None."""
-    scopes = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
-    path = "image" if node.op == "placeholder" else scopes[-1] if scopes else ""
-    found = re.match(r"(image|stem|(?:blocks|transitions)\.\d+)(?:\.layers\.(\d+))?", path)
-    part, layer = found.groups() if found else ("classifier", None)
+    """The part of the network that a node belongs to, and the index of its layer in a dense block, or None."""
+    modules = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    path = "image" if node.op == "placeholder" else modules[-1] if modules else ""
+    match = re.match(r"(image|stem|(?:blocks|transitions)\.\d+)(?:\.layers\.(\d+))?", path)
+    part, layer = match.groups() if match else ("classifier", None)
     return part, layer and int(layer)
 
 
 def layer_box(part, layer, count):
-    """The name of the box of a layer: of more layers than SHOWN, all between the first ones and the last share one."""
+    """The name of a layer's box. If there are more layers than SHOWN, all but the first ones and the last share one."""
     first, last = SHOWN - 2, count - 2
     shared = count > SHOWN and first <= layer <= last
     return f"{part}.layers.{first}-{last}" if shared else f"{part}.layers.{layer}"
@@ -116,12 +116,12 @@ def shape_of(node):
 
 
 def example(model, image_size):
-    """(2, C, H, W) without data; two images, since batch norm refuses a single value per channel."""
+    """(2, C, H, W) without data. Batch norm refuses one image if there is one value per channel."""
     return torch.empty(2, model.stem.conv.in_channels, image_size, image_size, device="meta")
 
 
 def describe(node, model):
-    """The operation of a node of the trace, in the paper's words if it has some."""
+    """The operation of a traced node, in the paper's words if there are any."""
     if node.op == "call_module":
         module = model.get_submodule(node.target)
         if isinstance(module, nn.Conv2d):
@@ -146,7 +146,7 @@ def size(shape):
 
 
 def compose(members):
-    """Operations in a row in the paper's notation, a line per convolution, with the channels that it makes."""
+    """Successive operations in the paper's notation: a line per convolution, with its output channels."""
     text = ""
     for op in members:
         if op.text.startswith("Conv"):
@@ -163,7 +163,7 @@ def part_title(part):
 
 
 def describe_box(members):
-    """Title and lines of a box: what is in it, and the sizes of what it reads and returns."""
+    """Title and lines of a box: its operations, and the sizes of its input and output."""
     first, last = members[0], members[-1]
     if first.layer is None and first.part.startswith(("image", "blocks")):  # a single operation
         return first.text, [size(first.shape)]
@@ -177,13 +177,13 @@ def describe_box(members):
 
 
 def html(title, lines, align="center"):
-    """A label of Graphviz: the title bold, the lines below smaller."""
+    """A label for Graphviz: a bold title, and smaller lines below."""
     end = f'<br align="{align}"/>'
     return f"<<b>{title}</b>{end}" + "".join(f'<font point-size="11">{line}</font>{end}' for line in lines) + ">"
 
 
 def model_graph(model, image_size, part, direction):
-    """The graph of the network, or of one part of it and what that reads, as a graphviz.Digraph."""
+    """The network, or one ``part`` and what it reads, as a graphviz.Digraph."""
     boxes, arrows = trace(model, image_size)
     _, *parts = dict.fromkeys(members[0].part for members in boxes.values())  # the first is the image
     if part not in (None, *parts):
@@ -213,22 +213,22 @@ def model_graph(model, image_size, part, direction):
 
 
 def add_boxes(graph, boxes):
-    """Add the boxes of a part. Returns the colour of each, which the arrows that leave it have, too."""
-    colors, turns = {}, itertools.cycle(LAYER_COLORS)
+    """Add the boxes of a part. Returns the colour of each, for the arrows that leave it."""
+    colors, of_layers = {}, itertools.cycle(LAYER_COLORS)
     for name in sorted(boxes, key=lambda name: boxes[name][0].layer is not None):
         first, last = boxes[name][0], boxes[name][-1]
         fill, colors[name] = FILLS.get(first.part.partition(".")[0], GREY), LINE
         if first.layer is not None and first.layer == last.layer:  # layers that share a box are grey
-            fill, colors[name] = next(turns)
+            fill, colors[name] = next(of_layers)
         label = html(*describe_box(boxes[name]))
         graph.node(name, label, fillcolor=fill, color=colors[name], group="row")  # dot keeps a group in a straight row
     return colors
 
 
 def add_arrows(graph, boxes, arrows, colors, sides):
-    """Add the arrows: to the next box straight; others around the boxes between, on one side per box they leave.
+    """Add the arrows: straight to the next box, else around the boxes between, on one side for each box they leave.
 
-    What follows an opened dense block stands beside its end: stairs are less long than one row.
+    A transition stands beside the end of the dense block before it, which makes the drawing shorter.
     """
     order = {name: i for i, name in enumerate(boxes)}
     for tail, head in arrows:
@@ -247,18 +247,15 @@ def add_arrows(graph, boxes, arrows, colors, sides):
 def save(graph, path):
     """Write the graph in the format of the path's suffix, in one step. Returns the path written.
 
-    Without the program dot that is a .dot file beside it.
+    If the program dot is missing or fails, that is a .dot file beside it.
     """
     kind = path.suffix[1:]
     if kind == "png":
-        graph.attr(dpi="108")  # finer than the 96 of screens: stays sharp when a page scales it
+        graph.attr(dpi="108")  # screens have 96: a page that scales the picture stays sharp
     try:
         content = graph.source.encode() if kind == "dot" else graph.pipe(format=kind, quiet=True)
-    except graphviz.ExecutableNotFound:
+    except (graphviz.ExecutableNotFound, graphviz.CalledProcessError):  # dot may be installed without a format
         path, content = path.with_suffix(".dot"), graph.source.encode()
-    except graphviz.CalledProcessError as error:
-        reason = (error.stderr or b"").decode(errors="replace").strip().partition("\n")[0]
-        raise Mistake(f"dot cannot draw {path} ({reason or error}): try --out {path.with_suffix('.dot')}") from error
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as file:
         file.write(content)

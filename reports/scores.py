@@ -1,4 +1,4 @@
-"""What a network predicts: scores per class, a CSV row per image, misclassified images, the confusion matrix."""
+"""Reports on predictions: scores per class, a CSV row per image, misclassified images, the confusion matrix."""
 
 import contextlib
 import csv
@@ -15,8 +15,8 @@ from common.files import written_whole
 from reports.tables import wilson
 
 PER_ROW = 8  # images
-NUMBERED = 25  # classes: of more, the cells of the matrix have no room for numbers
-NAMED = 150  # classes: of more, the matrix has no room for their names
+NUMBERED = 25  # a confusion matrix of more classes has no room for numbers
+NAMED = 150  # one of more classes has no room for their names
 
 
 def headline(matrix, kind="test"):
@@ -27,9 +27,9 @@ def headline(matrix, kind="test"):
 
 
 def print_scores(matrix, classes, kind="test"):
-    """Print the error, each class's scores and wrong predictions, and the matrix itself if it is small.
+    """Print the error, scores and confusions of each class, and the confusion matrix (classes, classes) if it is small.
 
-    A score that is zero by zero is shown as – and left out of the average over the classes.
+    A score of zero by zero is shown as –, and does not count in the average over the classes.
     """
     guess = 100 - 100 * int(matrix.sum(1).max()) / int(matrix.sum())
     print(f"{headline(matrix, kind)}; always the largest class: {guess:.2f} %")
@@ -55,19 +55,17 @@ def print_scores(matrix, classes, kind="test"):
 
 
 def most_probable(probabilities, classes, count):
-    """The ``count`` most probable classes in words, of the probabilities (classes,) of an image."""
+    """The ``count`` most probable classes of an image in words, from its probabilities (classes,)."""
     best = probabilities.argsort(descending=True)[:count].tolist()
     return ", ".join(f"{classes[i]} {100 * probabilities[i]:.1f} %" for i in best)
 
 
 @contextlib.contextmanager
 def csv_table(path, column, classes, labelled=False):
-    """A function that writes an image's row of a CSV file; None if ``path`` is None.
+    """A function that writes an image's row of a CSV file, which appears when the block ends; None without a ``path``.
 
-    The file is there, whole, when the block has ended. Its first column holds the images' names and is named
-    ``column``; then come the predicted class and its probability, with labels the true class and whether both are the
-    same (1 or 0), and the probability of each class. The latter columns have the names of the classes, or p(NAME) of
-    all classes if one has the name of a column before.
+    The columns: ``column``, the name of the image; "class" and "probability", as predicted; if ``labelled``, "true" and
+    "right" (1 or 0); and the probability of each class, by its name, or p(NAME) if a class is called like a column.
     """
     if path is None:
         yield None
@@ -75,7 +73,7 @@ def csv_table(path, column, classes, labelled=False):
     fixed = [column, "class", "probability", *(["true", "right"] if labelled else [])]
     header = [*fixed, *(f"p({name})" for name in classes)] if {*fixed} & {*classes} else [*fixed, *classes]
     with written_whole(path) as file:
-        # Paths as they are on disk, also where they are no UTF-8.
+        # Paths stay as they are on disk, even if they are not UTF-8.
         text = io.TextIOWrapper(file, "utf-8", sys.getfilesystemencodeerrors(), newline="", write_through=True)
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(header)
@@ -90,7 +88,7 @@ def csv_table(path, column, classes, labelled=False):
 
 
 def draw_mistakes(path, images, captions, title):
-    """Draw ImageTensors or streamed images, each with its caption: (true class, predicted class, probability)."""
+    """Draw misclassified ImageTensors or ImageFiles; a caption is (true class, predicted class, probability)."""
     from reports.curves import Figure, drawable, save
 
     columns = min(PER_ROW, len(images))
@@ -110,21 +108,21 @@ def draw_mistakes(path, images, captions, title):
 
 
 def draw_confusion(path, matrix, classes, title):
-    """Draw a confusion matrix (classes, classes) as shares of its rows: what is right in blue, what is wrong in red."""
+    """Draw a confusion matrix (classes, classes), each row in percent: right predictions in blue, wrong ones in red."""
     from matplotlib.colors import PowerNorm
 
     from reports.curves import Figure, drawable, save
 
     counts, size = matrix.numpy(), len(classes)
-    share = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    percent = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
     right = np.eye(size, dtype=bool)
-    most = max(share[~right].max(), 5)
+    most = max(percent[~right].max(), 5)
     side = min(max(size * (0.5 if size <= NUMBERED else 0.13), 4), 20)  # inches
     figure = Figure(figsize=(side + 3, side + 1.5), layout="compressed")
     figure.suptitle(drawable(title), fontsize=10)
     axes = figure.subplots()
-    blue = axes.imshow(np.ma.array(share, mask=~right), cmap="Blues", vmin=0, vmax=100)
-    red = axes.imshow(np.ma.array(share, mask=right | (counts == 0)), cmap="Reds", norm=PowerNorm(0.5, 0, most))
+    blue = axes.imshow(np.ma.array(percent, mask=~right), cmap="Blues", vmin=0, vmax=100)
+    red = axes.imshow(np.ma.array(percent, mask=right | (counts == 0)), cmap="Reds", norm=PowerNorm(0.5, 0, most))
     for shade, label in ((blue, "right"), (red, "wrong")):
         figure.colorbar(shade, label=f"{label} (% of the class)", shrink=0.4, fraction=0.04, pad=0.02)
     axes.set(xlabel="predicted class", ylabel="class")
@@ -133,7 +131,7 @@ def draw_confusion(path, matrix, classes, title):
         axes.set_xticks(range(size), names, rotation=90, fontsize=fontsize)
         axes.set_yticks(range(size), names, fontsize=fontsize)
     for row, column in zip(*counts.nonzero(), strict=True) if size <= NUMBERED else ():
-        color = "white" if share[row, column] > (50 if row == column else most / 3) else "black"
+        color = "white" if percent[row, column] > (50 if row == column else most / 3) else "black"
         axes.text(column, row, counts[row, column], ha="center", va="center", fontsize=8, color=color)
     save(figure, path)
 
@@ -143,11 +141,11 @@ def shortened(name, length=20):
 
 
 def confusion_matrix(labels, predicted, count):
-    """(count, count) int64: images of class row predicted as class column."""
+    """(count, count) int64: how many images of the class of a row were predicted as the class of a column."""
     return torch.bincount(labels * count + predicted, minlength=count * count).view(count, count)
 
 
 def class_scores(matrix):
-    """(3, classes) float64: precision, recall and F1 of each class in percent, NaN where one is zero by zero."""
+    """(3, classes) float64: precision, recall and F1 of each class in percent; NaN for zero by zero."""
     right, images, predicted = matrix.diagonal().double(), matrix.sum(1), matrix.sum(0)
     return 100 * torch.stack((right / predicted, right / images, 2 * right / (predicted + images)))

@@ -91,14 +91,14 @@ def test_splits_that_are_not_the_run_s(root, capsys):
     dataset = datasets.load("folder", root, Reader(8))
     checkpoint = write_checkpoint(root, valid_size=2) | {"normalize": [*map(list, dataset.normalize)]}  # as of JSON
     torch.save(checkpoint | {"layout": dataset.manifest | {"fingerprints": {"train": "of others"}}}, "run.pth")
-    refused(f"images in {root} (train) have changed since the training; --data says where")
+    refused(f"images in {root} (train) have changed since the training; say with --data where")
     torch.save(checkpoint, "run.pth")
     assert "of 2 images wrong" in evaluated(capsys, "run.pth", "--split", "valid").out
     Image.new("RGB", (40, 20)).save(root / "train/cat/more.png")
-    refused("have changed: which were held out is not known any more; --data says where")
+    refused("have changed: the images that were held out are unknown; say with --data where")
     (root / "train/dog").rename(root / "train/hound")
     (root / "test/dog").rename(root / "test/hound")
-    refused("have other classes than those of the training; --data says where")
+    refused("have other classes than those of the training; say with --data where")
 
 
 # Files and folders.
@@ -241,7 +241,7 @@ def test_rows_and_pictures_of_a_split(tmp_path, capsys, monkeypatch, figures, im
     assert [label.get_text() for label in matrix.get_yticklabels()] == ["cat", "dog"]
     assert Image.open("made/mistakes.png").width > 500 and "<svg" in Path("confusion.svg").read_text()
     answering(monkeypatch, [0, 1] * 3)
-    assert "no image is wrong: none.png is not written" in evaluated(capsys, "run.pth", "--mistakes", "none.png").out
+    assert "no image is misclassified: none.png is not written" in evaluated(capsys, "run.pth", "--mistakes", "none.png").out
 
 
 def test_top_5_of_many_classes(tmp_path, capsys):
