@@ -16,7 +16,7 @@ from tqdm import tqdm
 from common.checkpoints import FIRST_MANIFEST, load_weights
 from common.config import stages
 from common.console import Mistake, command, counted, duration, one_line
-from common.hardware import busy_note, choose_device, choose_precision, peak_memory_mib, set_up_device
+from common.hardware import choose_device, choose_precision, peak_memory_mib, set_up_device
 from densenet import DenseNet
 from inputs import datasets, splits
 from inputs.batches import FLIPS, batch_positions, memory_format
@@ -316,7 +316,6 @@ def train(args, checkpoint, source, run):
     dataset = dataset.normalized_as((checkpoint or source or {}).get("normalize"))
 
     model, notes = make_model(args, source, dataset.classes, device)
-    notes += busy_note(device) if distributed.world_size() == 1 else []  # several ranks keep each other busy
     how, reasons = distributed.on_rank_0(choose_block, args, checkpoint, dataset, model, device, precision)
     model.set_block(how["block"])
     optimizer = make_optimizer(args, parameter_groups(model, args.head_lr and args.head_lr / args.lr))

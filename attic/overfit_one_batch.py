@@ -12,53 +12,62 @@ import sys
 
 import checks
 import torch
+import torch.nn as nn
 from tqdm import tqdm
 
 import train
 from common.console import command, positive
 from common.hardware import choose_precision
-from densenet import BLOCKS
+from densenet import BLOCKS, DenseNet
 from training.ending import NotFinite
 from training.step import Step
 
 LR = 0.1
 
 
-def overfit(name, model, batch, args, amp):
-    """The row of a network that sees one batch again and again, and the failures."""
+def vgg(classes):
+    """A small VGG-style network: 3×3 convolutions and max-pooling, nothing concatenated."""
+    layers = []
+    for channels, width in itertools.pairwise((3, 32, 64, 128)):
+        convolution = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+        layers += [convolution, nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, classes))
+
+
+def overfit(model, batch, steps, amp):
+    """The loss of each step, and the error of the last one in percent. Raises NotFinite."""
     optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9, nesterov=True, weight_decay=1e-4)
-    step, batches = Step(model, optimizer, amp), itertools.repeat(batch, args.steps)
-    try:
-        log = train.train_epoch(step, batches, lambda i: LR, tqdm(disable=True))
-    except NotFinite as error:
-        return [name, *[f"not finite in step {error.step}", "", "", "", ""]], [f"{name}: the loss is not finite"]
-    loss, error = log[:, 0] / log[:, 2], 100 * log[-1, 1] / log[-1, 2]
-    shown = [f"{loss[i]:.3f}" for i in (0, args.steps // 4, args.steps // 2, -1)]
-    failures = [] if error == 0 else [f"{name}: error {error:.1f} % after {args.steps} steps"]
-    return [name, *shown, f"{error:.1f}"], failures
+    batches = itertools.repeat(batch, steps)
+    log = train.train_epoch(Step(model, optimizer, amp), batches, lambda i: LR, tqdm(disable=True))
+    return log[:, 0] / log[:, 2], 100 * log[-1, 1] / log[-1, 2]
 
 
 @command
 def main(argv=None):
-    parser = checks.make_parser(__doc__)
-    checks.add_data_flags(parser)
+    parser = checks.make_parser(__doc__, data=True)
     parser.add_argument("--steps", type=positive, default=80, metavar="N", help="on the one batch (default: 80)")
     args = checks.parse(parser, argv)
     amp, _ = choose_precision("fp32", args.device)
     dataset, batches = checks.load(args)
-    classes = len(dataset.classes)
     images, *rest = next(batches.shuffled(args.seed))
     layout = torch.contiguous_format if args.with_bug else torch.channels_last  # as in 2017; as in train.py
     batch = images.to(memory_format=layout), *rest
     rows, failures = [], []
-    with checks.bug_of_2017(args.with_bug):
-        for block in (None, *BLOCKS):
-            torch.manual_seed(args.seed)
-            name = f"DenseNet-BC-{args.depth}, {block}" if block else "VGG-style network"
-            model = checks.densenet(args, classes, block) if block else checks.vgg(classes)
-            row, failed = overfit(name, model.to(args.device, memory_format=layout), batch, args, amp)
-            rows.append(row)
-            failures += failed
+    for block in (None, *BLOCKS):
+        torch.manual_seed(args.seed)
+        name = f"DenseNet-BC-{args.depth}, {block}" if block else "VGG-style network"
+        classes = len(dataset.classes)
+        model = DenseNet(depth=args.depth, num_classes=classes, block=block) if block else vgg(classes)
+        try:
+            with checks.bug_of_2017(args.with_bug):
+                loss, error = overfit(model.to(args.device, memory_format=layout), batch, args.steps, amp)
+        except NotFinite as stopped:
+            rows.append([name, f"not finite in step {stopped.step}", "", "", "", ""])
+            failures.append(f"{name}: the loss is not finite")
+            continue
+        rows.append([name, *(f"{loss[i]:.3f}" for i in (0, args.steps // 4, args.steps // 2, -1)), f"{error:.1f}"])
+        if error > 0:
+            failures.append(f"{name}: error {error:.1f} % after {args.steps} steps")
     print(f"one batch of {len(images)} images, {args.steps} steps: the loss on the way, and the error at the end\n")
     checks.table(["network", "first", "quarter", "half", "last", "error %"], rows)
     return checks.verdict(failures)

@@ -1,7 +1,7 @@
-"""What speed.py measures: our blocks, torchvision's, timm's and two known repositories' networks, each in a process.
+"""What speed.py measures: our blocks, torchvision's and timm's networks and bamos/densenet.pytorch, each in a process.
 
-A job is a dict: candidate, depth, batch_size, precision, graph, kernels (two constants of theirs, or None), device and
-task: "check", "profile" or "steps". Its process prints its answer or, for the last one, one for each word it is told.
+A job is a dict: candidate, depth, batch_size, precision, graph, kernels (two constants of fused/kernels.py, or None),
+device and task: "check", "profile" or "steps". Its process prints the answer; for "steps", one for each word it reads.
 """
 
 import contextlib
@@ -14,93 +14,57 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-from torch.profiler import ProfilerActivity
-from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts of this folder run from anywhere
 
 from common.console import Mistake, command
 from common.hardware import choose_device, choose_precision, peak_memory_mib, set_up_device
-from densenet import BLOCKS, FROM_TORCHVISION, DenseNet, rename
+from densenet import BLOCKS, FROM_TORCHVISION, DenseNet, layers_per_block, rename
 from inputs.batches import memory_format
 from training import trial
 from training.step import GraphedStep, Step
 
 CHECKED_IMAGES = 4
-DRAWS = 5  # of images to check with
-IMAGES = {"model": {}, "image_size": 32}  # such as trial.make_images makes
+TRIALS = 5  # random batches to check with
+IMAGES = {"model": {}, "image_size": 32}  # for trial.make_images
 
 
-def bamos(ours):
-    """bamos/densenet.pytorch concatenates after every layer: our naive block, in contiguous memory and fp32."""
-    return ours
-
-
-def gpleiss(ours):
-    """gpleiss/efficient_densenet_pytorch: up to the first convolution, a layer runs under reentrant checkpointing.
-
-    Its batch norms update their running statistics twice in a step.
-    """
-    ours.blocks = nn.ModuleList(ReentrantBlock(block.layers) for block in ours.blocks)
-    return ours
-
-
-class ReentrantBlock(nn.Module):
-    def __init__(self, layers):
-        super().__init__()
-        self.layers = layers
-
-    def forward(self, x):
-        outputs = [x]
-        for layer in self.layers:
-
-            def recomputed(*outputs, layer=layer):
-                return layer.up_to_conv1(torch.cat(outputs, 1))
-
-            bottleneck = checkpoint(recomputed, *outputs, use_reentrant=True) if self.training else recomputed(*outputs)
-            outputs.append(layer.after_conv1(bottleneck))
-        return torch.cat(outputs, 1)
-
-
-def torchvision(ours, memory_efficient=False):
-    from torchvision.models import DenseNet as Theirs
-
-    channels = ours.stem.conv.out_channels
-    return with_our_weights(functools.partial(Theirs, num_init_features=channels), ours, memory_efficient)
-
-
-def timm(ours, memory_efficient=False):
-    from timm.models.densenet import DenseNet as Theirs
-
-    return with_our_weights(Theirs, ours, memory_efficient)
-
-
-def with_our_weights(make, ours, memory_efficient):
-    """Their network with the stem for small images and our weights."""
-    layers = tuple(len(block.layers) for block in ours.blocks)
-    growth_rate, classes = ours.blocks[0].layers[0].conv2.out_channels, ours.classifier.out_features
-    theirs = make(growth_rate, layers, num_classes=classes, memory_efficient=memory_efficient)
-    theirs.features.conv0 = nn.Conv2d(3, ours.stem.conv.out_channels, 3, padding=1, bias=False)
+def theirs(ours, library, memory_efficient=False):
+    """torchvision's or timm's network with the stem for small images and our weights."""
+    growth_rate, channels = ours.blocks[0].layers[0].conv2.out_channels, ours.stem.conv.out_channels
+    options = {"num_classes": ours.classifier.out_features, "memory_efficient": memory_efficient}
+    if library == "torchvision":  # timm takes 2k
+        options["num_init_features"] = channels
+    model = importlib.import_module(f"{library}.models.densenet").DenseNet
+    model = model(growth_rate, tuple(len(block.layers) for block in ours.blocks), **options)
+    model.features.conv0 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
     for name in ("norm0", "relu0", "pool0"):
-        if hasattr(theirs.features, name):
-            setattr(theirs.features, name, nn.Identity())
-    theirs.load_state_dict(ours.torchvision_state_dict())
-    return theirs
+        if hasattr(model.features, name):
+            setattr(model.features, name, nn.Identity())
+    model.load_state_dict(ours.torchvision_state_dict())
+    return model
 
 
-CHANNELS_LAST = "-channels-last"  # of a name: in our memory format instead of torch's default
-COMPILED = "-compiled"  # the same, and compiled for this shape by the fastest kernels that torch finds
-FP32_ONLY = ("bamos", "gpleiss")  # without mixed precision, as they are
-MODELS = {"bamos": bamos, "gpleiss": gpleiss}
-for library in (torchvision, timm):
-    if importlib.util.find_spec(library.__name__):
-        MODELS |= {library.__name__ + kind: library for kind in ("", CHANNELS_LAST, COMPILED)}
-        MODELS[f"{library.__name__}-efficient"] = functools.partial(library, memory_efficient=True)
+# Suffixes of names.
+CHANNELS_LAST = "-channels-last"  # in our memory format instead of torch's default
+COMPILED = "-compiled"  # the same, and compiled for this shape with the fastest kernels that torch finds
+# bamos/densenet.pytorch concatenates after every layer: our naive block, in contiguous memory and fp32.
+MODELS = {"bamos": lambda ours: ours}
+for library in ("torchvision", "timm"):
+    if importlib.util.find_spec(library):
+        make = functools.partial(theirs, library=library)
+        MODELS |= {library + suffix: make for suffix in ("", CHANNELS_LAST, COMPILED)}
+        MODELS[f"{library}-efficient"] = functools.partial(make, memory_efficient=True)
 NAMES = (*BLOCKS, *MODELS)
 
 
+def depth(text):
+    layers_per_block(int(text), bottleneck=True)  # raises ValueError if it is no 6n + 4
+    return int(text)
+
+
 def make_model(name, depth, device="cpu"):
-    """A candidate's network, in training mode, with the weights that all share, and its users' memory format."""
+    """A candidate's network, in training mode, with the weights that all share, and the memory format to run it in."""
     torch.manual_seed(0)
     model = DenseNet(depth=depth, block=name if name in BLOCKS else "naive")
     if name in MODELS:
@@ -119,32 +83,32 @@ def compile_candidate(model, name):
 
 
 def check(job, device):
-    """Relative errors of a training step's results: in float64 on one draw of images, else on several.
+    """Relative errors of a training step's results: in float64 on one batch of random images, else on several.
 
-    Running statistics are compared for our blocks alone: gpleiss updates its own twice.
+    Running statistics are compared for our blocks alone: torchvision's recomputation updates them twice.
     """
     exact_amp, _ = choose_precision("fp32", device)
     amp, _ = choose_precision(job["precision"], device)
     reference = make_model("naive", job["depth"])[0].double()
     model, layout = make_model(job["candidate"], job["depth"], device)
-    kinds = ("output", "gradients", "statistics") if job["candidate"] in BLOCKS else ("output", "gradients")
+    results = ("output", "gradients", "statistics") if job["candidate"] in BLOCKS else ("output", "gradients")
 
     def errors(reference, model, dtype, amp, seed):
         exact = trial.outcome(reference, *trial.make_images(CHECKED_IMAGES, IMAGES, seed, torch.float64), exact_amp)
         images, labels = trial.make_images(CHECKED_IMAGES, IMAGES, seed, dtype, next(model.parameters()).device)
         images = images.to(memory_format=layout)
-        found = trial.outcome(model, images, labels, amp, lambda name: rename(name, FROM_TORCHVISION))
-        return trial.errors(found, {kind: exact[kind] for kind in kinds})
+        outcome = trial.outcome(model, images, labels, amp, lambda name: rename(name, FROM_TORCHVISION))
+        return trial.errors(outcome, {name: exact[name] for name in results})
 
-    double = copy.deepcopy(model).to("cpu" if device.type == "mps" else device).double()  # which MPS has not
-    compile_candidate(model, job["candidate"])  # which a copy would share
+    double = copy.deepcopy(model).to("cpu" if device.type == "mps" else device).double()  # MPS has no float64
+    compile_candidate(model, job["candidate"])  # after the copy, which would share it
     in_double = errors(copy.deepcopy(reference), double, torch.float64, exact_amp, 0)
-    draws = [errors(reference, model, torch.float32, amp, seed) for seed in range(DRAWS)]
-    return {"float64": in_double, "draws": draws}
+    trials = [errors(reference, model, torch.float32, amp, seed) for seed in range(TRIALS)]
+    return {"float64": in_double, "trials": trials}
 
 
 def step_functions(job, device):
-    """Two functions, a training step and an inference, each on one batch that is on the device already."""
+    """Two functions, a training step and an inference, each on one batch that is already on the device."""
     amp, _ = choose_precision(job["precision"], device)
     model, layout = make_model(job["candidate"], job["depth"], device)
     compile_candidate(model, job["candidate"])
@@ -175,22 +139,23 @@ def saved_bytes(forward, model, amp=contextlib.nullcontext):
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor lives on, so no address comes twice
+        kept[storage.data_ptr()] = storage  # which lives on, so no address comes twice
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), amp():
         out = forward()
     del out
-    return sum(size for size, _ in kept.values())
+    return sum(storage.nbytes() for address, storage in kept.items() if address not in parameters)
 
 
 def profile(job, device):
-    """torch's table of what takes most of a training step, on a GPU of all kernels; our loops are in SharedBuffer."""
+    """torch's table of the operations, on a GPU the kernels, that take most of a training step.
+
+    Our loops are in SharedBuffer.
+    """
     train, _ = step_functions(job, device)
     trial.seconds(train, device)  # until a CUDA graph is replayed
-    kinds = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if device.type == "cuda" else [ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=kinds) as profiler:
+    with torch.profiler.profile() as profiler:
         train()
     time, rows = ("self_device_time_total", 60) if device.type == "cuda" else ("self_cpu_time_total", 10)
     return f"{job['candidate']}, {job['precision']}\n{profiler.key_averages().table(sort_by=time, row_limit=rows)}"
@@ -198,17 +163,14 @@ def profile(job, device):
 
 @command
 def serve(job):
-    """A candidate's process: answers each word on its standard input, "train" or "infer", with seconds and MiB.
-
-    On a GPU a word means several steps, of which one alone would be too short to time; the seconds are those of one.
-    """
+    """A candidate's process: answer each word on standard input, "train" or "infer", with seconds of a step and MiB."""
     device = choose_device(job["device"])
     if job["kernels"]:
         from fused import kernels
 
         kernels.PROGRAMS, kernels.IMAGES = job["kernels"]
     torch.backends.cudnn.benchmark = True
-    if device.type == "cuda" or job["candidate"] not in MODELS:  # on a CPU, the allocator as train.py sets it up
+    if device.type == "cuda" or job["candidate"] in BLOCKS:  # on a CPU, the allocator as train.py sets it up
         set_up_device(device)
     if job["task"] in ("check", "profile"):
         print(json.dumps({"check": check, "profile": profile}[job["task"]](job, device)))
@@ -216,7 +178,7 @@ def serve(job):
     train, infer = step_functions(job, device)
     print(json.dumps(job), flush=True)
     for word in sys.stdin:
-        if device.type == "cuda" and not job["graph"]:  # which allocates only when it is captured
+        if device.type == "cuda" and not job["graph"]:  # a graph allocates only when it is captured
             torch.cuda.reset_peak_memory_stats(device)
         spent = trial.seconds({"train": train, "infer": infer}[word.strip()], device)
         print(json.dumps([spent, peak_memory_mib(device)]), flush=True)

@@ -3,11 +3,12 @@
 Example: python bench/compile_kernels.py
 
 Ends with status 1 if a kernel needs more shared memory than a block of that GPU may have, multiplies a row's number in
-32 bits, or spills although it has all 255 registers. With fewer, it is the assembler's choice: some bytes in memory, so
+32 bits, or spills with all 255 registers in use. With fewer in use, the assembler has chosen to spill some bytes, so
 that more blocks run at once.
 """
 
 import contextlib
+import itertools
 import os
 import re
 import subprocess
@@ -36,9 +37,9 @@ TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", int: "i32", float: "fp
 
 
 class Recorder:
-    """Stands in for a Triton kernel: notes the variant that it would be compiled to instead of launching it.
+    """Stands in for a Triton kernel: records the variant that a launch would compile, and launches nothing.
 
-    The arguments themselves are not kept: autograd would have to copy gradients that somebody else holds.
+    It keeps no tensor: autograd would have to copy gradients that somebody else holds.
     """
 
     def __init__(self, kernel, launches):
@@ -46,27 +47,27 @@ class Recorder:
 
     def __getitem__(self, grid):
         def launch(*args, **constants):
-            given = tuple(compiled_for(*argument) for argument in zip(self.kernel.arg_names, args, strict=False))
-            self.launches.append((self.kernel, given, tuple(sorted(constants.items()))))
+            types = tuple(compiled_for(*argument) for argument in zip(self.kernel.arg_names, args, strict=False))
+            self.launches.append((self.kernel, types, tuple(sorted(constants.items()))))
 
         return launch
 
 
 def compiled_for(name, value):
-    """The type of an argument for a compiler: (type, True if 16 divides it, True if it is 1)."""
+    """What the compiler knows of an argument: (type, True if 16 divides it, True if it is 1)."""
     from fused.kernels import BY_BATCH
 
-    if isinstance(value, torch.Tensor):  # allocators align the beginning of memory to more than 16 bytes
+    if isinstance(value, torch.Tensor):  # allocators align storage to more than 16 bytes
         return TYPES[value.dtype], value.storage_offset() * value.element_size() % 16 == 0, False
-    asked = type(value) is int and name not in BY_BATCH
-    return TYPES[type(value)], asked and value % 16 == 0, asked and value == 1
+    specialized = type(value) is int and name not in BY_BATCH
+    return TYPES[type(value)], specialized and value % 16 == 0, specialized and value == 1
 
 
 @contextlib.contextmanager
 def as_on_a_gpu(capability=(9, 0)):
-    """A context in which the fused block takes the path of CUDA, and tensors have no data. Yields the list of launches.
+    """A context in which the fused block runs as on CUDA, on tensors without data. Yields the list of launches.
 
-    Whatever reads a tensor's value raises an exception.
+    Reading a tensor's value raises an exception.
     """
     from fused import kernels, passes
 
@@ -79,10 +80,10 @@ def as_on_a_gpu(capability=(9, 0)):
 
 
 def training_step(architecture, block, batch_size=64, training=True):
-    """A function that takes a training step in bf16, or an evaluation's, of a network of the paper on 32×32 images."""
+    """A function that runs a training or evaluation step in bf16 of a network of the paper on 32×32 images."""
     model = DenseNet(**ARCHITECTURES[architecture], block=block).train(training)
     for parameter in model.parameters():
-        if parameter.dim() == 4:  # model.to cannot do it to tensors without data
+        if parameter.dim() == 4:  # model.to cannot convert tensors without data
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9, weight_decay=1e-4, nesterov=True, foreach=True)
     images = torch.empty(batch_size, 3, 32, 32).to(memory_format=torch.channels_last)
@@ -99,7 +100,7 @@ def training_step(architecture, block, batch_size=64, training=True):
     return step
 
 
-def compile_kernel(kernel, given, constants, capability):
+def compile_kernel(kernel, arguments, constants, capability):
     """A variant compiled for an NVIDIA GPU, without one."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -107,7 +108,7 @@ def compile_kernel(kernel, given, constants, capability):
 
     constants = dict(constants)
     options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
-    names, (types, even, ones) = kernel.arg_names, zip(*given, strict=True)
+    names, (types, even, ones) = kernel.arg_names, zip(*arguments, strict=True)
     constants |= {name: 1 for name, one in zip(names, ones, strict=False) if one}
     signature = dict(zip(names, types, strict=False)) | dict.fromkeys(constants, "constexpr")
     attributes = {(i,): [["tt.divisibility", 16]] for i, is_even in enumerate(even) if is_even}
@@ -132,20 +133,20 @@ def usage(compiled):
 def narrow_products(compiled):
     """Lines of a kernel that multiply a row's number, which follows from program_id(0), in 32 bits.
 
-    A row's offset passes 2³¹ in a large batch. The interpreter computes with 64 bits anyway.
+    A row's offset passes 2³¹ in a large batch. The interpreter computes with 64 bits, so it cannot tell.
     """
-    from_rows, found = set(), []
+    from_rows, narrow = set(), []
     for line in compiled.asm["ttir"].splitlines():
         results, _, operation = line.partition(" = ")
         if "get_program_id x" in line or from_rows.intersection(re.findall(r"%\w+", operation)):
             from_rows.update(re.findall(r"%\w+", results), re.findall(r"scf\.for (%\w+)", line))
-            found += [line.strip()] if re.match(r"arith\.muli.* : (tensor<.*x)?i32", operation) else []
-    return found
+            narrow += [line.strip()] if re.match(r"arith\.muli.* : (tensor<.*x)?i32", operation) else []
+    return narrow
 
 
 @command
 def main(argv=None):
-    """Compile what networks of the paper launch in training; a row is the most that any variant of a kernel takes."""
+    """Compile what networks of the paper launch in training; a row holds the maxima over a kernel's variants."""
     parser = Parser(prog="compile_kernels.py", description=__doc__)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS, metavar="NAME",
         help=f"of {', '.join(NETWORKS)} (default: all)")  # fmt: skip
@@ -159,22 +160,21 @@ def main(argv=None):
     print(f"Triton {triton.__version__}; bf16; registers per thread, bytes of stack (spills) and of shared memory")
     print("| network | target | kernel | variants | registers | stack | shared | of |\n" + "|---" * 8 + "|")
     fits = True
-    for name in args.networks:
-        for capability in args.targets:
-            found, limit = {}, TARGETS[capability][0]
-            with as_on_a_gpu(divmod(capability, 10)) as launches:
-                training_step(name, "fused")()
-            for kernel, *variant in sorted(set(launches), key=lambda launch: (launch[0].__name__, launch[1:])):
-                compiled = compile_kernel(kernel, *variant, capability)
-                found.setdefault(kernel.__name__, []).append(usage(compiled))
-                if not kernel.__name__.startswith("finish") and (narrow := narrow_products(compiled)):
-                    fits = False
-                    print(f"{kernel.__name__} multiplies rows in 32 bits: {narrow[0]}", file=sys.stderr)
-            for kernel, usages in found.items():
-                fits &= all(shared <= limit and not (r == MOST_REGISTERS and stack) for r, stack, shared in usages)
-                registers, stack, shared = map(max, zip(*usages, strict=True))
-                row = f"{registers} | {stack} | {shared:,} | {limit:,}"
-                print(f"| {name} | sm_{capability} | {kernel} | {len(usages)} | {row} |", flush=True)
+    for name, capability in itertools.product(args.networks, args.targets):
+        usages, limit = {}, TARGETS[capability][0]
+        with as_on_a_gpu(divmod(capability, 10)) as launches:
+            training_step(name, "fused")()
+        for kernel, *variant in sorted(set(launches), key=lambda launch: (launch[0].__name__, launch[1:])):
+            compiled = compile_kernel(kernel, *variant, capability)
+            usages.setdefault(kernel.__name__, []).append(usage(compiled))
+            if not kernel.__name__.startswith("finish") and (narrow := narrow_products(compiled)):
+                fits = False
+                print(f"{kernel.__name__} multiplies rows in 32 bits: {narrow[0]}", file=sys.stderr)
+        for kernel, variants in usages.items():
+            fits &= all(shared <= limit and not (used == MOST_REGISTERS and stack) for used, stack, shared in variants)
+            used, stack, shared = map(max, zip(*variants, strict=True))
+            row = f"{used} | {stack} | {shared:,} | {limit:,}"
+            print(f"| {name} | sm_{capability} | {kernel} | {len(variants)} | {row} |", flush=True)
     return 0 if fits else 1
 
 

@@ -1,7 +1,6 @@
-"""Checkpoints: dicts of plain values and tensors, written whole, read with their checksums compared.
+"""Checkpoints: dicts of plain values and tensors, written whole, verified when they are read.
 
-A file that was cut short or altered by a disk is found here, once for all commands. What an older release wrote is
-brought up to date here, too, so that nothing else has to know about older releases.
+All commands read them here. What an older release wrote is converted, so nothing else has to know older releases.
 """
 
 import errno
@@ -18,24 +17,24 @@ from common.config import upgrade_config
 from common.console import Mistake, memory_problem
 from common.files import readable, written_whole
 
-# Of runs that are older than manifests: what else a folder held was not looked at.
+# Of runs that are older than manifests.
 FIRST_MANIFEST = {"folders": {"train": "train", "test": "test"}, "test_files": []}
 
 
 class Lost(Mistake):
-    """A checkpoint is missing, or not what was written: an older one may do."""
+    """A checkpoint is missing or damaged: an older one may do."""
 
 
 def write_checkpoint(path, checkpoint, previous=None):
     """Replace ``path`` in one step; with ``previous``, its old content takes that name. Raises OSError."""
-    buffer = io.BytesIO()  # in memory first: a full disk is to be an OSError, which torch.save does not raise
+    buffer = io.BytesIO()  # in memory first: on a full disk torch.save raises no OSError
     torch.save(checkpoint | {"digest": digest(checkpoint)}, buffer)
     with written_whole(path, previous=previous) as file:
         file.write(buffer.getbuffer())
 
 
 def digest(checkpoint):
-    """Of all but the numbers in tensors: who edits a checkpoint by hand gives it another one."""
+    """A hash of all but the numbers in tensors, which shows if a checkpoint was edited by hand."""
     plain = json.dumps(checkpoint, default=lambda tensor: [str(tensor.dtype), tensor.is_meta, *tensor.shape])
     return hashlib.sha256(plain.encode()).hexdigest()
 
@@ -44,20 +43,20 @@ def load_file(path):
     """Load a file of torch.save, of plain values and tensors. Raises Lost if it is missing or damaged, else Mistake."""
     try:
         with open(readable(path), "rb") as file:
-            whole = zipfile.is_zipfile(file)  # not so files of torch before 1.6, or what was cut short
+            whole = zipfile.is_zipfile(file)  # not if torch before 1.6 wrote it, or it was cut short
             if whole and (damaged := zipfile.ZipFile(file).testzip()):  # torch.load compares no checksum
                 raise Lost(f"{path} is damaged ({damaged} has another checksum): restore a copy")
             file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError) as error:
         raise Lost(f"{path} is not a checkpoint file, such as latest.pth in a run: {error.strerror}") from None
-    except Exception as error:  # a damaged file makes zipfile and torch raise nearly anything, EINVAL where it is cut
+    except Exception as error:  # zipfile and torch raise nearly anything for a damaged file, EINVAL if it is cut
         if isinstance(error, Mistake) or memory_problem(error):
             raise
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise Mistake(f"{path} cannot be read: {error.strerror or error}") from error
-        kind = Mistake if isinstance(error, pickle.UnpicklingError) and whole else Lost
-        raise kind(f"{path} is damaged, or holds other things than weights ({type(error).__name__})") from error
+        problem = Mistake if isinstance(error, pickle.UnpicklingError) and whole else Lost
+        raise problem(f"{path} is damaged, or holds other things than weights ({type(error).__name__})") from error
 
 
 def read_checkpoint(path):
@@ -66,11 +65,11 @@ def read_checkpoint(path):
 
 
 def upgrade(checkpoint, path):
-    """A checkpoint with all that later releases write. Raises Mistake if another program wrote it, or a hand."""
+    """A checkpoint with all entries of this release. Raises Mistake if it was edited, or another program wrote it."""
     try:
-        written = checkpoint.pop("digest", None)  # none in what an earlier release wrote, nor in an exported file
+        written = checkpoint.pop("digest", None)  # older releases and exported files have none
         if written is not None and written != digest(checkpoint):
-            raise ValueError("edited by hand: without its entry digest, it would be taken as it is")
+            raise ValueError("edited by hand: delete its entry digest to use it as it is")
         config = upgrade_config(checkpoint["config"])
         weights = {name.removeprefix("module."): value for name, value in checkpoint["model"].items()}
         first = FIRST_MANIFEST if config["arguments"]["dataset"] == "folder" else None
@@ -80,7 +79,7 @@ def upgrade(checkpoint, path):
         sizes = (len(checkpoint["classes"]), *statistics.shape[1:])
         if sizes != (config["model"]["num_classes"], 2, config["model"]["in_channels"]):
             raise ValueError("its classes, or means and standard deviations, are not those of its network")
-    except Exception as error:  # of nearly any kind, where a value has another type
+    except Exception as error:  # of nearly any type, if a value has another type
         if memory_problem(error):
             raise
         raise Mistake(f"{path} is not a checkpoint of train.py ({type(error).__name__}: {error})") from error
@@ -88,13 +87,10 @@ def upgrade(checkpoint, path):
 
 
 def load_weights(module, weights):
-    """Load a state dict that has to fit: names, shapes and types. Raises Mistake."""
+    """Load a state dict whose names and shapes have to fit. Raises Mistake."""
     try:
-        for name, value in module.state_dict().items():
-            if weights[name].dtype != value.dtype:
-                raise TypeError(f"{name} is {weights[name].dtype}, not {value.dtype}")
         module.load_state_dict(weights)
-    except (LookupError, TypeError, AttributeError, RuntimeError) as error:
+    except (TypeError, AttributeError, RuntimeError) as error:
         if memory_problem(error):
             raise
         reason = textwrap.shorten(str(error).strip().splitlines()[-1], 100, placeholder=" …")

@@ -1,11 +1,11 @@
-"""The config.json of a run: read, and brought up to date where an older release wrote it. Imports no torch."""
+"""Read the config.json of a run; convert what an older release wrote. Imports no torch."""
 
 import json
 
 from common.console import Mistake
 from common.files import readable
 
-# Arguments that early releases did not have, and what those releases did.
+# Arguments that early releases did not have, with the values that reproduce them.
 ADDED = {
     **{"channels": 3, "white": None, "test_size": 0, "skip_unreadable": False, "cuda_graph": None},
     **{"init_from": None, "freeze": None, "head_lr": None, "recipe": None, "label_smoothing": 0.0, "cutout": 0},
@@ -21,7 +21,7 @@ def stages(config):
 
 
 def upgrade_config(config):
-    """A run's config with all that later releases write. Raises KeyError or TypeError if it is of another program."""
+    """A run's config with all entries of this release. Raises KeyError or TypeError if another program wrote it."""
     config = {"resumed": [], **config, "arguments": ADDED | config["arguments"]}
     config["model"] = {"in_channels": 3, **config["model"]}
     config["resumed"] = [{"cuda_graph": False, **stage} for stage in config["resumed"]]

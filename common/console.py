@@ -1,4 +1,4 @@
-"""What all commands share: mistakes in one line, streams that cause no traceback, types of arguments."""
+"""Shared by all commands: a user's mistake in one line, streams that cause no traceback, types of arguments."""
 
 import argparse
 import contextlib
@@ -12,10 +12,10 @@ from pathlib import Path
 
 WRONG_PLACE = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 WRONG_NAME = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO, errno.EROFS)  # which have no class of their own
-# How torch, CUDA's libraries, NumPy and the system say it, beside MemoryError.
+# In messages of torch, CUDA's libraries, NumPy and the system, if memory runs out.
 NO_MEMORY = ("out of memory", "allocate memory", "not enough memory", "alloc_failed")
 
-# By which a run is ended. Schedulers warn by one of the last two, as Slurm does by --signal; Windows has the first two.
+# They end a run. Schedulers warn by one of the last two, as Slurm does by --signal; Windows has the first two.
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 
@@ -25,14 +25,14 @@ class Mistake(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """Keeps a docstring's line breaks; a mistake ends with one line and status 2, without the usage before it."""
+    """Keeps a docstring's line breaks. A mistake is one line with status 2, without the usage before it."""
 
     def __init__(self, formatter_class=argparse.RawDescriptionHelpFormatter, **options):
         super().__init__(formatter_class=formatter_class, **options)
 
     def parse_known_args(self, args=None, namespace=None):
         for text in sys.argv[1:] if args is None else args:
-            if text.startswith("-") and text.endswith("=--"):  # of which Python 3.11 makes an empty list
+            if text.startswith("-") and text.endswith("=--"):  # Python 3.11 makes an empty list of it
                 self.error(f"{text}: needs another value")
         return super().parse_known_args(args, namespace)
 
@@ -40,16 +40,16 @@ class Parser(argparse.ArgumentParser):
         raise Mistake(message)
 
 
-def between(low, high, kind=float):
-    """The type of an argument that is a number in low … high, of another ``kind`` if it is to be whole."""
+def between(low, high, convert=float):
+    """The type of an argument: a number in low … high, an integer if ``convert`` is int."""
 
     def number(text):
-        if not low <= kind(text) <= high:
-            shown = "," if kind is int else "g"
-            raise argparse.ArgumentTypeError(f"{text} is not in {low:{shown}} … {high:{shown}}")
-        return kind(text)
+        if not low <= convert(text) <= high:
+            format_spec = "," if convert is int else "g"
+            raise argparse.ArgumentTypeError(f"{text} is not in {low:{format_spec}} … {high:{format_spec}}")
+        return convert(text)
 
-    number.__name__ = kind.__name__  # as argparse names it where a text is no number at all
+    number.__name__ = convert.__name__  # argparse shows it if a text is no number at all
     return number
 
 
@@ -60,12 +60,12 @@ workers = between(0, 1000, int)
 
 
 def amount(text):
-    """The type of an argument that is a number of images or, with a point, a share of them."""
+    """The type of an argument: a number of images or, with a point, a fraction of them."""
     return between(0, 0.99)(text) if "." in text else natural(text)
 
 
 def nonempty(text):
-    """The type of an argument that names a file or a directory: pathlib would take an empty name for "."."""
+    """The type of an argument: a file or a directory. pathlib would read an empty name as "."."""
     if not text:
         raise argparse.ArgumentTypeError("needs a name, and got nothing")
     return text
@@ -74,10 +74,8 @@ def nonempty(text):
 def command(main):
     """Decorate the ``main(argv=None)`` of a script: what a user can cause is one line on stderr, not a traceback.
 
-    Returns main's exit status; 2 for a Mistake and for a path that cannot be used, 1 for another failure to read or
-    write, such as a full disk, and for too little memory. Where the reader of standard output has gone (``… | head``)
-    the script ends quietly, with 141, as if SIGPIPE had killed it. A character that the console cannot show becomes a
-    question mark.
+    Returns main's exit status; 2 for a Mistake and for a path that cannot be used; 1 for another failure to read or
+    write, such as a full disk, and for too little memory; 141 for a closed pipe (``… | head``), quietly.
     """
     script = Path(main.__code__.co_filename).name
 
@@ -88,10 +86,10 @@ def command(main):
             try:
                 return main(argv) or 0
             finally:
-                flush_output()  # what is buffered meets a closed pipe here, not in the interpreter's finalisation
+                sys.stdout.flush()  # what is buffered meets a closed pipe here, not in the interpreter's finalisation
         except BrokenPipeError:
             discard_output()
-            return 141  # closed pipe: 128 + SIGPIPE
+            return 141  # 128 + SIGPIPE
         except KeyboardInterrupt:
             return 130  # 128 + SIGINT
         except Exception as error:
@@ -104,16 +102,16 @@ def command(main):
 
 
 def set_up_streams():
-    """Let no character fail to be shown, and nothing be printed into files that have the numbers of closed streams."""
+    """Replace characters that a console cannot show; open streams that are closed, before a file takes their number."""
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed from the start, as daemons have it
+        if getattr(sys, name) is None:  # closed from the start, as in daemons
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        if hasattr(getattr(sys, name), "reconfigure"):  # not so in a notebook
+        if hasattr(getattr(sys, name), "reconfigure"):  # a notebook's has none
             getattr(sys, name).reconfigure(errors="replace")
 
 
 def explain(error):
-    """Exit status and message for what a user can cause. Raises every other error again."""
+    """Exit status and message of an error that a user can cause. Raises every other error again."""
     if isinstance(error, Mistake):
         return 2, error
     if problem := memory_problem(error):
@@ -127,20 +125,20 @@ def explain(error):
 
 
 def memory_problem(error):
-    """The message if an error says that memory ran out, which libraries say in many ways; else None.
+    """A message if an error means that memory ran out, else None.
 
-    A process that only decodes images has no error to raise: the kernel kills it, and torch tells of its death.
+    A DataLoader's worker has no error to raise: the kernel kills it, and torch raises one here.
     """
     text = str(error).lower()
     if "dataloader worker" in text and ("killed" in text or "exited unexpectedly" in text):
-        return "a process that decodes images was killed, as happens where memory runs out: use fewer --workers"
+        return "a process that decodes images was killed, as happens if memory runs out: use fewer --workers"
     if isinstance(error, MemoryError) or any(words in text for words in NO_MEMORY):
         return "too little memory: use smaller batches, smaller images or a smaller network"
     return memory_problem(error.__context__) if error.__context__ else None  # torch's writer raises over a MemoryError
 
 
 def forget_workers():
-    """Keep torch from raising once more for each process of a DataLoader that is killed, or found to have been."""
+    """Keep torch from raising once more for each process of a DataLoader that was killed."""
     if hasattr(signal, "SIGCHLD"):  # Windows has none
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
@@ -156,33 +154,24 @@ def duration(seconds):
 
 
 def printable(text):
-    """Text in which a letter that a terminal would obey, or that no font has, is its code."""
+    """Text with the codes of letters that a terminal would obey, or that no font has, in their place."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def one_line(message):
-    """A message as one line that is not endless, whatever names it holds."""
+    """A message as one line of at most 10,000 letters, whatever names it holds."""
     line = printable(" ".join(str(message).splitlines()))
     return line if len(line) <= 10_000 else f"{line[:5000]} … {line[-4900:]}"
 
 
-def flush_output():
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        discard_output()
-        error.filename = "standard output"
-        raise
-
-
 def discard_output():
-    """Let nothing that is still buffered for standard output be written, or fail, from here on."""
+    """Drop what is still buffered for standard output, and all that is printed from here on."""
     with contextlib.suppress(OSError), open(os.devnull, "wb") as devnull:
         os.dup2(devnull.fileno(), sys.stdout.fileno())
 
 
 def place_of(error):
-    """Where an OSError happened, None if nothing is known. Where it does not say, an empty line tries the output."""
+    """The path of an OSError. If it has none, an empty line shows if it is that of standard output; else None."""
     try:
         if error.filename is None:
             print(flush=True)

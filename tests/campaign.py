@@ -1,11 +1,10 @@
-"""Harm small runs at random, let them go on, and compare what they become with the run that nobody harmed.
+"""Harm small runs at random, resume them, and compare what they become with the run that nobody harmed.
 
 Example: python tests/campaign.py --count 50 --seed 1
 
-Needs fork, so not Windows. A run counts as survived where weights, optimiser and logs are equal bit for bit at its end.
+Needs fork, so not Windows. A run has survived if weights, optimiser and logs are equal bit for bit at its end.
 """
 
-import functools
 import os
 import random
 import resource
@@ -14,7 +13,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections import Counter
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -28,25 +27,19 @@ from common.console import Parser, positive  # noqa: E402
 from inputs import datasets  # noqa: E402
 
 FLAGS = [*TINY, "--block", "naive", "--valid-size", "100", "--no-plot", "--no-progress", "--save"]
-kills = Counter()  # by whether a process was killed
+RESUME = ("--resume", "if-any")
 
 
-def start(run, *flags, before=lambda: None):
-    """Fork a process that trains in the directory ``run`` after it has called ``before``. Returns its id."""
+def child(run, *flags, before=lambda: None):
+    """The exit status of a process that calls ``before``, then trains in ``run``; negative if a signal ended it."""
     process = os.fork()
     if process:
-        return process
+        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     with open("output.txt", "a") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
     before()
     os._exit(train.main([*FLAGS, run, *flags]))
-
-
-def status_of(process):
-    status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-    kills.update([status == -signal.SIGKILL])
-    return status
 
 
 def at_operation(number, action):
@@ -63,8 +56,8 @@ def at_operation(number, action):
 
 
 def is_whole():
-    """Whether the run ends like the one that nobody harmed."""
-    if status_of(start("run", "--resume", "if-any")) != 0:
+    """True if the run, resumed, ends like the one that nobody harmed."""
+    if child("run", *RESUME) != 0:
         return False
     try:
         assert_same_run("whole", "run", ("train.csv", "valid.csv", "test.csv"))
@@ -74,36 +67,31 @@ def is_whole():
     return True
 
 
-# The kinds of harm. Each returns whether the run survived, None where there was nothing to survive.
+# The harms. Each returns True if the run survived, None if nothing happened to it.
 
 
 def moments(dice, seconds):
-    """SIGKILL at random moments, up to five times in a row."""
-    killed = 0
-    for _ in range(dice.randint(1, 5)):
-        process = start("run", "--resume", "if-any")
-        time.sleep(dice.uniform(0, seconds))
-        os.kill(process, signal.SIGKILL)
-        killed += status_of(process) == -signal.SIGKILL
-    return is_whole() if killed else None
+    """Killed at random moments, up to five times in a row."""
+    timers = [partial(signal.setitimer, signal.ITIMER_REAL, dice.uniform(1e-3, seconds)) for _ in range(dice.randint(1, 5))]
+    killed = [child("run", *RESUME, before=timer) < 0 for timer in timers]  # SIGALRM ends a process as SIGKILL does
+    return is_whole() if any(killed) else None
 
 
-def killed_at(dice, first, last, *flags):
-    """True if a process was killed just before one of its operations on files, drawn at random."""
-    before = functools.partial(at_operation, dice.randint(first, last), lambda: os.kill(os.getpid(), signal.SIGKILL))
-    return status_of(start("run", *flags, before=before)) == -signal.SIGKILL
+def killed_at(number, *flags):
+    """True if a process was killed just before its n-th operation on a file."""
+    return child("run", *flags, before=partial(at_operation, number, partial(signal.raise_signal, signal.SIGKILL))) < 0
 
 
 def operations(dice, seconds):
     """SIGKILL just before a random operation on a file, up to five times in a row."""
-    killed = [killed_at(dice, 1, 60, "--resume", "if-any") for _ in range(dice.randint(1, 5))]
+    killed = [killed_at(dice.randint(1, 60), *RESUME) for _ in range(dice.randint(1, 5))]
     return is_whole() if any(killed) else None
 
 
 def replacements(dice, seconds):
     """SIGKILL while --overwrite replaces a finished run: afterwards the old run is whole, or the new one goes on."""
     shutil.copytree("other", "run")
-    if not killed_at(dice, 1, 30, "--overwrite"):
+    if not killed_at(dice.randint(1, 30), "--overwrite"):
         return None
     old = (path for path in Path("other").iterdir() if path.suffix in (".pth", ".json", ".csv"))
     same = (Path("run", path.name).exists() and Path("run", path.name).read_bytes() == path.read_bytes() for path in old)
@@ -113,7 +101,7 @@ def replacements(dice, seconds):
 def bits(dice, seconds):
     """One bit of latest.pth is flipped, after a SIGKILL."""
     path = Path("run/latest.pth")
-    if not killed_at(dice, 60, 120) or not path.exists() or not path.with_name("previous.pth").exists():
+    if not killed_at(dice.randint(60, 120)) or not path.exists() or not path.with_name("previous.pth").exists():
         return None
     content = bytearray(path.read_bytes())
     content[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
@@ -124,40 +112,39 @@ def bits(dice, seconds):
 def full(dice, seconds):
     """No file may grow beyond a random size, from a random operation on, as if the disk were full."""
     size = dice.randint(0, Path("whole/latest.pth").stat().st_size)
-    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
-    status = status_of(start("run", before=functools.partial(at_operation, dice.randint(1, 60), limit)))
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
+    status = child("run", before=partial(at_operation, dice.randint(1, 60), limit))
     return status == 1 and is_whole() if status else None
 
 
-KINDS = {kind.__name__: kind for kind in (moments, operations, replacements, bits, full)}
+HARMS = {harm.__name__: harm for harm in (moments, operations, replacements, bits, full)}
 
 
 def main(argv=None):
     parser = Parser(prog="campaign.py", description=__doc__)
-    parser.add_argument("--count", type=positive, default=50, help="runs of each kind (default: %(default)s)")
+    parser.add_argument("--count", type=positive, default=50, help="runs for each harm (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="(default: random, and printed)")
-    parser.add_argument("--only", choices=KINDS, help="one kind (default: all)")
+    parser.add_argument("--only", choices=HARMS, help="one harm (default: all)")
     args = parser.parse_args(argv)
     failures = 0
     datasets.load("digits", None)  # imports what each process would have to
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         begin = time.monotonic()
-        assert status_of(start("whole")) == 0 and status_of(start("other", "--seed", "2")) == 0
+        assert child("whole") == child("other", "--seed", "2") == 0
         seconds = (time.monotonic() - begin) / 2
-        for name in [args.only] if args.only else KINDS:
+        for name in [args.only] if args.only else HARMS:
             outcomes = []
-            kills.clear()
             for i in range(args.count):
                 shutil.rmtree("run", ignore_errors=True)
                 Path("output.txt").unlink(missing_ok=True)
-                outcomes.append(KINDS[name](random.Random(f"{args.seed} {name} {i}"), seconds))
+                outcomes.append(HARMS[name](random.Random(f"{args.seed} {name} {i}"), seconds))
                 text = Path("output.txt").read_text()
                 if outcomes[-1] is False or "Traceback" in text:
                     failures += 1
                     print(f"{name} {i} of seed {args.seed} failed:\n{text[-300:]}")
             harmed = [outcome for outcome in outcomes if outcome is not None]
-            print(f"{name}: {len(harmed)} of {args.count} runs harmed, {sum(harmed)} survived ({kills[True]} kills, seed {args.seed})", flush=True)
+            print(f"{name}: {len(harmed)} of {args.count} runs harmed, {sum(harmed)} survived (seed {args.seed})", flush=True)
     return 1 if failures else 0
 
 

@@ -1,6 +1,5 @@
 """A checkpoint is data from outside: whatever is altered in one, each command says so in a line."""
 
-import copy
 import importlib
 import shutil
 
@@ -10,7 +9,6 @@ from conftest import TINY, status_of
 
 import train
 from common.checkpoints import read_checkpoint
-from training.arguments import parse_again
 
 DELETED = object()
 
@@ -28,7 +26,7 @@ def trained(tmp_path_factory):
 
 
 def altered(value, path, new):
-    """A copy in which what is at ``path`` is ``new``, or missing where that is DELETED."""
+    """A copy with ``new`` at ``path``, or nothing if that is DELETED."""
     if not path:
         return new
     items = dict(value) if isinstance(value, dict) else list(value)
@@ -44,7 +42,7 @@ def older(checkpoint, path, new):
 
 
 def outcomes(checkpoint, source, capsys, commands=("evaluate", "publish", "train")):
-    """What commands make of a checkpoint: {name: (exit status, what it says on stderr)}."""
+    """What commands say of a checkpoint: {name: (exit status, stderr)}."""
     shutil.rmtree("run", ignore_errors=True)
     shutil.copytree(source, "run", ignore=shutil.ignore_patterns("previous.pth"))
     torch.save(checkpoint, "run/latest.pth")
@@ -63,16 +61,10 @@ def outcomes(checkpoint, source, capsys, commands=("evaluate", "publish", "train
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        (("config", "arguments", "schedule"), DELETED),
         (("config", "precision"), "fp8"),
-        (("classes", 0), "1"),
-        (("normalize", 1), (1.0, 0.0, 1.0)),
         (("metrics", "train", 1, "lr"), None),
-        (("scaler",), {"scale": 1e29}),
         (("model", "norm.weight"), torch.ones(15, device="meta")),
-        (("model", "more"), torch.ones(1)),
         (("optimizer", "state", 0), DELETED),
-        (("another",), 0),
     ],
 )
 def test_what_is_edited_is_refused_by_every_command(trained, capsys, path, value):
@@ -92,17 +84,14 @@ def test_other_numbers_in_tensors_are_no_edit(trained, capsys):
     ("path", "value", "words"),
     [
         (("config", "arguments", "batch_size"), 0, "edited, or is of another program: argument --batch-size: 0 is not in 1"),
-        (("config", "arguments", "epochs"), None, "its argument epochs is None"),
         (("config", "arguments", "limit_test"), "3", "its argument limit_test is 3"),
         (("config", "arguments", "bottleneck"), 1.5, "argument --bottleneck"),
         (("config", "arguments", "schedule"), DELETED, "its argument schedule is missing"),
-        (("config", "arguments", "augment"), DELETED, "its argument augment is missing"),
         (("config", "model", "growth_rate"), 5, "its network is not that of its arguments"),
         (("config", "block"), "x", "its block is none of naive, checkpoint, fused"),
         (("config",), DELETED, "is not a checkpoint of train.py (KeyError: 'config')"),
         (("classes",), list("abc"), "(ValueError: its classes, or means and standard deviations, are not those of its network)"),
         (("normalize", 1), (1.0,), "is not a checkpoint of train.py (ValueError: expected sequence of length"),
-        (("normalize",), [(1.0,), (1.0,)], "is not a checkpoint of train.py (ValueError: expected sequence of length"),
     ],
 )
 def test_what_no_run_writes_is_refused_by_every_command(trained, capsys, path, value, words):
@@ -114,10 +103,7 @@ def test_what_no_run_writes_is_refused_by_every_command(trained, capsys, path, v
 @pytest.mark.parametrize("place", [("model",), ("ema", "model")])
 @pytest.mark.parametrize(
     ("name", "change"),
-    [
-        *(("norm.weight", change) for change in (lambda x: x[1:], torch.Tensor.long, lambda x: x.to("meta"), lambda x: DELETED)),
-        ("more", torch.clone),  # weights too many
-    ],
+    [("norm.weight", lambda x: x[1:]), ("norm.weight", lambda x: x.to("meta")), ("norm.weight", lambda x: DELETED), ("more", torch.clone)],
 )
 def test_weights_have_to_fit(trained, capsys, place, name, change):
     checkpoint = older(trained[1]["sgd"], (*place, name), change(trained[1]["sgd"]["model"]["norm.weight"]))
@@ -138,16 +124,6 @@ def test_an_optimiser_takes_only_its_own_state(trained, capsys, opt, path, value
     )  # fmt: skip
 
 
-def test_settings_of_an_optimiser_are_those_of_the_arguments(trained, capsys):
-    """Whatever the checkpoint says of them: a run goes on as it would have."""
-    errors = []
-    for momentum in (0.9, "x"):
-        checkpoint = older(trained[1]["sgd"], ("optimizer", "param_groups", 0, "momentum"), momentum)
-        assert outcomes(checkpoint, trained[0], capsys, ["train"])["train"] == (0, "")
-        errors.append(read_checkpoint("run/latest.pth")["metrics"]["test"][-1])
-    assert errors[0] == errors[1]
-
-
 def test_averaged_weights_do_not_go_missing(trained, capsys):
     checkpoint = older(trained[1]["sgd"], ("ema",), DELETED)
     found = outcomes(checkpoint, trained[0], capsys, ["train", "publish"])
@@ -155,14 +131,7 @@ def test_averaged_weights_do_not_go_missing(trained, capsys):
     assert "training cannot go on from run/latest.pth" in found["train"][1] and "no averaged weights" in found["publish"][1]
 
 
-def test_keys_of_an_older_release_are_no_damage(trained):
-    checkpoint = copy.deepcopy(trained[1]["sgd"])
-    for name in ("channels", "white", "test_size", "skip_unreadable", "cuda_graph"):
-        del checkpoint["config"]["arguments"][name]
-    del checkpoint["config"]["model"]["in_channels"], checkpoint["digest"], checkpoint["scaler"], checkpoint["manifest"], checkpoint["measured"]
-    checkpoint["config"]["arguments"]["a flag of the past"] = 3
-    checkpoint["model"] = {f"module.{name}": value for name, value in checkpoint["model"].items()}
-    torch.save(checkpoint, "old.pth")
-    found, new = read_checkpoint("old.pth"), trained[1]["sgd"]
-    assert parse_again(found, "old.pth").items() <= new["config"]["arguments"].items() | {("save", None), ("progress", False)}
-    assert found["model"].keys() == new["model"].keys() and found["measured"] == new["normalize"]
+def test_early_runs_of_several_processes_named_weights_otherwise(trained):
+    weights = trained[1]["sgd"]["model"]
+    torch.save(older(trained[1]["sgd"], ("model",), {f"module.{name}": value for name, value in weights.items()}), "old.pth")
+    assert read_checkpoint("old.pth")["model"].keys() == weights.keys()

@@ -1,6 +1,5 @@
-"""What every command shares: help, mistakes in one line, closed pipes, consoles of any encoding, files written whole."""
+"""What all commands share: help, mistakes in one line, closed pipes, consoles of any encoding, files written whole."""
 
-import contextlib
 import errno
 import importlib
 import io
@@ -18,7 +17,7 @@ import evaluate
 import train
 from common import console, files
 
-SCRIPTS = [*(f"{name}.py" for name in ("train", "evaluate", "plot", "make_graph", "publish", "check_data"))]
+SCRIPTS = [f"{name}.py" for name in ("train", "evaluate", "plot", "make_graph", "publish", "check_data")]
 SCRIPTS += [f"{folder}/{path.name}" for folder in ("bench", "attic") for path in sorted((ROOT / folder).glob("*.py"))]
 SCRIPTS = [name for name in SCRIPTS if name not in ("attic/checks.py", "bench/candidates.py")]  # parts of the others
 
@@ -32,7 +31,7 @@ def main_of(monkeypatch):
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """Stands in for a terminal that knows one encoding: console("ascii") → the bytes that were written to it."""
+    """Stands in for a terminal of one encoding: terminal("ascii") → the bytes that were written to it."""
 
     def make(encoding):
         shown = io.BytesIO()
@@ -83,13 +82,6 @@ def test_a_full_standard_output_is_named():
     assert (result.returncode, result.stderr) == (1, "plot.py: error: standard output: No space left on device\n")
 
 
-def test_without_standard_output():
-    """As daemons start their children: ``python plot.py DIR >&-``."""
-    command = f'exec "{sys.executable}" "{ROOT / "plot.py"}" "{ROOT / "work/digits.bc16"}" --out figures >&-'
-    result = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True)
-    assert (result.returncode, result.stderr) == (0, "") and Path("figures/loss.png").exists()
-
-
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
 def test_class_names_that_a_console_cannot_show_or_would_obey(terminal):
     for split in ("train", "test"):
@@ -135,13 +127,8 @@ def test_what_is_our_fault_keeps_its_traceback():
 # Files.
 
 
-def write(path):
-    with files.written_whole(path) as file:
-        file.write(b"new")
-
-
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    """Also where somebody has put a link in the place of the unfinished one."""
+    """Also if there is a link in the place of the unfinished one."""
     path, other = tmp_path / "file", tmp_path / "other"
     path.write_text("old"), other.write_text("precious")
     (tmp_path / "file.tmp").symlink_to("other")
@@ -155,19 +142,12 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert path.read_text() == "new" and other.read_text() == "precious" and {*tmp_path.iterdir()} == {path, other}
 
 
-def test_a_file_system_without_fsync(tmp_path, monkeypatch):
-    for number in (errno.EINVAL, errno.ENOTSUP, errno.EIO):
-        monkeypatch.setattr(os, "fsync", failing(OSError(number, "no")))
-        with pytest.raises(OSError) if number == errno.EIO else contextlib.nullcontext():
-            write(tmp_path / str(number))
-        assert (tmp_path / str(number)).exists() == (number != errno.EIO)
-
-
 @pytest.mark.skipif(os.name == "nt", reason="Windows opens no folders")
 def test_a_new_name_outlives_a_power_cut(tmp_path, monkeypatch):
     """First the content is on the disk, then the name in its folder."""
     done, fsync, rename = [], os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda file: (done.append(stat.S_IFMT(os.fstat(file).st_mode)), fsync(file)))
     monkeypatch.setattr(os, "replace", lambda *paths: (done.append("replace"), rename(*paths)))
-    write(tmp_path / "a")
+    with files.written_whole(tmp_path / "a") as file:
+        file.write(b"new")
     assert done == [stat.S_IFREG, "replace", stat.S_IFDIR]

@@ -9,9 +9,10 @@ import sys
 from contextlib import nullcontext
 
 import pytest
-import torch
 import torch.nn as nn
 from conftest import ROOT, status_of
+
+from densenet import BLOCKS
 
 ATTIC = ROOT / "attic"
 SCRIPTS = sorted(path.stem for path in ATTIC.glob("*.py") if path.stem != "checks")
@@ -45,9 +46,9 @@ def test_passes_and_would_have_found_the_bug_of_2017(run, command, bug):
     assert status == bool(bug), output
     assert output.endswith(f"verdict: {'failed' if bug else 'passed'}\n")
     if bug and command == "numcheck_grads":  # as in 2017, cat and linear layers show nothing
-        results = dict(re.findall(r"^ *(cat \+ \w+|block \w+) +\d+ +(\w+)$", output, re.MULTILINE))
-        wrong = {"cat + convolution", "block naive", "block checkpoint"}
-        assert results == {name: "WRONG" if name in wrong else "equal" for name in (*wrong, "cat + linear", "block fused")}
+        assert "cat + linear: 540 entries of the Jacobian are right" in output
+        failed = re.findall(r"^FAILED: (cat \+ \w+|block \w+) on cpu", output, re.MULTILINE)
+        assert failed == ["cat + convolution", *(f"block {name}" for name in BLOCKS)]
 
 
 def test_runs_from_anywhere(tmp_path):
@@ -73,17 +74,13 @@ PLANTED = {  # script and flags, what is replaced, what makes its replacement, w
     "wrong hidden states": (
         "compare_grads", "densenet.BottleneckLayer.after_conv1", lambda right: lambda self, x: 1.001 * right(self, x),
         ["hidden state of denseblock1.denselayer1", "gradient of denseblock1.denselayer1", "statistics of denseblock1.denselayer2"],
-        ["hidden state of pool0", "statistics of norm0", "statistics of denseblock1.denselayer1"]),
-    "coarse float32": (
-        "compare_grads", "densenet.BottleneckLayer.after_conv1",
-        lambda right: lambda self, x: right(self, x if x.dtype == torch.float64 else x.half().float()),
-        ["hidden state in float32: error"], ["in float64"]),
+        ["hidden state of norm0", "statistics of norm0", "statistics of denseblock1.denselayer1"]),
     "statistics updated twice": (
         "compare_grads --block checkpoint", "densenet.keep_statistics", lambda right: lambda layer: (nullcontext(), nullcontext()),
         ["statistics of denseblock1"], ["gradient"]),
     "harmless bug": (
         "cudnn_cat", "checks.ReadAsOutput.backward", lambda right: staticmethod(lambda ctx, gradient: gradient), ["proves nothing"], []),
-    "large logits": ("loss_at_init", "densenet.init_weights", large_logits, ["DenseNet-BC-10: loss"], []),
+    "large logits": ("loss_at_init", "densenet.init_weights", large_logits, ["is not what guessing gives"], []),
     "layer without gradient": (
         "loss_at_init", "densenet.Transition.forward", lambda right: lambda self, x: right(self, 0 * x),
         ["not a positive number in every layer"], []),
@@ -109,5 +106,5 @@ def test_notices(run, monkeypatch, fault):
 def test_a_mistake_ends_in_one_line(run):
     status, output = run("loss_at_init", "--depth 43")
     assert status == 2
-    assert output.startswith("loss_at_init.py: error: --depth 43: a network with bottlenecks needs")
+    assert output.startswith("loss_at_init.py: error: argument --depth: invalid depth value: '43'")
     assert output.count("\n") == 1

@@ -12,6 +12,7 @@ import speed
 import torch
 from conftest import ROOT, status_of
 
+from common.console import Mistake
 from common.hardware import choose_device
 
 JOB = {"candidate": "fused", "depth": 10, "precision": "fp32", "kernels": None}
@@ -21,7 +22,7 @@ JOB = {"candidate": "fused", "depth": 10, "precision": "fp32", "kernels": None}
 def test_every_candidate_computes_the_same_function(name):
     checked = candidates.check(JOB | {"candidate": name}, choose_device("cpu"))
     assert max(checked["float64"].values()) < 1e-8
-    assert len(checked["draws"]) == candidates.DRAWS
+    assert len(checked["trials"]) == candidates.TRIALS
 
 
 def test_a_rival_computes_on_its_gpu(monkeypatch):
@@ -36,8 +37,8 @@ def test_a_rival_computes_on_its_gpu(monkeypatch):
 
 
 def answer(float64=0.0, output=1e-6, gradients=1e-5):
-    draws = [{"output": output, "gradients": gradients}] * candidates.DRAWS
-    return {"float64": {"output": 0.0, "gradients": float64}, "draws": draws}
+    trials = [{"output": output, "gradients": gradients}] * candidates.TRIALS
+    return {"float64": {"output": 0.0, "gradients": float64}, "trials": trials}
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,7 @@ def answer(float64=0.0, output=1e-6, gradients=1e-5):
 )
 def test_a_wrong_candidate_is_not_timed(ours, naive, words):
     assert speed.assert_right(JOB, answer(), answer()) == {"output_error": "1.0e-06", "gradient_error": "1.0e-05"}
-    with pytest.raises(speed.CandidateError, match=words):
+    with pytest.raises(Mistake, match=words):
         speed.assert_right(JOB, ours, naive)
 
 
@@ -60,11 +61,11 @@ def test_a_wrong_candidate_is_not_timed(ours, naive, words):
 STAND_IN = """
 import json, os, sys
 job = json.loads(sys.argv[1])
-draws = [{"output": 1e-6, "gradients": 1e-5}] * 5
+trials = [{"output": 1e-6, "gradients": 1e-5}] * 5
 if job["candidate"] == "checkpoint":
     sys.exit(1)
 if job["task"] == "check":
-    sys.exit(print(json.dumps({"float64": {"output": job["candidate"] == "gpleiss"}, "draws": draws})))
+    sys.exit(print(json.dumps({"float64": {"output": job["candidate"] == "bamos"}, "trials": trials})))
 print(json.dumps(job | {"saved_mib": 3.5}), flush=True)
 for word in sys.stdin:
     print(json.dumps([0.25 if job["candidate"] == "fused" and os.path.exists("of/b.csv") else 0.5, 100]), flush=True)
@@ -74,10 +75,10 @@ for word in sys.stdin:
 def test_rows_are_written_as_they_come_and_those_of_candidates_that_fail_are_missing(monkeypatch, capsys):
     Path("stand_in.py").write_text(STAND_IN)
     monkeypatch.setattr(candidates, "__file__", "stand_in.py")
-    flags = "--device cpu --depths 10 --batch-size 2 --candidates checkpoint gpleiss naive fused --reference naive --precisions fp32"
+    flags = "--device cpu --depths 10 --batch-size 2 --candidates checkpoint bamos naive fused --reference naive --precisions fp32"
     assert speed.main([*flags.split(), "--csv", "of/b.csv", "--plot", "b.png"]) == 1
     dead, wrong = capsys.readouterr().err.splitlines()
-    assert "checkpoint ended early" in dead and "gpleiss computes something else" in wrong
+    assert "checkpoint ended early" in dead and "bamos computes something else" in wrong
     rows = pd.read_csv("of/b.csv")
     assert (rows.candidate.tolist(), rows.ms.tolist(), rows.times_as_fast.tolist()) == (["naive", "fused"], [500, 250], [1, 2])
     assert (rows.images_per_second.tolist(), rows.saved_mib.tolist(), rows.peak_mib.tolist()) == ([4, 8], [3.5] * 2, [100] * 2)
@@ -101,7 +102,7 @@ def test_what_was_measured_can_be_drawn(name):
 
 @pytest.mark.parametrize(
     ("flags", "words"),
-    [("--depths 11", "depth 11"), ("--batch-size 0", "0 is not in 1 … "), ("--candidates bamos --precisions bf16", "fp32")],
+    [("--depths 11", "argument --depths: invalid depth value: '11'"), ("--batch-size 0", "0 is not in 1 … "), ("--candidates bamos --precisions bf16", "fp32")],
 )
 def test_mistakes_end_with_one_line_and_status_2(capsys, flags, words):
     assert status_of(speed.main, flags.split()) == 2
