@@ -14,14 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts r
 
 from common.console import Parser, between
 from common.hardware import choose_device, set_up_device
-from densenet import layers_per_block
 from inputs import datasets
 from inputs.image import Reader
-
-
-def depth(text):
-    layers_per_block(int(text), bottleneck=True)  # raises ValueError if it is no 6n + 4
-    return int(text)
 
 
 def make_parser(doc, data=False):
@@ -36,7 +30,7 @@ def make_parser(doc, data=False):
         add("--data", metavar="DIR", default="data", help="where data sets live (default: %(default)s)")
         add("--image-size", type=int, default=16, metavar="N", help="pixels; digits and folder (default: %(default)s)")
         add("--batch-size", type=images, default=64, metavar="N", help="images (default: %(default)s)")
-        add("--depth", type=depth, default=22, metavar="L", help="of the DenseNet-BC: 6n + 4 (default: %(default)s)")
+        add("--depth", type=int, choices=range(10, 251, 6), default=22, metavar="L", help="(default: %(default)s)")
     return parser
 
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts o
 
 from common.console import Mistake, command
 from common.hardware import choose_device, choose_precision, peak_memory_mib, set_up_device
-from densenet import BLOCKS, FROM_TORCHVISION, DenseNet, layers_per_block, rename
+from densenet import BLOCKS, FROM_TORCHVISION, DenseNet, rename
 from inputs.batches import memory_format
 from training import trial
 from training.step import GraphedStep, Step
@@ -56,11 +56,6 @@ for library in ("torchvision", "timm"):
         MODELS |= {library + suffix: make for suffix in ("", CHANNELS_LAST, COMPILED)}
         MODELS[f"{library}-efficient"] = functools.partial(make, memory_efficient=True)
 NAMES = (*BLOCKS, *MODELS)
-
-
-def depth(text):
-    layers_per_block(int(text), bottleneck=True)  # raises ValueError if it is no 6n + 4
-    return int(text)
 
 
 def make_model(name, depth, device="cpu"):

@@ -148,10 +148,8 @@ def narrow_products(compiled):
 def main(argv=None):
     """Compile what networks of the paper launch in training; a row holds the maxima over a kernel's variants."""
     parser = Parser(prog="compile_kernels.py", description=__doc__)
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS, metavar="NAME",
-        help=f"of {', '.join(NETWORKS)} (default: all)")  # fmt: skip
-    parser.add_argument("--targets", nargs="+", type=int, choices=TARGETS, default=TARGETS, metavar="N",
-        help=f"compute capabilities of {', '.join(map(str, TARGETS))} (default: all)")  # fmt: skip
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS, help="(default: all)")
+    parser.add_argument("--targets", nargs="+", type=int, choices=TARGETS, default=TARGETS, help="(default: all)")
     args = parser.parse_args(argv)
     os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"
     os.environ.pop("TRITON_INTERPRET", None)  # the interpreter's kernels cannot be compiled

@@ -171,15 +171,12 @@ def make_parser():
     eager = [name for name in names if not name.endswith(candidates.COMPILED)]
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: %(default)s)")
     add("--batch-size", type=positive, default=64, metavar="N", help="images (default: %(default)s)")
-    add("--depths", type=candidates.depth, nargs="+", default=[100], metavar="L", help="6n + 4 (default: 100)")
-    add("--candidates", nargs="+", choices=names, default=eager, metavar="NAME",
-        help=f"of {', '.join(names)} (default: all that need no minutes to compile)")  # fmt: skip
+    add("--depths", type=int, choices=range(10, 251, 6), nargs="+", default=[100], metavar="L", help="(default: 100)")
+    add("--candidates", nargs="+", choices=names, default=eager, help="(default: all but the compiled ones)")
     add("--reference", choices=names, default="bamos", metavar="NAME", help="(default: %(default)s, always in fp32)")
-    add("--precisions", nargs="+", choices=PRECISIONS, metavar="NAME",
-        help=f"of {', '.join(PRECISIONS)} (default: fp32, and what auto is for train.py)")  # fmt: skip
+    add("--precisions", nargs="+", choices=PRECISIONS, help="(default: fp32, and what auto is for train.py)")
     add("--cuda-graph", action="store_true", help="replay training steps as CUDA graphs")
-    add("--kernels", nargs=2, type=positive, metavar=("PROGRAMS", "IMAGES"),
-        help="other constants of fused/kernels.py (default: 2 64)")  # fmt: skip
+    add("--kernels", nargs=2, type=positive, metavar=("PROGRAMS", "IMAGES"), help="constants of fused/kernels.py")
     add("--profile", action="store_true", help="print where a training step's time goes instead")
     add("--csv", metavar="FILE", help="write the rows to this file, too")
     add("--plot", metavar="FILE", help="draw speed or, with several depths, memory")

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import os
-import sys
 from pathlib import Path
 
 from common.console import Mistake
@@ -47,9 +46,7 @@ def written_whole(path, suffix=".tmp", previous=None):
 
 def sync_names(folder):
     """Write the names in a folder to the disk, so that they survive a power cut."""
-    if sys.platform == "win32":  # it opens no folders
-        return
-    with contextlib.suppress(OSError):  # a folder that may not be read
+    with contextlib.suppress(OSError):  # Windows opens no folders; others may not be readable
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)

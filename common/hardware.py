@@ -52,8 +52,7 @@ def compiler_problem(device):
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(2, device=device))
     except Exception as error:  # of any type: a compiler is missing, or Triton, or it fails
-        lines = [line for line in str(error).splitlines() if line]
-        return lines[0] if lines else type(error).__name__
+        return str(error).strip().partition("\n")[0] or type(error).__name__
     return None
 
 

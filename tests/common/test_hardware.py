@@ -1,5 +1,7 @@
 """Which device, precision and block are chosen."""
 
+import functools
+
 import pytest
 import torch
 
@@ -38,29 +40,20 @@ def test_without_an_override_the_hardware_answers(monkeypatch):
     assert not has_bf16(torch.device("mps"))
 
 
-@pytest.fixture
-def old_gpu(monkeypatch):
-    """A GPU that this build of torch has no code for."""
-
+def test_a_gpu_that_this_build_has_no_code_for_is_passed_over_and_named_once(monkeypatch, capsys):
     def ones(*size, device):
         if device.type == "cuda":
-            raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nand more")
+            raise RuntimeError(f"{reason}\nand more")
         return real(*size, device=device)
 
-    real = torch.ones
-    choose_device.cache_clear()
+    reason = "CUDA error: no kernel image is available for execution on the device"
+    choose, real = functools.cache(choose_device.__wrapped__), torch.ones
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "ones", ones)
-    yield
-    choose_device.cache_clear()
-
-
-def test_a_gpu_that_cannot_compute_is_passed_over_and_named_once(old_gpu, capsys):
-    assert [choose_device("auto") for _ in range(2)] == [CPU, CPU]
-    reason = "CUDA error: no kernel image is available for execution on the device"
+    assert [choose("auto") for _ in range(2)] == [CPU, CPU]
     assert capsys.readouterr().err == f"device cuda cannot be used ({reason}): computing on the CPU\n"
     with pytest.raises(Mistake, match=r"device 'cuda' is not available here \(CUDA error: no kernel image"):
-        choose_device("cuda")
+        choose("cuda")
 
 
 def test_a_compiler_that_is_missing_is_named_in_a_line(monkeypatch):
