@@ -11,7 +11,7 @@ ADDED = {
     **{"init_from": None, "freeze": None, "head_lr": None, "recipe": None, "label_smoothing": 0.0, "cutout": 0},
     **{"mixup": 0.0, "warmup": 0.0, "ema": 0.0, "decay": "all", "accumulate": 1, "clip_grad": 0.0},
     **{"class_weights": None, "black": 0.0, "alpha": True, "flip": "horizontal", "shift": 4, "gamma": 0.1},
-    **{"policy": None, "fold": None, "groups": None},
+    **{"policy": None, "fold": None, "groups": None, "labels": None},
 }
 
 

@@ -18,17 +18,17 @@ DATASETS = ("cifar10", "cifar100", "svhn", "digits", "folder")
 DEFAULT_READER = Reader()
 
 
-def load(name, root, reader=DEFAULT_READER, test_size=0, manifest=None, groups=None):
+def load(name, root, reader=DEFAULT_READER, test_size=0, manifest=None, groups=None, labels=None):
     """Load a data set by name; ``root`` holds the archives, or the folders of images.
 
     ``reader`` says how image files are read; its image_size (pixels) and channels count for "digits", too. Where a
     folder has no test images, ``test_size`` of its images are set apart. ``manifest`` is that of an earlier call, whose
-    splits are to be found again. ``groups``: see load_folder. Raises Mistake.
+    splits are to be found again. ``groups`` and ``labels``: see load_folder. Raises Mistake.
     """
     if name == "digits":
         return load_digits(reader)
     if name == "folder":
-        return load_folder(Path(root), reader, test_size, manifest, groups)
+        return load_folder(Path(root), reader, test_size, manifest, groups, labels)
     if name == "svhn":
         train, extra, test = load_svhn(root, "train", "extra", "test")
         train = ImageTensors(torch.cat((train.pixels, extra.pixels)), torch.cat((train.labels, extra.labels)))
@@ -39,7 +39,7 @@ def load(name, root, reader=DEFAULT_READER, test_size=0, manifest=None, groups=N
 def load_run(arguments, root, reader, manifest=None):
     """``load`` as the arguments of a run say, images held out and limits included."""
     test_size, groups = arguments["fold"] or arguments["test_size"], arguments["groups"]
-    dataset = load(arguments["dataset"], root, reader, test_size, manifest, groups)
+    dataset = load(arguments["dataset"], root, reader, test_size, manifest, groups, arguments["labels"])
     if arguments["valid_size"]:
         groups = groups_of(dataset.train.names, root, groups)
         dataset = dataset.hold_out(arguments["valid_size"], arguments["seed"], groups)

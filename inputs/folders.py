@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from common.console import Mistake, counted
+from common.files import readable
 from inputs.batches import ImageTensors
 from inputs.decoding import read_cached, unreadable
 from inputs.image import STREAM_FROM, Unreadable, formats, patient
@@ -25,18 +26,19 @@ OF_SYSTEMS = {  # lower case: bins, thumbnails and snapshots of macOS, Windows, 
 }
 
 
-def load_folder(root, reader, test_size=0, manifest=None, groups=None):
+def load_folder(root, reader, test_size=0, manifest=None, groups=None, labels=None):
     """Class folders of images, in the splits that ``find_splits`` finds; images of any format, size and mode.
 
     ``test_size`` is a number or share of images to set apart for testing, or a fold "I/K". ``groups``, a pattern of
-    ``groups_of``, names groups of images; no group is in two splits. Raises Mistake.
+    ``groups_of``, names groups of images; no group is in two splits. ``labels`` is the
+    path of a table that ``read_labels`` reads instead of listing class folders. Raises Mistake.
     """
-    folders, test_size, notes = find_splits(root, test_size, manifest)
-    passed, train = Counter(), folders["train"]
-    found = {split: list_images(folder, passed) for split, folder in folders.items()}
-    classes = list(found["train"])
+    table, passed = read_labels(root, labels), Counter()
+    folders, test_size, notes = find_splits(root, test_size, manifest, table)
+    found = table or {split: list_images(folder, passed) for split, folder in folders.items()}
+    classes, train = list(found["train"]), folders["train"]
     if len(classes) < 2:
-        raise Mistake(f"a classifier needs at least two class folders, and {train} has {', '.join(classes) or 'none'}")
+        raise Mistake(f"a classifier needs at least two classes, and {train} has {', '.join(classes) or 'none'}")
     if empty := [name for name in classes if not found["train"][name]]:
         raise Mistake(f"{train / empty[0]} holds no image that can be read{convert(passed)}fill it or delete it")
     notes += passed_over(passed)
@@ -48,9 +50,9 @@ def load_folder(root, reader, test_size=0, manifest=None, groups=None):
     if test_size and not test_files:  # always the same ones, whatever the seed
         flag, names = "--fold" if isinstance(test_size, str) else "--test-size", files["train"].names
         drawn = stratified(files["train"].labels, test_size, 0, flag, groups_of(names, root, groups))[1]
-        test_files = [Path(files["train"].names[i]).relative_to(root).as_posix() for i in drawn]
+        test_files = [below(root, names[i]) for i in drawn]
     if test_files:
-        files["test"] = set_apart(root, test_files, train, classes, reader)
+        files["test"] = set_apart(root, test_files, class_finder(train, table), classes, reader)
         apart = set(map(Path, files["test"].names))  # as paths: "./cat/0.png" is "cat/0.png"
         kept = [i for i, name in enumerate(files["train"].names) if Path(name) not in apart]
         files["train"] = files["train"].select(torch.tensor(kept))
@@ -66,6 +68,7 @@ def load_folder(root, reader, test_size=0, manifest=None, groups=None):
     manifest = {
         "folders": {split: folder.relative_to(root).as_posix() for split, folder in folders.items()},
         "test_files": test_files,
+        "labels": labels,
         "fingerprints": {split: fingerprint(of_split, root) for split, of_split in images.items()},
     }
     return Dataset(**images, classes=classes, normalize=normalize, notes=notes, manifest=manifest)
@@ -73,12 +76,13 @@ def load_folder(root, reader, test_size=0, manifest=None, groups=None):
 
 def load_test_folder(root, reader, classes, manifest):
     """The test images of a folder, in the order of training, and lines to print. Needs no training images."""
-    passed = Counter()
+    table, passed = read_labels(root, manifest.get("labels")), Counter()
     if manifest["test_files"]:
-        files = set_apart(root, manifest["test_files"], root / manifest["folders"]["train"], classes, reader)
+        class_of = class_finder(root / manifest["folders"]["train"], table)
+        files = set_apart(root, manifest["test_files"], class_of, classes, reader)
     else:
         folder = existing(root / manifest["folders"]["test"])
-        files = interleave(folder, list_images(folder, passed), classes, reader)
+        files = interleave(folder, table["test"] if table else list_images(folder, passed), classes, reader)
     notes = passed_over(passed)
     return read_splits(root, {"test": files}, classes, notes)["test"], notes
 
@@ -86,12 +90,19 @@ def load_test_folder(root, reader, classes, manifest):
 # Which files there are: nothing is read but names.
 
 
-def find_splits(root, test_size, manifest):
+def find_splits(root, test_size, manifest, table=None):
     """({split: folder}, test size, lines to print): train, test, and val for validation or, without test, for testing.
 
     With a test size, test images are to be taken from the training images, which may lie in ``root`` itself. It is a
-    fifth for class folders alone. The folders of a manifest stay.
+    fifth for class folders alone, and for a ``table`` of ``read_labels`` without test images. The folders of a manifest
+    stay.
     """
+    if table:
+        if test_size and "test" in table:
+            raise Mistake("--labels names test images: leave out --test-size or --fold")
+        fifth = not test_size and "test" not in table
+        notes = ["the table has no test images: a fifth of each class is set apart (see --test-size)"] if fifth else []
+        return dict.fromkeys(table, root), FIFTH if fifth else test_size, notes
     if manifest:
         folders = {split: existing(root / name) for split, name in manifest["folders"].items()}
         return folders, test_size or (0 if "test" in folders else FIFTH), []
@@ -110,6 +121,36 @@ def find_splits(root, test_size, manifest):
     elif val.is_dir():
         notes, test = [f"{val} is the test split, since there is no {test}"], val
     return splits if test_size else splits | {"test": existing(test)}, test_size, notes
+
+
+def read_labels(root, labels):
+    """{split: {class: sorted paths}} of a CSV file ``root / labels`` with columns path, label and, if any, split.
+
+    Paths are relative to ``root``; without splits, all images are for training. None without labels. Raises Mistake.
+    """
+    if not labels:
+        return None
+    import pandas as pd
+
+    file, found = root / labels, {"train": {}}
+    try:
+        table = pd.read_csv(readable(file), dtype=str, keep_default_na=False, index_col=False, encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise Mistake(f"--labels: {file} cannot be read ({error}): name a CSV file by its path below --data") from error
+    if absent := {"path", "label"} - set(table):
+        raise Mistake(f"{file} has no column {' nor '.join(sorted(absent))}: it needs path, label and, if any, split")
+    table = table.fillna("").assign(split=table.get("split", "train"), path=table.path.map(os.path.normpath))
+    for problem, wrong in (
+        ("has no label", table.label == ""),
+        ("has a split that is not train, valid or test", ~table.split.isin(KINDS)),
+        ("is in an earlier line, too", table.path.duplicated()),
+        ("is missing", [not os.path.isfile(root / path) for path in table.path]),
+    ):
+        for line, path in table.path[wrong].items():
+            raise Mistake(f"{file}, line {line + 2}: {path} {problem}: correct the table")
+    for (split, name), rows in table.sort_values("path").groupby(["split", "label"]):
+        found.setdefault(split, {})[name] = [str(root / path) for path in rows.path]
+    return found
 
 
 def existing(folder):
@@ -207,22 +248,34 @@ def interleave(folder, found, classes, reader):
     The first N images are then a fair sample of the classes. Raises Mistake if ``classes`` lack one of the folder's.
     """
     if unknown := [name for name in found if name not in classes]:
-        raise Mistake(f"{folder} has class folders that the training images have not: {', '.join(unknown[:5])}")
+        raise Mistake(f"{folder} has classes that the training images have not: {', '.join(unknown[:5])}")
     entries = sorted((i, label, p) for label, name in enumerate(classes) for i, p in enumerate(found.get(name, [])))
     labels = torch.tensor([label for _, label, _ in entries], dtype=torch.int64)
     return ImageFiles([path for _, _, path in entries], labels, reader)
 
 
-def set_apart(root, names, train, classes, reader):
+def class_finder(train, table):
+    """A function from a training image's path to its class: the name of its folder below ``train``, or a table's."""
+    if table is None:
+        return lambda path: path.relative_to(train).parts[0]
+    return {Path(path): name for name, paths in table["train"].items() for path in paths}.__getitem__
+
+
+def set_apart(root, names, class_of, classes, reader):
     """ImageFiles of the files that are set apart for testing, by their names. Raises Mistake."""
     paths = [root / name for name in names]
     if missing := [path for path in paths if not path.exists()]:
         raise Mistake(f"{len(missing)} of the run's {len(names)} test images are missing, such as {missing[0]}")
     try:
-        labels = torch.tensor([classes.index(path.relative_to(train).parts[0]) for path in paths])
-    except (ValueError, IndexError) as error:
-        raise Mistake(f"the run's test images are not in class folders of {train} ({error})") from error
+        labels = torch.tensor([classes.index(class_of(path)) for path in paths])
+    except (ValueError, LookupError) as error:
+        raise Mistake(f"the run's test images are not in its classes any more ({error})") from error
     return ImageFiles(list(map(str, paths)), labels, reader)
+
+
+def below(root, path):
+    """A path relative to ``root``, with slashes on every system."""
+    return Path(os.path.relpath(path, root)).as_posix()
 
 
 def groups_of(names, root, pattern):
@@ -232,7 +285,7 @@ def groups_of(names, root, pattern):
     """
     if pattern is None:
         return None
-    paths = [Path(os.path.relpath(name, root)).as_posix() for name in names]
+    paths = [below(root, name) for name in names]
     try:
         groups = [match and match[1] for match in (re.search(pattern, path) for path in paths)]
     except (re.error, IndexError) as error:

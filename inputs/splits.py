@@ -91,13 +91,13 @@ def stratified(labels, count, seed, flag, groups=None):
         else:
             if not isinstance(count, str):
                 folds = 1 / count if isinstance(count, float) else len(labels) / count
-                count = f"1/{min(round(folds), len(set(groups)))}"
+                count = f"1/{min(max(2, round(folds)), len(set(groups)))}"
             i, k = map(int, count.split("/"))
             make = model_selection.StratifiedGroupKFold if groups else model_selection.StratifiedKFold
             with warnings.catch_warnings(action="ignore"):  # of classes that some folds lack, which read_splits tells
                 parts = [*make(k, shuffle=True, random_state=seed).split(labels, labels, groups)][i - 1]
     except ValueError as error:
-        needs = "both parts need an image of every class, so every class needs two images or more"
+        needs = "every part needs an image of every class, and a whole group, if there are groups"
         raise Mistake(f"{flag} {count}: cannot take the same share of each class: {needs}") from error
     return [sorted(part) for part in parts]
 

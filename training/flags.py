@@ -104,6 +104,9 @@ def add_data_flags(add):
     add("--test-size", type=amount, default=0, metavar="N",
         help="folder without test images: hold out N images for testing, or a fraction, the same for every seed "
         "(default: 0.2 if there are only class folders)")
+    add("--labels", type=nonempty, metavar="FILE",
+        help="folder: a CSV file in --data with columns path, label and, if any, split (train, valid, test), "
+        "instead of class folders")
     add("--fold", type=fold, metavar="I/K",
         help="folder without test images: test on the Ith of K equal parts, the same parts for every seed")
     add("--groups", type=nonempty, metavar="REGEX",
@@ -295,7 +298,7 @@ def check_args(args):
         if Path(args.data, "train").is_dir():
             raise Mistake(f"{args.data}/train is not of {args.dataset}: for image folders, add --dataset folder")
     usual = {field.name: field.default for field in dataclasses.fields(Reader)} | {"test_size": 0}
-    for name in ("white", "black", "alpha", "test_size", "skip_unreadable", "fold", "groups"):
+    for name in ("white", "black", "alpha", "test_size", "skip_unreadable", "fold", "groups", "labels"):
         if getattr(args, name) != usual.get(name) and args.dataset != "folder":
             raise Mistake(f"--{name.replace('_', '-')} is for --dataset folder: leave it out")
     if args.fold and args.test_size:

@@ -121,10 +121,10 @@ def renamed(folder, suffix):
     [
         (lambda root: (root / "train").rename(root / "elsewhere"), "train is missing: .* or class folders alone"),
         (lambda root: [(root / a).rename(root / b) for a, b in (("train", "Training"), ("test", "t"))], "train is missing: .* alone"),
-        (lambda root: (root / "test/dog").rename(root / "test/wolf"), "/test has class folders that the training images have not: wolf"),
+        (lambda root: (root / "test/dog").rename(root / "test/wolf"), "/test has classes that the training images have not: wolf"),
         (lambda root: (root / "train/eel").mkdir(), "eel holds no image that can be read: fill it or delete it"),
         (lambda root: renamed(root / "train/cat", ".dcm"), "cat holds no image that can be read .passed over 3 files: .dcm 3.: convert or rename them, fill it or delete it"),
-        (lambda root: shutil.rmtree(root / "train/dog"), "needs at least two class folders, and .*train has cat"),
+        (lambda root: shutil.rmtree(root / "train/dog"), "needs at least two classes, and .*train has cat"),
         (lambda root: renamed(root / "test", ".x"), "no test image in a class folder can be read"),
     ],
 )
@@ -230,8 +230,67 @@ def test_class_folders_alone_are_divided_the_same_way_for_every_seed(tmp_path, i
     for find in (lambda: load(root, reader, 0, manifest), lambda: datasets.load_test("folder", root, reader, dataset.classes, manifest)):
         with pytest.raises(Mistake, match=r"1 of the run's 4 test images are missing, such as .*/flat/\w+/\d.png"):
             find()
-    with pytest.raises(Mistake, match=r"--test-size 1: .* number of classes = 2"):
+    with pytest.raises(Mistake, match="--test-size 1: cannot take the same share of each class: every part needs an image of every class"):
         load(root, reader, test_size=1)
+
+
+def labelled(root, table):
+    """Twelve images in odd places, and a table of them, in any order; "NA" is a label like others."""
+    for i in range(12):
+        (root / f"{i % 3}").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (99 * (i % 2), 9 * i, 0)).save(root / f"{i % 3}/{i}.png")
+    (root / "labels.csv").write_text(table, encoding="utf-8")
+    return root
+
+
+def table_of(splits=("",) * 12):
+    lines = [f"./{i % 3}/{i}.png,{('NA', 'ä ö')[i % 2]}{split and ','}{split}\n" for i, split in enumerate(splits)]
+    return "\ufeffpath,label" + ",split" * any(splits) + "\n" + "".join(reversed(lines))
+
+
+@pytest.mark.parametrize("image_size", [16, 128])
+@pytest.mark.parametrize(("table", "sizes"), [
+    (table_of(), {"train": 9, "test": 3}),
+    (table_of(["train"] * 6 + ["valid"] * 4 + ["test"] * 2), {"train": 6, "valid": 4, "test": 2}),
+])  # fmt: skip
+def test_a_table_names_labels_and_splits(tmp_path, table, sizes, image_size):
+    root, reader = labelled(tmp_path, table), Reader(image_size)
+    dataset = load(root, reader, labels="labels.csv")
+    assert {name: len(split) for name, split in dataset.splits.items()} == sizes and dataset.classes == ["NA", "ä ö"]
+    assert bool(dataset.notes) is (sizes["test"] == 3)
+    for split in dataset.splits.values():
+        assert [int(Path(name).stem) % 2 for name in split.names] == split.labels.tolist()
+    assert load(root, reader, 0, dataset.manifest, labels="labels.csv").manifest == dataset.manifest
+    test, _ = datasets.load_test("folder", root, reader, dataset.classes, dataset.manifest)
+    assert test.names == dataset.test.names and torch.equal(test.labels, dataset.test.labels)
+
+
+def test_a_run_keeps_its_table(tmp_path, capsys):
+    root = labelled(tmp_path / "images", table_of())
+    trained(root, "--labels", "labels.csv", "--valid-size", "3", "--groups", r"(\d+).png")
+    test_files = resumed(2)["manifest"]["test_files"]
+    assert len(test_files) == 3 and publish.main(["run"]) == 0
+    assert evaluate.main(["run/weights.pth", "--split", "valid"]) == evaluate.main(["run/weights.pth"]) == 0
+    (root / "labels.csv").write_text(table_of().replace("NA", "new"))
+    capsys.readouterr()
+    assert train.main(["--resume", "--save", "run", "--epochs", "3"]) == 2
+    assert "was trained on other images or classes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("table", "words"), [
+    ("path;label\n", "has no column label nor path: it needs path, label and, if any, split"),
+    ("", "labels.csv cannot be read"),
+    ("path,label\n", "at least two classes, and .* has none"),
+    ("path,label\n0/0.png,cat\n0/9.png,", "line 3: 0/9.png has no label"),
+    ("path,label\n0/0.png\n", "line 2: 0/0.png has no label"),
+    ("path,label\n0/0.png,a\n0/../0/0.png,a\n", "line 3: 0/0.png is in an earlier line, too"),
+    ("path,label,split\n0/0.png,a,val\n", "line 2: 0/0.png has a split that is not train, valid or test"),
+    ("path,label\n0/1.png,a\n", "line 2: 0/1.png is missing"),
+    ("path,label,split\n0/0.png,a,train\n0/3.png,b,train\n0/6.png,c,test", "has classes that the training images have not: c"),
+])  # fmt: skip
+def test_mistakes_in_a_table_are_named(tmp_path, table, words):
+    with pytest.raises(Mistake, match=words):
+        load(labelled(tmp_path, table), Reader(8), labels="labels.csv")
 
 
 def grouped_folder(root):
