@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 from common.checkpoints import FIRST_MANIFEST, load_weights
 from common.config import stages
-from common.console import Mistake, command, counted, duration, one_line
+from common.console import Mistake, command, duration, one_line
 from common.hardware import choose_device, choose_precision, peak_memory_mib, set_up_device
 from densenet import DenseNet
 from inputs import datasets, splits
-from inputs.batches import FLIPS, batch_positions, memory_format
+from inputs.batches import batch_positions, memory_format
 from inputs.image import Reader
 from training import distributed
 from training.arguments import parse_args
@@ -33,10 +33,10 @@ from training.step import GraphedStep, Step, compile_model, evaluate
 
 
 def train_epoch(step, batches, schedule, bar):
-    """One pass over ``batches``, an iterator. Returns (steps, 3) float64: summed loss, wrong images, images.
+    """Train on ``batches``, an iterator. Returns (steps, 3) float64: summed loss, wrong images, images of each step.
 
-    ``schedule`` gives the learning rate of a step. Nothing is read from the device but for the bar, once a second.
-    Raises NotFinite.
+    ``schedule(i)`` is the learning rate of step i. Only the progress bar reads from the device, once a second. Raises
+    NotFinite.
     """
     training_mode(step.model)
     log, total, refreshed = [], 0, time.monotonic()
@@ -61,13 +61,13 @@ def train_epoch(step, batches, schedule, bar):
 
 
 def averages(steps):
-    """Loss and error in percent of the steps of a log, weighing images."""
+    """Mean loss and error in percent over the images of ``steps`` (steps, 3)."""
     loss, wrong, count = steps.sum(0).tolist()
     return loss / count, 100 * wrong / count
 
 
 def train_rows(steps, epoch, schedule, log_every, costs):
-    """Rows of train.csv for an epoch: one per ``log_every`` iterations, at fractional epochs, and the whole epoch's."""
+    """Rows of train.csv for an epoch: one per ``log_every`` steps, at fractional epochs, and one for all of it."""
     rows = []
     for end in range(log_every, len(steps), log_every) if log_every else ():
         loss, error = averages(steps[end - log_every : end])
@@ -80,32 +80,33 @@ def log_row(epoch, loss, error):
 
 
 def prepare(args, checkpoint, device):
-    """The data set, on the device of this rank. Raises Mistake if it cannot be had, or is not the run's."""
+    """Set up the device and the random numbers, load the data set. Raises Mistake if it is not that of the run."""
     set_up_device(device)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = not args.deterministic
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # a check of programs, not part of the numbers
+        torch.utils.deterministic.fill_uninitialized_memory = False  # which only finds bugs
     reader = Reader.of_run(vars(args), progress=args.progress and distributed.rank() == 0)
     dataset = datasets.load_run(vars(args), args.data, reader, checkpoint["manifest"] if checkpoint else None)
     check_batches(args, len(dataset.train))
     if args.patience and dataset.valid is None:
-        raise Mistake("--patience waits for a lower validation error: hold images out with --valid-size")
+        raise Mistake("--patience waits for a lower validation error: hold out images by --valid-size")
     if checkpoint:
         check_data(checkpoint, args, dataset)
     return dataset.to(device)
 
 
 def check_batches(args, count):
-    """Raises Mistake if a rank would get no image of ``count``, or a batch of one that batch norm refuses."""
+    """Raises Mistake if ``count`` images are too few for the ranks, or make a batch of one that batch norm refuses."""
     if count < distributed.world_size():
-        raise Mistake(f"{count} training images for {distributed.world_size()} processes: use fewer")
-    positions = batch_positions(count, args.batch_size * args.accumulate, distributed.share())
+        raise Mistake(f"{count} training images for {distributed.world_size()} processes: use fewer processes")
+    share = distributed.rank(), distributed.world_size()
+    positions = batch_positions(count, args.batch_size * args.accumulate, share)
     size = -(-args.batch_size // distributed.world_size())
-    passes = [len(part) // max(1, -(-len(part) // size)) for part, _ in positions]  # images in the smallest of each
-    if min(passes) < 2:
+    smallest = min(len(part) // max(1, -(-len(part) // size)) for part, _ in positions)  # of a forward pass
+    if smallest < 2:
         try:
             try_out(args, batch_size=1)
         except ValueError as error:
@@ -114,11 +115,10 @@ def check_batches(args, count):
 
 def make_batches(args, dataset, device):
     """Batches by split: "train", "valid" if images are held out, "test"."""
-    common = {"normalize": dataset.normalize, "share": distributed.share()}
+    common = {"normalize": dataset.normalize, "share": (distributed.rank(), distributed.world_size())}
     training = {"batch_size": args.batch_size * args.accumulate, "crop_fill": args.crop_fill if args.augment else None}
     training |= {name: getattr(args, name) for name in ("cutout", "mixup", "flip", "shift", "policy")}
-    # A GPU waits for launches with fewer images, and needs less memory than in training for as many. Running statistics
-    # make the answers the same, but for rounding.
+    # Evaluation needs less memory than training, and larger batches keep a GPU busy. They only change rounding.
     size = args.batch_size * (4 if device.type == "cuda" else 1)
     return {
         name: split.batches(**common | (training if name == "train" else {"batch_size": size}))
@@ -126,58 +126,42 @@ def make_batches(args, dataset, device):
     }
 
 
-def make_model(args, source, classes, device):
-    """The network that training starts with: weights of a source taken, parts frozen; and lines about both."""
-    model, notes = DenseNet(**model_options(args, len(classes))), []
-    model.to(device, memory_format=memory_format(device))
-    if source:
-        notes.append(take(model, source, args.init_from, list(classes)))
-    if args.freeze is not None:
-        notes.append(freeze(model, args.freeze))
-    return model, notes
-
-
 def restore(optimizer, saved):
-    """Load an optimiser's state, not its settings: those are the arguments'. Raises Mistake if it is of another one.
+    """Load an optimiser's state; its settings are those of the arguments. Raises Mistake if it is of another optimiser.
 
-    Every parameter that a loss has reached has the same there: tensors of its shape, and a count of steps.
+    All parameters that a loss has reached have the same entries: tensors of their shape, and a count of steps.
     """
     try:
         optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
+        values = [(p, value) for p, state in optimizer.state.items() for value in state.values()]
         fits = len({frozenset(state) for state in optimizer.state.values()}) <= 1
-        for p, state in optimizer.state.items():
-            fits = fits and all(x.shape == p.shape or (x.shape == () and x >= 0) for x in state.values())
+        fits = fits and all(x.shape == p.shape or (x.shape == () and x >= 0) for p, x in values)
     except Exception:  # nearly anything
         fits = False
     if not fits:
         raise Mistake("the optimiser's state in the checkpoint is damaged, or of another program")
 
 
-def go_on(args, checkpoint, dataset, stage, parts):
-    """Bring model, optimiser, scaler and average to the state of ``checkpoint``. Returns lines about it.
-
-    The checkpoint becomes one of this process: of its arguments and its ``stage``.
-    """
-    older = checkpoint["manifest"] == FIRST_MANIFEST
+def go_on(args, checkpoint, dataset, process, parts):
+    """Load a checkpoint into model, optimiser, scaler and average, and add this process to its config."""
     checkpoint["manifest"], checkpoint["config"]["arguments"] = dataset.manifest, vars(args)
-    checkpoint["config"]["resumed"].append(stage | {"epoch": checkpoint["epoch"]})
+    checkpoint["config"]["resumed"].append(process | {"epoch": checkpoint["epoch"]})
     load_weights(parts["model"], checkpoint["model"])
     restore(parts["optimizer"], checkpoint["optimizer"])
-    if checkpoint.get("scaler"):  # nothing, of a run in another precision
+    if checkpoint.get("scaler"):  # empty if the run had another precision
         parts["scaler"].load_state_dict(checkpoint["scaler"])
     if "ema" in parts:
         parts["ema"].load_state_dict(checkpoint["ema"])
-    return ["an earlier release began this run: it read turned, transparent, large images differently"] if older else []
 
 
-def first_checkpoint(args, dataset, model, stage):
-    """The state before the first epoch: a run can be resumed from the moment it exists."""
+def first_checkpoint(args, dataset, model, process):
+    """A checkpoint before the first epoch: a run can be resumed from the moment it exists."""
     parameters, options = sum(p.numel() for p in model.parameters()), model_options(args, len(dataset.classes))
     return {
         "epoch": 0,
-        "seconds": 0.0,  # that the finished epochs took, evaluations included
+        "seconds": 0.0,  # of the finished epochs, evaluations included
         "rng": {"seed": args.seed},  # with the epoch, the seed decides every random number
-        "config": stage | {"arguments": vars(args), "model": options, "parameters": parameters}
+        "config": process | {"arguments": vars(args), "model": options, "parameters": parameters}
         | {"images": {name: len(split) for name, split in dataset.splits.items()}, "resumed": []},
         "normalize": dataset.normalize,
         "classes": list(dataset.classes),
@@ -194,7 +178,7 @@ def logs_of(args, dataset):
 
 
 def check_data(checkpoint, args, dataset):
-    """Raises Mistake if the data to go on with are not those of the run."""
+    """Raises Mistake if the images or classes are not those that the run has been trained on."""
     options, logs, run = model_options(args, len(dataset.classes)), logs_of(args, dataset), f"the run in {args.save}"
     before = options | checkpoint["config"]["model"], checkpoint["classes"], checkpoint["measured"]
     if before != (options, list(dataset.classes), dataset.normalize):
@@ -206,20 +190,17 @@ def check_data(checkpoint, args, dataset):
         raise Mistake(f"{run} was trained with the splits {', '.join(checkpoint['metrics'])}, not {', '.join(logs)}")
 
 
-def train_and_test(args, epoch, model, step, batches):
-    """One epoch and its evaluations. Returns the new rows of each log.
-
-    ``step`` trains ``model``, in DistributedDataParallel where several ranks do.
-    """
-    device = next(model.parameters()).device
+def train_and_test(args, epoch, step, batches):
+    """Train for one epoch and evaluate. Returns the new rows of each log."""
+    model, device = step.model, step.skipped.device
     epoch_seed = args.seed * 1_000_003 + epoch
-    # Dropout's masks. The generators of CPUs take the lower 32 bits of a seed alone: the ranks have to differ in those.
+    # For dropout. Generators of CPUs only take the lower 32 bits of a seed: in those, ranks have to differ.
     torch.manual_seed(epoch_seed + 2_654_435_761 * distributed.rank())
 
     def schedule(i):
         return learning_rate(args, epoch, i / len(batches["train"]))
 
-    # cuDNN's trials in the first epoch need more memory than any step after them. A CUDA graph allocates only there.
+    # In the first epoch, cuDNN tries algorithms, which takes more memory than later steps. A CUDA graph keeps its own.
     if device.type == "cuda" and step.graphs is None:
         torch.cuda.reset_peak_memory_stats(device)
     start = time.monotonic()
@@ -232,7 +213,7 @@ def train_and_test(args, epoch, model, step, batches):
         "images_per_second": round(int(steps[:, 2].sum()) / (time.monotonic() - start), 1),
         "peak_memory_mib": round(peak_memory_mib(device), 1),
     }
-    factor = step.optimizer.param_groups[0].get("lr_factor", 1)  # of the classifier, where it alone is trained
+    factor = step.optimizer.param_groups[0].get("lr_factor", 1)  # of the classifier, if only that is trained
     rows = {"train": train_rows(steps, epoch, lambda i: factor * schedule(i), args.log_every, costs)}
     networks = {"": model}
     if step.recipe.average:
@@ -240,39 +221,28 @@ def train_and_test(args, epoch, model, step, batches):
         distributed.average_statistics(networks["-ema"])
     for (suffix, network), name in itertools.product(networks.items(), list(batches)[1:]):
         loss, error = evaluate(network, batches[name], step.amp)
-        if not math.isfinite(loss):  # the last update of the epoch was the one too many
+        if not math.isfinite(loss):  # after the last update
             raise NotFinite(len(steps))
         rows[name + suffix] = [log_row(epoch, loss, error)]
     return rows
 
 
-def advice(args, dataset):
-    """Lines about a data set that the flags may not suit."""
-    lines, names = [], {name.lower() for name in dataset.classes}
-    if args.dataset == "folder" and not (args.init_from or args.resume) and len(dataset.train) < 5000:
-        lines.append("few training images: weights trained on others may help, see --init-from")
-    opposites = names & {name.replace("left", "right") for name in names if "left" in name}
-    if opposites and args.augment and 1 in FLIPS[args.flip]:
-        lines.append(f"class {min(opposites)} has an opposite, and images are mirrored: see --flip")
-    return lines
-
-
-def print_start(args, checkpoint, stage, dataset, notes):
+def print_start(args, checkpoint, process, dataset, messages):
     name = args.arch or f"DenseNet{'-BC' if args.bottleneck else ''}-{args.depth} (k = {args.growth_rate})"
     counts = ", ".join(f"{len(split):,} {splits.KINDS[name]}" for name, split in dataset.splits.items())
-    size, graph = checkpoint["config"]["parameters"], ", as a CUDA graph" if stage["cuda_graph"] else ""
-    print(f"{name}, {size:,} parameters, block {stage['block']}{graph}, {stage['precision']}")
+    size, graph = checkpoint["config"]["parameters"], ", CUDA graph" if process["cuda_graph"] else ""
+    print(f"{name}, {size:,} parameters, block {process['block']}{graph}, {process['precision']}")
     print(f"{args.dataset}: {counts} images in {len(dataset.classes)} classes")
     if args.recipe:
         print(f"recipe {args.recipe}: {as_flags({name: getattr(args, name) for name in RECIPES.get(args.recipe, {})})}")
-    for note in notes:
-        print(one_line(note))
-    doing = f"resuming {args.save} after epoch {checkpoint['epoch']}" if args.resume else f"writing {args.save}"
-    print(f"{stage['device']}; {doing}", flush=True)
+    for message in messages:
+        print(one_line(message))
+    doing = f"resuming {args.save} after epoch {checkpoint['epoch']}" if args.resume else f"writing to {args.save}"
+    print(f"{process['device']}; {doing}", flush=True)
 
 
 def print_epoch(args, rows, skipped, seconds):
-    """A line per epoch; ``seconds`` is what the epoch took, its evaluations included."""
+    """Print the line of an epoch, which took so many seconds, evaluations included."""
     train = rows["train"][-1]
     parts = [f"epoch {train['epoch']:3}/{args.epochs}", f"loss {train['loss']:.4f}", f"error {train['error']:5.2f} %"]
     parts += [f"{name} {rows[name][0]['error']:5.2f} %" for name in rows if name != "train"]
@@ -286,10 +256,9 @@ def print_end(args, first_epoch, run, seconds):
     if run.stopped_early:
         print(f"stopped early: no lower validation error since epoch {run.best('valid')['epoch']}")
     elif first_epoch > args.epochs:
-        print(f"all is done, {counted(args.epochs, 'epoch')}; a larger --epochs goes further")
+        print(f"all epochs are done already: a larger --epochs than {args.epochs} goes on")
     final, best = run.rows["test"][-1], run.best("test")
-    took = duration(seconds)
-    print(f"test error {final['error']:.2f} % after epoch {final['epoch']}, the last; all epochs took {took}")
+    print(f"test error {final['error']:.2f} % after epoch {final['epoch']}; all epochs took {duration(seconds)}")
     if "test-ema" in run.rows:
         print(f"test error {run.rows['test-ema'][-1]['error']:.2f} % of the averaged weights, after the same epoch")
     if "valid" in run.rows:
@@ -300,7 +269,7 @@ def print_end(args, first_epoch, run, seconds):
 
 
 def claim(args, checkpoint, run):
-    """Keep other processes out of the run directory. Raises Mistake if one has been there since it was checked."""
+    """Lock the run directory. Raises Mistake if another process has written there since it was checked."""
     run.lock()
     run.check(args.resume, args.overwrite)
     if args.resume and run.latest()[0]["epoch"] != checkpoint["epoch"]:
@@ -308,32 +277,40 @@ def claim(args, checkpoint, run):
 
 
 def train(args, checkpoint, source, run):
-    """Train to the last epoch, writing into ``run``, from a checkpoint or the weights of a source, or neither."""
-    device = distributed.device_of_rank(distributed.on_every_rank(choose_device, args.device))
+    """Train to the last epoch, from a checkpoint, from the weights of a source, or afresh. Writes into ``run``."""
+    device = distributed.on_every_rank(lambda: distributed.device_of_rank(choose_device(args.device)))
     dataset = distributed.local_rank_0_first(prepare, args, checkpoint, device)
     amp, precision = choose_precision(args.precision, device)
     distributed.on_rank_0(claim, args, checkpoint, run)
     dataset = dataset.normalized_as((checkpoint or source or {}).get("normalize"))
+    batches = make_batches(args, dataset, device)
 
-    model, notes = make_model(args, source, dataset.classes, device)
+    messages, main_process = list(dataset.notes), distributed.rank() == 0
+    if args.dataset == "folder" and not (args.init_from or args.resume) and len(dataset.train) < 5000:
+        messages.append("few training images: weights trained on others may help, see --init-from")
+    if checkpoint and checkpoint["manifest"] == FIRST_MANIFEST:
+        messages.append("an earlier release began this run: it read turned, transparent, large images differently")
+    model = DenseNet(**model_options(args, len(dataset.classes)))
+    model.to(device, memory_format=memory_format(device))
+    if source:
+        messages.append(take(model, source, args.init_from, list(dataset.classes)))
+    if args.freeze is not None:
+        messages.append(freeze(model, args.freeze))
     how, reasons = distributed.on_rank_0(choose_block, args, checkpoint, dataset, model, device, precision)
     model.set_block(how["block"])
+
     optimizer = make_optimizer(args, parameter_groups(model, args.head_lr and args.head_lr / args.lr))
     recipe = make_recipe(args, model, dataset, distributed.world_size())
     options = distributed.world_size(), precision == "fp16", recipe
-    if how["cuda_graph"]:
-        step = GraphedStep(model, optimizer, amp, *options)
-    else:
-        step = Step(distributed.data_parallel(model), optimizer, amp, *options)
+    step = (GraphedStep if how["cuda_graph"] else Step)(model, optimizer, amp, *options)
     parts = {"model": model, "optimizer": optimizer, "scaler": step.scaler}
     parts |= {"ema": recipe.average} if recipe.average else {}
-
-    stage = provenance(device, distributed.launcher()) | {"precision": precision} | how
-    stage |= {"lr": args.lr, "launch": distributed.launch_id()}
-    if checkpoint is None:
-        checkpoint = first_checkpoint(args, dataset, model, stage)
+    process = provenance(device, distributed.launcher()) | {"precision": precision} | how
+    process |= {"lr": args.lr, "launch": distributed.launch_id()}
+    if checkpoint:
+        go_on(args, checkpoint, dataset, process, parts)
     else:
-        notes += go_on(args, checkpoint, dataset, stage, parts)
+        checkpoint = first_checkpoint(args, dataset, model, process)
     if args.compile:
         compile_model(model)
 
@@ -342,22 +319,16 @@ def train(args, checkpoint, source, run):
 
     def start():
         run.start(state(checkpoint["epoch"]))
-        print_start(args, checkpoint, stage, dataset, [*dataset.notes, *advice(args, dataset), *notes, *reasons])
+        print_start(args, checkpoint, process, dataset, [*messages, *reasons])
 
     distributed.on_rank_0(start)
-    run.epoch = checkpoint["epoch"]
-    train_epochs(args, checkpoint, run, model, step, make_batches(args, dataset, device), state)
-
-
-def train_epochs(args, checkpoint, run, model, step, batches, state):
-    """The epochs after the one of ``checkpoint``; ``state`` makes the checkpoint after an epoch."""
-    first_epoch, main_process = checkpoint["epoch"] + 1, distributed.rank() == 0
+    run.epoch, first_epoch = checkpoint["epoch"], checkpoint["epoch"] + 1
     with Figures(run.path, args.plot and main_process) as figures:
         for epoch in range(first_epoch, args.epochs + 1):
-            if distributed.all_reduce(torch.tensor(float(run.stopped_early))):  # rank 0 knows; others have False
+            if distributed.all_reduce(torch.tensor(float(run.stopped_early))):  # which rank 0 alone knows
                 break
             begin, refused = time.monotonic(), step.refused
-            rows = train_and_test(args, epoch, model, step, batches)
+            rows = train_and_test(args, epoch, step, batches)
             if step.refused and not refused:
                 print(f"no CUDA graph ({step.refused}): this run goes on with eager steps", flush=True)
                 stages(checkpoint["config"])[-1]["no_cuda_graph"] = step.refused
@@ -378,11 +349,10 @@ def main(argv=None):
         try:
             with distributed.process_group():
                 args, checkpoint, source = distributed.on_rank_0(parse_args, argv, __doc__)
-                run = Run(args.save)
-                with run:
+                with Run(args.save) as run:
                     train(args, checkpoint, source, run)
         except (Exception, Interrupted) as error:
-            ignore_signals()  # torchrun sends SIGTERM to those that are left when one has died, while they report it
+            ignore_signals()  # when a rank has died, torchrun sends SIGTERM to the others, which are reporting it
             status, message = ending(error, run)
             if message:
                 with contextlib.suppress(OSError):  # the terminal may be closed

@@ -16,24 +16,23 @@ from training.finetune import freeze, read_source, unfit
 from training.flags import NETWORK, check_args, given_flags, make_parser, model_options, modernize, resolve_defaults
 from training.run import Run
 
-# What --resume may change: none of it changes what is computed, but for the schedule and rounding.
+# What --resume may change. Only the schedule and rounding depend on it.
 RESUMABLE = {
-    "lr",  # a run whose loss is not finite would come to the same loss again
+    "lr",  # at the same rate, a loss that was not finite would be so again
     *("data", "workers", "block", "epochs", "device", "precision", "compile", "cuda_graph", "deterministic"),
     *("save", "resume", "overwrite", "log_every", "plot", "progress"),
     *("patience", "keep_every", "tensorboard"),
 }
-OWN = {"save", "resume", "overwrite", "progress"}  # arguments that a process does not take from the run it resumes
+OWN = {"save", "resume", "overwrite", "progress"}  # of this process, not of the run that it resumes
 
 
 def parse_args(argv=None, description=None):
-    """Arguments, resolved in this order: given on the command line, saved by the run that is resumed, defaults.
+    """Arguments: from the command line, else from the run that is resumed, else the defaults.
 
-    Where no flag says which network, it is that of the weights to start from, if a run has saved it with them.
+    If no flag says which network, it is that of the weights to start from, if they are of a run.
 
-    Returns the namespace, with --resume the checkpoint to go on from, and the weights to start from, if any, as
-    ``read_source`` returns them. Raises Mistake if arguments are wrong or contradict each other, SystemExit where
-    argparse finds that.
+    Returns the namespace; the checkpoint, with --resume, else None; and the weights to start from, as ``read_source``
+    returns them, or None. Raises Mistake if arguments are wrong or contradict each other, SystemExit with --help.
     """
     parser = make_parser(description)
     defaults = vars(parser.parse_args([]))
@@ -59,8 +58,8 @@ def parse_args(argv=None, description=None):
 
 
 def network_of(source, given):
-    """The flags of the network that a run's weights belong to; none of them where ``given`` has one."""
-    names = [name for name in ("arch", *NETWORK) if name != "drop_rate"]  # which is none of the network's weights
+    """The flags of the network of ``source``, as its run saved them; {} if ``given`` has any of them."""
+    names = [name for name in ("arch", *NETWORK) if name != "drop_rate"]  # which has no weights
     saved = source["config"]["arguments"] if source and "config" in source else {}
     if given.keys() & set(names):
         return {}
@@ -70,7 +69,7 @@ def network_of(source, given):
 
 
 def check_finetuning(args, source):
-    """Raises Mistake if the network has not the parts to freeze, or most weights of ``source`` don't fit it."""
+    """Raises Mistake if the network lacks the parts to freeze, or most weights of ``source`` do not fit it."""
     if args.head_lr and not args.lr:
         raise Mistake("--head-lr is kept in proportion to --lr, which is 0: to train the classifier, --freeze features")
     with torch.device("meta"):
@@ -84,9 +83,9 @@ def check_finetuning(args, source):
 
 
 def started_by_this_launch(path):
-    """True if torchrun, after the death of a process, starts us anew to go on with the run in ``path``."""
+    """True if the run in ``path`` is of this launch by torchrun, which restarts it after the death of a process."""
     launch = distributed.launch_id()
-    with contextlib.suppress(Mistake):  # told later, if it matters
+    with contextlib.suppress(Mistake):  # reported later, if it matters
         return launch is not None and stages(Run(path).latest()[0]["config"])[-1].get("launch") == launch
     return False
 
@@ -96,7 +95,7 @@ def run_directory(given):
 
 
 def read_saved(given):
-    """The checkpoint to resume, and its run's arguments. Raises Mistake if ``given`` would make it another run."""
+    """The checkpoint to resume, and the arguments of its run. Raises Mistake if ``given`` contradicts them."""
     path = run_directory(given)
     Run(path).check(resume=True, overwrite=False)
     checkpoint, source = Run(path).latest()
@@ -116,16 +115,16 @@ def read_saved(given):
         raise Mistake(f"--epochs {epochs}: the run in {path} has finished {checkpoint['epoch']} already")
     if epochs == checkpoint["epoch"] and given.get("lr", saved["lr"]) != saved["lr"]:
         raise Mistake(f"--lr {given['lr']:g}: no epoch of the run in {path} is left to train: add a larger --epochs")
-    if saved["head_lr"] and given.get("lr"):  # the same proportion; check_finetuning refuses 0
+    if saved["head_lr"] and given.get("lr"):  # in the same proportion; check_finetuning refuses 0
         saved["head_lr"] *= given["lr"] / saved["lr"]
     return checkpoint, saved | {"save": str(path), "resume": True, "overwrite": False, "progress": sys.stderr.isatty()}
 
 
 def parse_again(checkpoint, path):
-    """The arguments of a checkpoint's run, written as flags and parsed: they pass the parser's own checks.
+    """The arguments of a checkpoint's run, checked by the parser: they are written as flags and parsed.
 
-    Flags that the run did not know take their defaults, which reproduce what it did. Raises Mistake, which calls the
-    checkpoint ``path``, where no command line gives these arguments, or they are of another network.
+    Flags that the run did not know take their defaults, which reproduce what it did. Raises Mistake if no command line
+    gives these arguments, or if they are of another network; the message calls the checkpoint ``path``.
     """
     saved, model = checkpoint["config"]["arguments"], checkpoint["config"]["model"]
     parser, flags = make_parser(), []
@@ -146,7 +145,7 @@ def parse_again(checkpoint, path):
         options = model_options(argparse.Namespace(**parsed), len(checkpoint["classes"]))
         if json.dumps(options | model) != json.dumps(options):  # in an exported file, tuples are lists
             raise Mistake("its network is not that of its arguments")
-        if not all(stage.get("block", "naive") in [*BLOCKS] for stage in stages(checkpoint["config"])):
+        if not all(process.get("block", "naive") in [*BLOCKS] for process in stages(checkpoint["config"])):
             raise Mistake(f"its block is none of {', '.join(BLOCKS)}")
     except Mistake as error:
         raise Mistake(f"{path} was edited, or is of another program: {error}") from error

@@ -1,7 +1,7 @@
-"""The choice of the block that a run trains with: wanted, compared with naive, and with --block auto measured.
+"""Choose the block that a run trains with: check the one that --block names; for auto, measure which is fastest.
 
-What is fastest is measured before the first step (training/trial.py) and kept in the user's cache folder. On a CPU a
-process of its own measures, which may crash, hang or run out of memory; a GPU may be one process's alone.
+Blocks are measured before the first step (training/trial.py), and the answer is kept in the user's cache folder. On a
+CPU a process of its own measures, which may crash, hang or run out of memory; a GPU may allow one process only.
 """
 
 import contextlib
@@ -21,40 +21,38 @@ import fused
 from common.config import stages
 from common.console import Mistake
 from common.files import readable, written_whole
-from common.hardware import choose_precision, device_name
+from common.hardware import device_name
 from densenet import BLOCKS, differing_blocks
 from training import distributed
 from training.flags import can_replay, model_options
 from training.run import ROOT, versions
 from training.step import in_words
-from training.trial import make_images, make_model, seconds, try_blocks
+from training.trial import try_blocks
 
-GAIN = 0.05  # by which another block must be faster than naive, at least
-SHARE = 0.02  # of the time of all training steps that measuring may take on a CPU
-START = 10  # seconds that the start of a process and its compilers take there, about
-WORK = 60  # training steps that take as long as the checks and turns of three blocks, about
-FEW = 10_000  # training steps on a GPU, for which compiling kernels and measuring may take longer than it saves
+GAIN = 0.05  # another block has to be faster than naive by at least this fraction
+STEPS = 10_000  # fewer are not worth measuring: that takes as long as 60 steps, and compilers start first
+LONGEST = 3600  # seconds that measuring may take on a CPU
 PROGRAM = ["-m", "training.trial"]
 
 
 def choose_block(args, checkpoint, dataset, model, device, precision):
-    """A stage's entries on how dense blocks run and whether steps are replayed as CUDA graphs, and lines about that.
+    """Choose how dense blocks run, and whether steps are replayed as CUDA graphs.
 
-    A block that would compute something else than the network's code is not taken, whoever asked for it. A resumed run
-    keeps what it had, on the same device.
+    Returns entries for config.json, and messages. A block that computes something else than the network's code is
+    refused, whoever asked for it. A resumed run keeps what it had, on the same device.
     """
     refused = {}
 
     def computes_the_same(name):
-        if name not in ("naive", *refused) and (found := differing_blocks(model, name)):
-            refused[name] = "{}: {}".format(*next(iter(found.items())))
+        if name not in ("naive", *refused) and (differing := differing_blocks(model, name)):
+            refused[name] = "{}: {}".format(*next(iter(differing.items())))
         return name not in refused
 
     last = stages(checkpoint["config"])[-1] if checkpoint else {}
     same = (last.get("device"), last.get("precision")) == (device_name(device), precision)
     graph = not same or last["cuda_graph"] if args.cuda_graph is None else args.cuda_graph
     graph = graph and can_replay(args, device, precision)
-    block, note = args.block, None
+    block, messages = args.block, []
     if block == "auto":
         block = "naive" if args.compile else default_block(device)
         if same and checkpoint["config"]["arguments"]["block"] == "auto" and not args.compile:
@@ -70,100 +68,87 @@ def choose_block(args, checkpoint, dataset, model, device, precision):
                 "blocks": [name for name in BLOCKS if computes_the_same(name)],
             }
             epochs = args.epochs - (checkpoint["epoch"] if checkpoint else 0)
-            block, note = fastest_block(job, block, epochs * -(-len(dataset.train) // args.batch_size))
+            block, messages = fastest_block(job, block, epochs * -(-len(dataset.train) // args.batch_size))
     if not computes_the_same(block):
         block = "naive"
-    notes = [f"block {x} does not compute this network ({why}): this run takes {block}" for x, why in refused.items()]
+    for name, reason in refused.items():
+        messages.append(f"block {name} does not compute this network ({reason}): this run takes {block}")
     if fused.NO_LOOPS and device.type == "cpu" and args.block in ("auto", "fused"):
-        notes.append(f"block fused runs in plain torch, more slowly: Numba cannot be used ({fused.NO_LOOPS})")
-    entries = {"block": block, "cuda_graph": graph} | ({"refused": refused} if refused else {})
-    return entries, [*notes, *filter(None, [note])]
+        messages.append(f"block fused runs in plain torch, more slowly: Numba cannot be used ({fused.NO_LOOPS})")
+    return {"block": block, "cuda_graph": graph} | ({"refused": refused} if refused else {}), messages
 
 
 def default_block(device):
-    """The block where none is measured: the fastest one on every CPU so far; on a GPU, what needs no compiling."""
+    """The block if none is measured: on a CPU the fastest so far, on a GPU the one that needs no compiling."""
     return "fused" if device.type == "cpu" and fused.loops is not None else "naive"
 
 
 def fastest_block(job, default, steps):
-    """The block for so many training steps, and a line; ``default`` and None if measuring would not pay."""
+    """The fastest block and a list of a line about it; ``default`` and [] if measuring would not pay."""
     device = torch.device(job["device"])
     path = cache_path(job, device)
-    with contextlib.suppress(Exception):  # nothing is there, or whatever another program has left
-        block, line = describe(json.loads(readable(path).read_text()), default)
+    with contextlib.suppress(Exception):  # nothing is there, or a file of another program
+        block, lines = describe(json.loads(readable(path).read_text()), default)
         if block in BLOCKS:
-            return block, line
-    budget = steps >= FEW if device.type == "cuda" else seconds_to_measure(job, steps)
-    if not budget:
-        return default, None
-    print("measuring which --block is fastest here; naming one skips this", flush=True)
-    found = measure_here(job, device) if device.type == "cuda" else measure_apart(job, budget)
-    if "naive" in found["seconds"] and found["lasting"]:
-        with contextlib.suppress(OSError):  # then it is measured again next time
+            return block, lines
+    if steps < STEPS:
+        return default, []
+    print("measuring which --block is fastest here: naming one skips this", flush=True)
+    answer = measure_here(job, device) if device.type == "cuda" else measure_apart(job)
+    if "naive" in answer["seconds"] and answer["lasting"]:
+        with contextlib.suppress(OSError):  # the next run measures again
             path.parent.mkdir(parents=True, exist_ok=True)
             with written_whole(path, f".{os.getpid()}.tmp") as file:
-                file.write(json.dumps(found).encode())
-    return describe(found, default)
+                file.write(json.dumps(answer).encode())
+    return describe(answer, default)
 
 
-def describe(found, default):
-    """The block that was found to be the fastest, and a line that says by how much.
+def describe(answer, default):
+    """The block to take by an answer of ``try_blocks``, and a list of a line that says why.
 
-    naive stands unless another one gains more than GAIN, and more than what lies between the 20th and the 80th
-    percentile of its gains turn by turn. Where nothing was timed, it is ``default``, or naive where that did not pass.
+    That is naive, unless another block gains more than GAIN, and more than lies between the 20th and the 80th
+    percentile of its gains, round by round. If nothing was timed, it is ``default``, or naive if that was refused.
     """
-    timed, reasons = found["seconds"], [f"{what}: {reason}" for what, reason in found["refused"].items()]
+    timed, reasons = answer["seconds"], [f"{what}: {reason}" for what, reason in answer["refused"].items()]
     if not timed:
-        block = "naive" if default in found["refused"] else default
-        return block, "; ".join(["--block auto could not measure", *reasons, f"it takes {block}"])
+        block = "naive" if default in answer["refused"] else default
+        return block, ["; ".join(["--block auto could not measure", *reasons, f"it takes {block}"])]
     block, best, speed = "naive", 1.0, "the fastest"
     if "naive" not in timed:
-        block, speed = min(timed, key=lambda name: statistics.median(timed[name])), "which runs"
+        block, speed = min(timed, key=lambda name: statistics.median(timed[name])), "the fastest of those that run"
     for name, values in timed.items():
         gains = sorted(slow / fast for slow, fast in zip(timed.get("naive", values), values, strict=True))
         low, median, high = (gains[round(q * (len(gains) - 1))] for q in (0.2, 0.5, 0.8))
         if median - 1 > max(GAIN, high - low) and median > best:
             block, best, speed = name, median, f"{median:.2f} times as fast as naive"
-    return block, "; ".join([f"--block auto took {block}, {speed} here", *reasons, f"--block {block} pins it"])
-
-
-def seconds_to_measure(job, steps):
-    """Seconds that measuring on a CPU may take, 0 if it would not pay."""
-    share = SHARE * steps
-    if share < WORK:
-        return 0
-    model, (amp, _) = make_model(job, "naive").eval(), choose_precision(job["precision"], torch.device("cpu"))
-    images, _ = make_images(job["batch_size"], job, 0)
-    with torch.no_grad(), amp():
-        model(images)  # which allocates, and chooses algorithms
-        step = 3 * min(seconds(lambda: model(images), images.device) for _ in range(2))  # backward takes twice as long
-    return share * step if (share - WORK) * step >= START else 0
+    line = "; ".join([f"--block auto took {block}, {speed} here", *reasons, f"--block {block} pins it"])
+    return block, [line]
 
 
 def measure_here(job, device):
     """Run ``try_blocks`` in this process. Raises Mistake if a kernel has left the GPU unusable."""
     try:
         with contextlib.redirect_stdout(None):
-            found = try_blocks(job)
+            answer = try_blocks(job)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-        return found
+        return answer
     except RuntimeError as error:
         raise Mistake(f"the GPU has failed while --block auto measured ({in_words(error)}): name a --block") from error
 
 
-def measure_apart(job, budget):
-    """Run ``try_blocks`` in another process. Refuse a block at which that dies or hangs.
+def measure_apart(job):
+    """Run ``try_blocks`` in another process. Refuses a block at which that dies or hangs.
 
-    After ``budget`` seconds, the turns that every block has had until then are the answer.
+    After LONGEST seconds, the answer has the rounds that every block has finished.
     """
-    found, said = {"at": "the process", "seconds": {}, "refused": {}, "lasting": False}, ""
-    with tempfile.TemporaryFile() as file:  # read even if the process hangs
+    answer, said = {"at": "the process", "seconds": {}, "refused": {}, "lasting": False}, ""
+    with tempfile.TemporaryFile() as file:  # can be read even if the process hangs
         streams = {"stdin": subprocess.PIPE, "stdout": file, "stderr": subprocess.STDOUT}
         try:
             with subprocess.Popen([sys.executable, *PROGRAM, json.dumps(job)], cwd=ROOT, **streams) as process:
                 try:
-                    end = f"ended with status {process.wait(budget)}"
+                    end = f"ended with status {process.wait(LONGEST)}"
                 finally:
                     process.kill()
         except subprocess.TimeoutExpired:
@@ -173,30 +158,27 @@ def measure_apart(job, budget):
         file.seek(0)
         for line in file.read().decode(errors="replace").splitlines():
             said = f": {line}"
-            with contextlib.suppress(ValueError, TypeError):  # what a library prints
-                found, said = found | json.loads(line), ""
-    at, timed = found.pop("at"), found["seconds"]
+            with contextlib.suppress(ValueError, TypeError):  # printed by a library
+                answer, said = answer | json.loads(line), ""
+    at, timed = answer.pop("at"), answer["seconds"]
     if at is not None and (end or not min(map(len, timed.values()), default=0)):
         timed.pop(at, None)
-        found["refused"].setdefault(at, f"{end}{said}" if end else "did not end in time")
-    turns = min(map(len, timed.values()), default=0)
-    timed = {block: values[:turns] for block, values in timed.items() if turns}
-    return found | {"seconds": timed, "lasting": found["lasting"] and at is None}
+        answer["refused"].setdefault(at, f"{end}{said}" if end else "did not end in time")
+    rounds = min(map(len, timed.values()), default=0)
+    timed = {block: values[:rounds] for block, values in timed.items() if rounds}
+    return answer | {"seconds": timed, "lasting": answer["lasting"] and at is None}
 
 
 def cache_path(job, device):
-    """The file that keeps the answer to a job, named by everything that it depends on."""
+    """The file that keeps the answer to a job; its name is a hash of everything that the answer depends on."""
     parts = ("densenet.py", "common/hardware.py", "fused/*.py", "training/*.py")
-    driver = Path("/proc/driver/nvidia/version")
     sources = [path.read_bytes() for part in parts for path in sorted(ROOT.glob(part))]
     key = job | {
         "hardware": device_name(device),
-        "driver": driver.read_text() if driver.exists() else None,
         "versions": versions(),
-        "threads": {name: text for name, text in os.environ.items() if name[:3] in ("OMP", "GOM", "KMP", "MKL", "THP")},
         "sources": hashlib.sha256(b"".join(sources)).hexdigest(),
     }
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-    with contextlib.suppress(RuntimeError):  # no HOME, nor a home of the user's number
+    with contextlib.suppress(RuntimeError):  # the user has no home
         return platformdirs.user_cache_path("densenet.pytorch") / f"{name}.json"
-    return Path(os.devnull, name)  # where nothing is found or kept
+    return Path(os.devnull, name)  # which no file can have

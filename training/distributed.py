@@ -1,36 +1,30 @@
-"""One run in several processes, the ranks that torchrun starts: who computes what, and how all of them end together.
+"""One run in several processes, the ranks that torchrun starts: what each computes, and how all end together.
 
 Without torchrun there is one rank, and nothing here communicates.
 """
 
 import contextlib
-import inspect
 import os
 import signal
 import socket
 import sys
-import threading
-import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
-from common.console import Mistake
+from common.console import Mistake, counted
 
-# How long a rank waits for the others: while one downloads, decodes or measures, and in a step. gloo notices by itself
-# that another process has died, but not that the network is cut; NCCL notices neither.
+# How long a rank waits for the others: while one downloads, decodes or measures; and in a step. gloo notices that
+# another process has died, but not that the network is cut; NCCL notices neither.
 LONG, SHORT = timedelta(hours=6), timedelta(minutes=10)
-# What launchers, torchrun and those of clusters, say to a process that is the only one.
-ALONE = {"RANK": "0", "WORLD_SIZE": "1", "SLURM_STEP_NUM_TASKS": "1", "OMPI_COMM_WORLD_SIZE": "1", "PMI_SIZE": "1"}
-waiting = None  # the group in which the ranks wait for what one of them does alone
+waiting = None  # the process group that waits LONG
 
 
 class FailedElsewhere(Exception):
-    """Another rank has failed and says why; this one only has to end, with exit status ``status``."""
+    """Another rank has failed and says why; this one has to end, with exit status ``status``."""
 
     def __init__(self, status):
         super().__init__(status)
@@ -57,44 +51,21 @@ def local_rank():
     return int(os.environ["LOCAL_RANK"]) if is_launched() else 0
 
 
-def share():
-    """(rank, world size): which images of each batch are this process's."""
-    return rank(), world_size()
-
-
 def launch_id():
-    """A name that only this launch by torchrun has, whatever clocks say; None without torchrun.
+    """A name that only this launch by torchrun has, restarts included (--max-restarts); None without torchrun.
 
-    torchrun starts all ranks anew when one has died (--max-restarts). On each machine, a launch has one folder with a
-    random name for what its ranks report.
+    It is the random name of the folder in which the ranks of a machine report errors.
     """
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")  # FOLDER/attempt_0/0/error.json
     return Path(report).parents[2].name if report else None
-
-
-def end_with_launcher():
-    """Let SIGTERM reach this process when torchrun has been killed, which can't send it then."""
-    launcher = os.getppid()
-
-    def watch():
-        while os.getppid() == launcher:
-            time.sleep(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(10)  # for a last line; a thread that waits for a lost rank does not hear of signals
-        os._exit(128 + signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextlib.contextmanager
 def process_group():
     """A context in which the ranks can communicate: NCCL between GPUs, gloo between CPUs."""
     global waiting
-    for name, alone in ALONE.items():
-        if (text := os.environ.get(name, alone)) != alone and not is_launched():  # nobody else would take part
-            raise Mistake(f"the environment has {name}={text}, which torchrun has not set: use torchrun, or unset it")
     if is_launched():
-        end_with_launcher()
+        torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # Linux: this process ends if torchrun is killed
     if world_size() == 1:
         yield
         return
@@ -113,33 +84,22 @@ def process_group():
 
 
 def device_of_rank(device):
-    """The device of this rank, of the kind of ``device``, which all ask for at once. Raises Mistake if it lacks one.
-
-    A rank may see one GPU alone, which nobody else sees (``--gpus-per-task=1``).
-    """
-    if world_size() == 1:
+    """The device of this rank: its own GPU if ``device``, for which all ranks ask, is "cuda". Raises Mistake."""
+    if world_size() == 1 or device.type == "cpu":
         return device
-    number = local_rank() % max(1, torch.cuda.device_count())
-    gpus = all_gather(str(torch.cuda.get_device_properties(number).uuid) if device.type == "cuda" else None)
-
-    def mine():
-        if device.type == "cpu":
-            return device
-        if device.type != "cuda":
-            raise Mistake(f"--device {device.type} runs one process: leave out torchrun, or use --device cpu")
-        if device.index is not None:
-            raise Mistake(f"--device {device}: each of several processes takes a GPU of its own, so use --device cuda")
-        if gpus.count(gpus[rank()]) > 1:
-            processes, found = os.environ["LOCAL_WORLD_SIZE"], torch.cuda.device_count()
-            where = f"{processes} processes, but {found} GPUs on {socket.gethostname()}"
-            raise Mistake(f"{where}: use --nproc_per_node={found}, or --device cpu")
-        return torch.device("cuda", number)
-
-    return on_every_rank(mine)
+    if device.type != "cuda":
+        raise Mistake(f"--device {device.type} runs one process: leave out torchrun, or use --device cpu")
+    if device.index is not None:
+        raise Mistake(f"--device {device}: each of several processes takes a GPU of its own, so use --device cuda")
+    processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    if processes > gpus:
+        where = f"{processes} processes, but {counted(gpus, 'GPU')} on {socket.gethostname()}"
+        raise Mistake(f"{where}: use --nproc_per_node={gpus}, or --device cpu")
+    return torch.device("cuda", local_rank())
 
 
 def all_gather(value):
-    """The values of all ranks, in a list, on every rank."""
+    """A list of the ranks' values, on every rank."""
     values = [value] * world_size()
     if world_size() > 1:
         dist.all_gather_object(values, value, group=waiting)
@@ -147,8 +107,8 @@ def all_gather(value):
 
 
 def on_every_rank(function, *args):
-    """Call a function on every rank. Where it fails on some, the first of them raises its exception, all others
-    FailedElsewhere: no rank goes on to wait for one that has ended."""
+    """Call a function on every rank. If it fails on some, the first of them raises its exception, all others
+    FailedElsewhere: no rank waits for one that has ended."""
     result = error = None
     try:
         result = function(*args)
@@ -173,22 +133,8 @@ def on_rank_0(function, *args):
 
 def local_rank_0_first(function, *args):
     """Call a function on the first rank of each machine, then on the others, which find what it left on the disk."""
-    for turn in (True, False):
-        mine = (local_rank() == 0) == turn
-        outcome = on_every_rank(lambda mine=mine: function(*args) if mine else None)
-        if mine:
-            result = outcome
-    return result
-
-
-def data_parallel(model):
-    """The model as training calls it: its gradients become the mean over the ranks."""
-    if world_size() == 1:
-        return model
-    # Running statistics are averaged once per epoch, not copied from rank 0 in every step. Newer releases renamed this.
-    names = inspect.signature(DistributedDataParallel).parameters
-    copies = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, **{copies: False})
+    first = on_every_rank(lambda: function(*args) if local_rank() == 0 else None)
+    return on_every_rank(lambda: first if local_rank() == 0 else function(*args))
 
 
 def all_reduce(tensor):
@@ -199,9 +145,9 @@ def all_reduce(tensor):
 
 
 def average_statistics(model):
-    """Give every rank the mean of the ranks' running statistics, each measured on its own share of the batches.
+    """Give every rank the mean of the ranks' running statistics, each measured on its own part of the batches.
 
-    Those of frozen modules are the same everywhere, and stay as they are.
+    Those of frozen modules are the same on every rank, and stay as they are.
     """
     if world_size() == 1:
         return
@@ -213,16 +159,16 @@ def average_statistics(model):
 
 
 def is_lost_rank(error):
-    """True if an exception tells that another rank cannot be reached any more."""
+    """True if an exception says that another rank cannot be reached any more."""
     return world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
 def exit_from(main):
-    """End the process with the exit status of ``main()``; where there are several ranks, at once.
+    """End the process with the exit status of ``main()``; with several ranks, at once.
 
-    The usual end of a process waits for, or aborts, the threads that talk to ranks which have ended already.
+    Python's own way waits for, or aborts, threads that talk to ranks which have ended already.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # but within main: a second Ctrl-C, while the process ends
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # main handles it; ignored is a second Ctrl-C, while the process ends
     if world_size() == 1:
         sys.exit(main())
     try:
@@ -238,12 +184,12 @@ def exit_from(main):
 
 
 def reports_lost_rank():
-    """True if this rank says that another one's end has ended the run: rank 0, and those that may have outlived it."""
+    """True if this rank says that the run was stopped: rank 0, and those that may outlive it."""
     return rank() <= 1 or local_rank() == 0
 
 
 def launcher():
-    """The beginning of the command that starts such a run."""
+    """The beginning of the command that starts a run of so many processes."""
     if world_size() == 1:
         return "python"
     machines = os.environ["GROUP_WORLD_SIZE"]

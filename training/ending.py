@@ -26,9 +26,9 @@ class Interrupted(BaseException):
 
 @contextlib.contextmanager
 def interruptible():
-    """Raise Interrupted on SIGNALS, until the function that this yields is called: then ignore them.
+    """Raise Interrupted on SIGNALS. Yields a function that makes the process ignore them from then on.
 
-    All but Ctrl-C and SIGTERM stay ignored where they are: ``nohup`` starts a command like that with SIGHUP.
+    Those that are ignored already stay so, as SIGHUP under ``nohup``, but for Ctrl-C and SIGTERM.
     """
     numbers = [number for number in SIGNALS if number in SIGNALS[:2] or signal.getsignal(number) != signal.SIG_IGN]
 
@@ -48,9 +48,9 @@ def interruptible():
 
 
 def ending(error, run):
-    """The exit status of a run that ``error`` has ended, and what this rank says about it, or None.
+    """The exit status of a run that ``error`` has ended, and what this rank prints about it, or None.
 
-    Raises errors that are not to be expected, and those of standard output, again.
+    Raises unexpected errors again, and those of standard output.
     """
     rank, has_begun = distributed.rank(), run is not None and run.epoch is not None
     if isinstance(error, distributed.FailedElsewhere):
@@ -58,7 +58,7 @@ def ending(error, run):
     if isinstance(error, Mistake):
         return 2, f"error: {error}" + (f"; {saved(run)}" if has_begun else "")
     if isinstance(error, NotFinite):
-        if rank > 0:  # which do not know the epoch
+        if rank > 0:  # rank 0 knows the epoch
             return 3, None
         where = f"epoch {run.epoch + 1}, iteration {error.step}"
         slower = saved(run, lambda args: f"--lr {args['lr'] / 10:g} (at the same rate, the same would happen)")
@@ -68,8 +68,8 @@ def ending(error, run):
         return 128 + error.number, None if quiet else f"stopped; {saved(run)}"
     if (problem := memory_problem(error)) and has_begun:
         forget_workers()
-        error.__traceback__ = None  # which holds on to what filled the memory
-        return 1, f"error: {problem}; {saved(run, fewer_workers if '--workers' in problem else less_memory)}"
+        error.__traceback__ = None  # which keeps what fills the memory
+        return 1, f"error: {problem}; {saved(run, lambda args: less_memory(args, problem))}"
     if isinstance(error, OSError) and has_begun and not isinstance(error, BrokenPipeError):
         return 1, f"error: {place_of(error) or run.path}: {error.strerror or error}; {saved(run)}"
     if distributed.is_lost_rank(error):
@@ -78,18 +78,16 @@ def ending(error, run):
     raise error
 
 
-def fewer_workers(arguments):
-    return f"--workers {arguments['workers'] // 2}"
+def less_memory(args, problem):
+    if "--workers" in problem:
+        return f"--workers {args['workers'] // 2}"
+    return "" if args["block"] == "checkpoint" else "--block checkpoint (which needs less memory)"
 
 
-def less_memory(arguments):
-    return "" if arguments["block"] == "checkpoint" else "--block checkpoint (which needs less memory)"
+def saved(run, change=lambda args: ""):
+    """Says what a run that stopped early has on disk, and how to go on.
 
-
-def saved(run, change=lambda arguments: ""):
-    """Words for what a run that stopped early has on disk, and how to go on.
-
-    ``change`` says which flag to add, from the run's arguments.
+    ``change`` makes the flag to add of the run's arguments.
     """
     if run is None:
         return "nothing was written"

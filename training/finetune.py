@@ -1,4 +1,4 @@
-"""Fine-tuning: trained weights to start from, what of them fits a network, and parts of it that stay as they are.
+"""Fine-tuning: find trained weights to start from, load those that fit a network, and freeze parts of it.
 
     from training.finetune import freeze, read_source, take
     source = read_source("work/digits.bc16/weights.pth")    # or torchvision's weights, from a file or by "imagenet"
@@ -22,18 +22,19 @@ from inference.export import NEEDED, read_weights
 from inputs.splits import NORMALIZE
 
 PUBLISHED = [name for name, options in ARCHITECTURES.items() if options.get("stem") == "imagenet"]  # by torchvision
-# What names of tensors begin with: here; in torchvision's networks, below "features."; and what may stand before it.
+# Beginnings of tensor names here, and in torchvision's networks after "features."; a prefix may come before them.
 OURS, THEIRS = r"(stem|blocks|transitions|norm|classifier)\.", r"(conv0|norm0|norm5|denseblock\d+|transition\d+)\."
 NAME = re.compile(rf"(|.+?\.)(features\.)?({OURS}|{THEIRS})")
-UNUSED = "num_batches_tracked"  # what early releases of torch did not count, and nothing here depends on
+UNUSED = "num_batches_tracked"  # which early releases of torch did not have, and nothing here uses
 
 
 def read_source(what, arch=None, channels=3):
-    """Trained weights: {"model": {name here: tensor}} and, as far as it is known, what a checkpoint has in NEEDED.
+    """Trained weights: {"model": {name here: tensor}} and, if they are known, the NEEDED entries of a checkpoint.
 
-    ``what`` is a checkpoint of a run, an exported .safetensors file, a file that has a DenseNet's state dict somewhere,
-    or "imagenet": what torchvision publishes for ``arch``. "found" says what was done to find the weights. Those for
-    other ``channels`` become such that compute the same of a grey image. Raises Mistake.
+    ``what`` is a checkpoint of a run, an exported .safetensors file, a file with a DenseNet's state dict in it, or
+    "imagenet": what torchvision publishes for ``arch``. A stem for another number of ``channels`` is changed so that it
+    computes the same for a grey image. "found" says in words where the weights were, and what was changed. Raises
+    Mistake.
     """
     content = published(arch) if what == "imagenet" else read_weights(what)
     if isinstance(content, dict) and content.keys() >= NEEDED and content["model"]:  # not so an .onnx file
@@ -51,9 +52,9 @@ def read_source(what, arch=None, channels=3):
 
 
 def foreign(content, what):
-    """The weights of another program as a source: those in a file's dict of which most have a DenseNet's names.
+    """The weights of another program: of the dicts in a file, the one with most names of a DenseNet.
 
-    What stands before most of these names, "module.backbone." say, is no part of them. Raises Mistake.
+    The most frequent prefix of these names, such as "module.backbone.", is removed. Raises Mistake.
     """
 
     def prefixes(weights):
@@ -73,7 +74,7 @@ def foreign(content, what):
 
 
 def state_dicts(content, place=""):
-    """Yield (where it is, dict) of each dict of tensors by name within a file's content."""
+    """Yield (place, dict) for each dict of tensors by name in the content of a file."""
     if isinstance(content, dict) and content:
         if all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items()):
             yield place, content
@@ -100,10 +101,10 @@ def published(arch):
 
 
 def unfit(model, source, what, classes=None):
-    """Which weights of a network are not to be had from a source, and why: {name: reason}.
+    """The weights of a network that a source lacks, and why: {name: reason}.
 
-    ``classes`` are the names of the network's classes; a classifier of others does not fit. Raises Mistake if most
-    weights don't: the source, which the user has called ``what``, is another network.
+    ``classes`` are the network's; a classifier of others does not fit. Raises Mistake if most weights do not fit: the
+    source, which the user calls ``what``, is another network.
     """
     found, reasons = source["model"], {}
     own = {name: value.shape for name, value in model.state_dict().items() if not name.endswith(UNUSED)}
@@ -123,7 +124,7 @@ def unfit(model, source, what, classes=None):
 
 
 def take(model, source, what, classes=None):
-    """Give a network the weights of a source that fit, and leave the others as they are. Returns a line about it."""
+    """Load the weights of a source that fit a network, and keep its others. Returns a line about it."""
     reasons, own = unfit(model, source, what, classes), model.state_dict()
     taken = {name: value for name, value in source["model"].items() if name in own and name not in reasons}
     model.load_state_dict(taken, strict=False)
@@ -137,7 +138,7 @@ def take(model, source, what, classes=None):
 
 
 def freeze(model, names):
-    """Let parts of a network, "stem,blocks.0" say, not be trained any more. Returns a line about it. Raises Mistake."""
+    """Stop training parts of a network, such as "stem,blocks.0". Returns a line about it. Raises Mistake."""
     children = {name: child for name, child in model.named_children() if name != "relu"}
     parts = {"features": [child for name, child in children.items() if name != "classifier"]}
     for name, child in children.items():
@@ -155,7 +156,7 @@ def freeze(model, names):
 
 
 def training_mode(model):
-    """Put a network into training mode, but for frozen batch norms, which keep their statistics."""
+    """Put a network into training mode, except for frozen batch norms, which keep their statistics."""
     model.train()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d) and not module.weight.requires_grad:

@@ -1,4 +1,4 @@
-"""The flags of train.py: groups, types, defaults, old spellings, what contradicts what."""
+"""The flags of train.py: groups, types, defaults, old spellings, and checks against each other and the machine."""
 
 import argparse
 import contextlib
@@ -53,7 +53,7 @@ def fold(text):
 
 
 class Joined(argparse.Action):
-    """Several values, or one with commas in it, as one with commas."""
+    """Joins several values by commas; one value may have commas already."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         setattr(namespace, self.dest, ",".join(part for value in values for part in value.split(",") if part))
@@ -238,7 +238,7 @@ def modernize(argv):
 
 
 def given_flags(parser, argv):
-    """The flags that a command line sets, without defaults: {name: value}. Ends the program if argparse does."""
+    """The flags on a command line, without defaults: {name: value}."""
     unset = object()
     blank = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([])), unset))
     return {name: value for name, value in vars(parser.parse_args(argv, blank)).items() if value is not unset}
@@ -257,7 +257,7 @@ def resolve_defaults(defaults, given):
 
 
 def architecture(given):
-    """The arguments of DenseNet that --arch stands for. Raises Mistake if another flag sets one of them, too."""
+    """The arguments of DenseNet that --arch sets. Raises Mistake if another flag sets one of them, too."""
     preset = ARCHITECTURES.get(given.get("arch"), {})
     for name in ("depth", *preset):
         if preset and name in given:
@@ -266,35 +266,31 @@ def architecture(given):
 
 
 def check_args(args):
-    """Raises Mistake if arguments are out of range, contradict each other, or ask for what this machine lacks."""
+    """Raises Mistake if arguments contradict each other, or need something that this machine lacks."""
     if args.cutout > args.image_size:
         raise Mistake(f"--cutout {args.cutout} is larger than the images, of {args.image_size} pixels: choose less")
     if args.warmup and args.warmup >= args.epochs:
         raise Mistake(f"--warmup {args.warmup:g} takes all of {args.epochs} epochs: choose less, 0, or more --epochs")
-    if args.decay == "weights" and args.weight_decay == 0:
-        raise Mistake("--decay weights: nothing decays with --weight-decay 0: leave out one of the two")
     if args.milestones and args.schedule != "step":
-        raise Mistake("--milestones are of --schedule step: add that, or leave them out")
+        raise Mistake("--milestones are for --schedule step: add that, or leave them out")
     if args.gamma != 0.1 and not args.milestones:
         raise Mistake(f"--gamma {args.gamma} is the factor at --milestones: add those, or leave it out")
     if args.nesterov and args.opt == "sgd" and args.momentum == 0:
-        raise Mistake("--momentum 0 excludes Nesterov momentum: add --no-nesterov")
+        raise Mistake("--momentum 0 does not work with Nesterov momentum: add --no-nesterov")
     if args.block == "fused" and args.compile:
-        raise Mistake("--block fused leaves --compile nothing to fuse: choose naive or checkpoint, or leave it out")
+        raise Mistake("--block fused leaves --compile nothing to fuse: leave out --compile, or use another block")
     ranks, size, device = distributed.world_size(), args.image_size, choose_device(args.device)
     if args.batch_size < ranks:
-        raise Mistake(f"--batch-size {args.batch_size}: each of {ranks} processes needs an image of it")
+        raise Mistake(f"--batch-size {args.batch_size}: each of {ranks} processes needs an image of every batch")
     if device.type == "mps" and args.block == "fused":
-        raise Mistake("--block fused runs on CPUs and CUDA GPUs: choose naive or checkpoint")
+        raise Mistake("--block fused runs on CPUs and CUDA GPUs only: choose naive or checkpoint")
     if args.cuda_graph and not can_replay(args, device, choose_precision(args.precision, device)[1]):
-        raise Mistake("--cuda-graph is for CUDA GPUs, not with --compile nor rmsprop in fp16: add --no-cuda-graph")
+        raise Mistake("--cuda-graph is for CUDA GPUs, without --compile and rmsprop in fp16: add --no-cuda-graph")
     if args.compile and (problem := compiler_problem(device)):
         raise Mistake(f"--compile does not work here ({problem}): leave it out")
-    if args.dataset not in ("digits", "folder"):  # downloaded images are as they are
-        if size != 32:
-            raise Mistake(f"--image-size {size}: the images of {args.dataset} have 32×32 pixels")
-        if args.channels != 3:
-            raise Mistake(f"--channels {args.channels}: the images of {args.dataset} have 3 channels")
+    if args.dataset not in ("digits", "folder"):
+        if (size, args.channels) != (32, 3):
+            raise Mistake(f"images of {args.dataset} have 32×32 pixels, 3 channels: leave out --image-size, --channels")
         if Path(args.data, "train").is_dir():
             raise Mistake(f"{args.data}/train is not of {args.dataset}: for image folders, add --dataset folder")
     usual = {field.name: field.default for field in dataclasses.fields(Reader)} | {"test_size": 0}
@@ -319,13 +315,13 @@ def check_args(args):
 
 
 def can_replay(args, device, precision):
-    """True if steps can be captured as CUDA graphs: in fp16, an optimiser has to leave out an update by itself."""
+    """True if steps can be captured as CUDA graphs: in fp16, an optimiser has to skip updates by itself."""
     return device.type == "cuda" and not args.compile and not (precision == "fp16" and args.opt == "rmsprop")
 
 
 @contextlib.contextmanager
 def possible(image_size):
-    """Raises Mistake if the block builds a network that cannot be, or not for images of so many pixels."""
+    """Turns errors of a network's construction, or of its first batch, into Mistakes."""
     try:
         yield
     except ValueError as error:
@@ -334,18 +330,18 @@ def possible(image_size):
         images = f"images of {image_size}×{image_size} pixels"
         if "too small" in str(error):
             raise Mistake(f"{images} are too small for this network: see --image-size") from error
-        raise Mistake(f"no such network can compute on {images} ({one_line(error)})") from error
+        raise Mistake(f"this network cannot compute on {images} ({one_line(error)})") from error
 
 
 def try_out(args, batch_size):
-    """Let the network compute on a batch without data or weights; raises what it would raise in training."""
+    """Run the network on a batch, both without data; raises what training would raise."""
     with torch.device("meta"):
         images = torch.empty(batch_size, args.channels, args.image_size, args.image_size)
         DenseNet(**model_options(args, num_classes=2))(images)
 
 
 def model_options(args, num_classes):
-    """Arguments of DenseNet; kept in the checkpoint, so that the network can be built again from it."""
+    """Arguments of DenseNet, which checkpoints keep."""
     options = {name: getattr(args, name) for name in NETWORK}
     options |= {"num_classes": num_classes, "in_channels": args.channels}
     return options | ARCHITECTURES.get(args.arch, {})

@@ -18,23 +18,23 @@ RECIPES = {"modern": {"schedule": "cosine", "warmup": 5.0, "label_smoothing": 0.
 
 
 def make_optimizer(args, groups):
-    """The optimiser of parameters, or of groups of them as torch's optimisers take them."""
+    """The optimiser of a list of parameters, or of groups of them as torch's optimisers take them."""
     groups = list(groups)
     if args.decay == "weights":
         groups = without_decay(groups if isinstance(groups[0], dict) else [{"params": groups}])
     if args.opt == "sgd":
         momentum = {"momentum": args.momentum, "nesterov": args.nesterov}
         return torch.optim.SGD(groups, args.lr, weight_decay=args.weight_decay, **momentum)
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}[args.opt]
-    return kind(groups, args.lr, weight_decay=args.weight_decay)
+    optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}[args.opt]
+    return optimizer(groups, args.lr, weight_decay=args.weight_decay)
 
 
 def without_decay(groups):
-    """The same groups, with scales, shifts and biases apart, which have one dimension: they do not decay."""
+    """The same groups, each without its scales, shifts and biases, which get groups that do not decay."""
     parts = []
     for group in groups:
-        for several, change in ((True, {}), (False, {"weight_decay": 0.0})):
-            params = [p for p in group["params"] if (p.ndim > 1) == several]
+        for decays, change in ((True, {}), (False, {"weight_decay": 0.0})):
+            params = [p for p in group["params"] if (p.ndim > 1) == decays]
             parts += [group | {"params": params} | change] if params else []
     return parts
 
@@ -61,7 +61,8 @@ def cross_entropy(logits, labels):
 def make_loss(smoothing=0.0, weights=None):
     """A loss as in Recipe: of smoothed labels (arXiv 1512.00567, section 7), classes weighted (classes,), images mixed.
 
-    ``share`` (B,) of each image is its own, the rest its partner's: so is the loss (arXiv 1710.09412, equation 2).
+    If images are mixed, each has the weight ``share`` (B,) and its partner the rest, in the loss, too (arXiv
+    1710.09412, equation 2).
     """
 
     def loss(logits, labels, partners=None, share=None):
@@ -74,15 +75,15 @@ def make_loss(smoothing=0.0, weights=None):
 
 
 def balanced_weights(labels, num_classes):
-    """(classes,) float32: every class weighs the same, and an image 1 on average. 0 for a class without images."""
+    """(classes,) float32: classes weigh the same in all, and images 1 on average. 0 for a class without images."""
     counts = labels.cpu().bincount(minlength=num_classes)
     return (len(labels) / ((counts > 0).sum() * counts)).nan_to_num(posinf=0.0)
 
 
 class Average:
-    """A model whose weights and running statistics follow those of ``model``, as an exponential moving average.
+    """An exponential moving average of the weights and running statistics of ``model``: a model, too.
 
-    ``update`` stays outside a CUDA graph: ``updates``, the number of those so far, is of the host.
+    ``update`` is not for CUDA graphs: ``updates`` counts its calls on the host.
     """
 
     def __init__(self, model, decay):
@@ -90,7 +91,7 @@ class Average:
         self.own, self.followed = floating(self.model), floating(model)
 
     def update(self):
-        """average ← d · average + (1 − d) · model; d grows up to ``decay``, so that the first weights are forgotten."""
+        """average ← d · average + (1 − d) · model; d grows to ``decay``, so that the first weights are forgotten."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         get_ema_multi_avg_fn(decay)(self.own, self.followed, None)
         self.updates += 1
@@ -112,9 +113,9 @@ def floating(model):
 class Recipe:
     """What a training step does. The defaults are the paper's.
 
-    ``loss`` takes logits (B, classes) float32, labels (B,) and what mixup adds to a batch, and returns the summed loss
-    to minimise. ``part``: images per forward and backward pass, where a batch has more. ``clip``: the gradient's
-    largest norm. ``average`` is to follow the model, update by update.
+    ``loss`` takes logits (B, classes) float32, labels (B,) and what mixup adds to a batch, and returns the summed loss.
+    ``part``: images per forward and backward pass, if a batch has more. ``clip``: the largest norm of the gradient.
+    ``average``: updated after each step.
     """
 
     loss: Callable = cross_entropy

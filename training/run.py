@@ -1,7 +1,7 @@
-"""What a run writes into its directory: config.json, CSV logs, checkpoints, figures. Survives a kill at any moment.
+"""What a run writes into its directory: config.json, CSV logs, checkpoints, figures. It survives a kill at any moment.
 
-The checkpoint is the truth: it holds every row of every log, and is replaced by renaming after each epoch; the one
-before it is kept, too. Only then are the CSV files written anew. A resumed run makes them agree with the checkpoint.
+After each epoch, first the checkpoint is replaced by renaming; it holds every row of every log, and the one before it
+is kept, too. Then the CSV files are written anew. A resumed run makes them agree with the checkpoint.
 """
 
 import contextlib
@@ -35,26 +35,26 @@ COLUMNS = {
 }
 FIGURES = ("loss.png", "error.png", "loss-error.png")
 WEIGHTS = tuple(f"weights.{suffix}" for suffix in ("pth", "onnx", "safetensors", "pt2"))
-CHECKPOINTS = ("latest.pth", "previous.pth")  # what a run goes on from: the first of them that is whole
+CHECKPOINTS = ("latest.pth", "previous.pth")  # a run resumes from the first of them that is whole
 KEPT = [f"epoch-{'[0-9]' * digits}.pth" for digits in (4, 5, 6, 7)]  # by --keep-every
 FILES = (*CHECKPOINTS, "best.pth", *WEIGHTS, "config.json", *(f"{name}.csv" for name in COLUMNS), *FIGURES, *KEPT)
 
 
 class Run:
-    """One run directory.
+    """A run directory; as a context manager, it releases its lock at the end.
 
-    ``rows`` maps "train", "valid", "test", … to the rows (dicts) logged so far, and is the "metrics" of the checkpoints
-    that are written; ``epoch`` counts the epochs that are over, None before this process has written anything;
-    ``stopped_early`` is True if --patience has ended. As a context manager it lets go of its lock at the end.
+    ``rows`` maps "train", "valid", "test", … to the rows (dicts) logged so far, the "metrics" of a checkpoint.
+    ``epoch`` is the last finished epoch, None before this process has written anything. ``stopped_early`` is True if
+    --patience has ended the run.
     """
 
     def __init__(self, path):
         self.path = Path(path)
         self.rows, self.epoch, self.stopped_early, self.events = {}, None, False, None
-        self._lock = FileLock(self.path / ".lock")  # flock: the kernel lets go of it when the process dies
+        self._lock = FileLock(self.path / ".lock")  # flock: the kernel releases it when the process dies
 
     def check(self, resume, overwrite):
-        """Raise Mistake unless training may start, or go on, here. Writes nothing."""
+        """Raise Mistake unless a run may start, or be resumed, here. Writes nothing."""
         if self.path.exists() and not self.path.is_dir():
             raise Mistake(f"{self.path} is a file: choose another directory with --save")
         if resume and not self.can_go_on():
@@ -68,11 +68,11 @@ class Run:
             raise Mistake(f"{self.path} holds a run ({existing[0]}): {ways}")
 
     def can_go_on(self):
-        """True if there is anything to resume."""
+        """True if there is a checkpoint to resume."""
         return any((self.path / name).exists() for name in CHECKPOINTS)
 
     def latest(self):
-        """The newest checkpoint that is whole, and its path. Raises Mistake if there is none."""
+        """The newest whole checkpoint, and its path. Raises Mistake if there is none."""
         try:
             return read_checkpoint(self.path / "latest.pth"), self.path / "latest.pth"
         except Lost:
@@ -81,7 +81,7 @@ class Run:
             return read_checkpoint(self.path / "previous.pth"), self.path / "previous.pth"
 
     def _is_ours(self):
-        """True if train.py wrote what is in the directory: other programs have a config.json or latest.pth, too."""
+        """True if train.py has written here: other programs have a config.json or latest.pth, too."""
         for read in (lambda: read_config(self.path), self.latest):
             with contextlib.suppress(Mistake):
                 if read():
@@ -89,7 +89,7 @@ class Run:
         return False
 
     def lock(self):
-        """Create the directory and keep other processes out of it until this one ends, however it ends."""
+        """Create the directory and keep other processes out of it until this one ends."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
@@ -104,28 +104,28 @@ class Run:
         self._lock.release()
 
     def start(self, checkpoint):
-        """Make the directory agree with ``checkpoint``, the state that training goes on from.
+        """Make the directory agree with ``checkpoint``, from which training goes on.
 
-        A run at its beginning takes the place of an earlier one as soon as latest.pth is written. What else that one
-        has left, and nothing else, is deleted after that, now or when the new run is resumed.
+        A new run replaces an earlier one as soon as latest.pth is written. Other files of the earlier run are deleted
+        after that, now or when the new run is resumed.
         """
         self.rows, self.epoch = checkpoint["metrics"], checkpoint["epoch"]
         for name in FILES:
-            for unfinished in self.path.glob(f"{name}*.tmp"):  # when a process was killed
+            for unfinished in self.path.glob(f"{name}*.tmp"):  # of a killed process
                 unfinished.unlink(missing_ok=True)
         self._write(checkpoint)
 
     def finish_epoch(self, checkpoint, new_rows):
-        """Save the state after an epoch, its rows and those before, then write the logs."""
+        """Save the state after an epoch, then write the logs with its rows."""
         self.rows = {name: [*rows, *new_rows.get(name, ())] for name, rows in self.rows.items()}
         self._write(checkpoint, previous=self.path / "previous.pth")
 
     def _write(self, checkpoint, previous=None):
-        """latest.pth, then all that follows from it; a kill in between is mended when the run is resumed."""
+        """Write latest.pth, then the rest; a resumed run repeats what a kill in between has prevented."""
         lock = self.path / ".lock"
         if lock.exists() and not os.path.samestat(self._held, os.stat(lock)):
             self.epoch = None
-            raise Mistake(f"{self.path} was deleted and begun anew by another process, which it is left to")
+            raise Mistake(f"{self.path} was deleted, and begun anew by another process: this run has ended")
         config = checkpoint["config"]
         arguments, valid = config["arguments"], [row["error"] for row in self.rows.get("valid", ())]
         waited = len(valid) - 1 - valid.index(min(valid)) if valid else 0  # epochs since the best
@@ -151,10 +151,7 @@ class Run:
             self._write_events()
 
     def _write_events(self):
-        """The rows of whole epochs for TensorBoard: first all of them, in place of what processes before have written.
-
-        Later on, those of the last epoch.
-        """
+        """Write the rows of whole epochs for TensorBoard: at first all, which hide those of earlier processes."""
         from torch.utils.tensorboard import SummaryWriter
 
         first = self.events is None
@@ -177,52 +174,42 @@ def write(path, text):
 
 
 class Figures:
-    """Runs ``plot.py`` on a run directory beside the training, one process at a time, at the lowest priority.
+    """Runs ``plot.py`` on a run directory while training goes on, one process at a time, at the lowest priority.
 
-    As a context manager: leaving it draws the last state and returns when that is on disk, or ``LONGEST`` seconds
-    later; leaving it by an exception ends a drawing that is under way.
+    As a context manager: leaving it without an exception draws the last state and waits until that is on disk.
     """
 
-    LONGEST, EVERY = 600, 60
+    EVERY = 60  # seconds
 
     def __init__(self, path, enabled=True):
-        self.path, self.enabled, self.process, self.reported = Path(path), enabled, None, False
+        self.enabled, self.process, self.reported = enabled, None, False
         self.due = 0.0  # by time.monotonic()
         self.command = [sys.executable, str(ROOT / "plot.py"), "--", str(path)]
 
     def redraw(self):
-        """Start drawing, unless a drawing is under way or was begun within ``EVERY`` seconds: a later epoch will."""
+        """Start drawing, unless the last drawing is not finished or was begun within ``EVERY`` seconds."""
         if not self.enabled or time.monotonic() < self.due or (self.process and self.process.poll() is None):
             return
-        self._finish()
+        self.finish()
         self.due = time.monotonic() + self.EVERY
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
         try:
             self.process = subprocess.Popen(self.command, **streams, text=True)
         except OSError as error:
-            self._report(error)
+            self.report(error)
             return
-        with contextlib.suppress(OSError, AttributeError):  # not allowed, or not to be had on this system
+        with contextlib.suppress(OSError, AttributeError):  # forbidden, or missing on this system
             os.setpriority(os.PRIO_PROCESS, self.process.pid, 19)
 
-    def _finish(self, longest=None):
-        """Wait for the drawing that is under way, if any; after ``longest`` seconds, end it and delete what it left."""
-        process, self.process = self.process, None
-        if process is None:
-            return
-        try:
-            errors = process.communicate(timeout=longest)[1].strip().splitlines()
-            if process.returncode:
-                self._report(errors[-1] if errors else f"exit status {process.returncode}")
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            for unfinished in self.path.glob(f"*.{process.pid}.tmp"):
-                unfinished.unlink(missing_ok=True)
-            if longest:
-                self._report(f"it takes more than {longest} s")
+    def finish(self):
+        """Wait for the drawing that was begun last, if any."""
+        if self.process:
+            errors = self.process.communicate()[1].strip().splitlines()
+            if self.process.returncode:
+                self.report(errors[-1] if errors else f"exit status {self.process.returncode}")
+            self.process = None
 
-    def _report(self, reason):
+    def report(self, reason):
         if not self.reported:
             print(f"plot.py failed, training goes on: {reason}", file=sys.stderr)
         self.reported = True
@@ -231,17 +218,17 @@ class Figures:
         return self
 
     def __exit__(self, kind, *_):
-        self._finish(longest=0)  # it may miss the last rows
         if kind is None:
+            self.finish()  # which may miss the last rows
             self.due = 0.0
             self.redraw()
-            self._finish(self.LONGEST)
+            self.finish()
 
 
 def provenance(device, launcher="python"):
-    """What numbers of a run depend on beside its arguments: command, commit, versions, hardware.
+    """What the numbers of a run depend on beside its arguments: command, commit, versions, hardware.
 
-    ``launcher`` is what the command begins with: torchrun and its options where several processes share the work.
+    ``launcher`` is the beginning of the command: python, or torchrun and its options.
     """
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     commit = None
@@ -252,7 +239,7 @@ def provenance(device, launcher="python"):
 
 
 def versions():
-    """Of Python and of the packages on which numbers and speed depend, as far as they are installed."""
+    """Of Python, and of the installed packages on which numbers and speed depend."""
     found = {"python": platform.python_version()}
     for package in ("torch", "torchvision", "triton", "numba", "numpy", "pillow"):
         with contextlib.suppress(PackageNotFoundError):

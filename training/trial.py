@@ -1,9 +1,9 @@
-"""Each dense block checked against float64, then timed in turns: what --block auto does.
+"""Check each dense block against float64 and time it: what --block auto does. bench/ uses the same functions.
 
-On a CPU, this is a process of its own. bench/ checks and times its candidates by the same functions.
+On a CPU, this file runs as a process of its own.
 
-A job is a dict: model (arguments of DenseNet), batch_size, image_size, precision, device, graph (True if steps are to
-be replayed as CUDA graphs) and blocks, naive first.
+A job is a dict: model (arguments of DenseNet), batch_size, image_size, precision, device, graph (True if steps are
+replayed as CUDA graphs) and blocks, naive first.
 """
 
 import contextlib
@@ -16,7 +16,6 @@ import threading
 import time
 from pathlib import Path
 
-import psutil
 import torch
 import torch.nn.functional as F
 
@@ -25,9 +24,9 @@ from densenet import DenseNet
 from inputs.batches import memory_format
 from training.step import GraphedStep, Step, in_words
 
-DRAWS = 3  # of images to check with: rounding may carry a value across a ReLU's kink, which is a matter of luck
-TURNS = 5  # timed, after one that is not
-STEPS = 20  # of a turn on a GPU, where one is too short to time
+SEEDS = 3  # of random images to check with: by chance, rounding may carry a value across a ReLU's kink
+ROUNDS = 5  # timed, after one that is not
+STEPS = 20  # per round on a GPU, where a single one is too short to time
 
 
 def make_images(count, job, seed, dtype=torch.float32, device="cpu"):
@@ -42,7 +41,7 @@ def make_images(count, job, seed, dtype=torch.float32, device="cpu"):
 def outcome(model, images, labels, amp, rename=str):
     """What a training step computes, in float64 on the CPU: output, all gradients, all running statistics.
 
-    ``rename`` says what a parameter of another implementation is called here.
+    ``rename`` maps the parameter names of another implementation to those here.
     """
     model.zero_grad()
     with amp():
@@ -56,27 +55,27 @@ def outcome(model, images, labels, amp, rename=str):
     return result
 
 
-def errors(found, exact):
-    """Relative error of each kind of result of ``outcome``."""
-    return {kind: ((found[kind] - value).norm() / value.norm()).item() for kind, value in exact.items()}
+def errors(computed, exact):
+    """Relative error of each result of ``outcome``, by name."""
+    return {name: ((computed[name] - value).norm() / value.norm()).item() for name, value in exact.items()}
 
 
-def is_as_exact(draws, naive):
-    """True if errors are at most twice those of naive in the same precision: their median, and roughly all."""
-    for kind in draws[0]:
-        found, allowed = [draw[kind] for draw in draws], 2 * max(draw[kind] for draw in naive) + 1e-6
-        if not (all(error <= 10 * allowed for error in found) and statistics.median(found) <= allowed):  # nor NaN
+def is_as_exact(ours, naive):
+    """True if errors, a dict for each seed, are at most twice those of naive: their median; ten times that, any."""
+    for name in ours[0]:
+        values, allowed = [each[name] for each in ours], 2 * max(each[name] for each in naive) + 1e-6
+        if not (all(value <= 10 * allowed for value in values) and statistics.median(values) <= allowed):  # NaN fails
             return False
     return True
 
 
-def is_rounding(draws, precision):
-    """True if errors may be those of plain torch in a precision: of outputs in fp32, TF32 would make 500 times as much.
+def is_rounding(naive, precision):
+    """True if errors, a dict for each seed, can be rounding of plain torch: TF32 makes the output's 500 times larger.
 
-    All are below 1, beyond which a comparison says nothing.
+    Beyond 1, a comparison would say nothing.
     """
     most = 1e-4 if precision == "fp32" else 1
-    return all(draw["output"] < most and max(draw.values()) < 1 for draw in draws)
+    return all(each["output"] < most and max(each.values()) < 1 for each in naive)
 
 
 def make_model(job, block, device="cpu", **options):
@@ -87,11 +86,11 @@ def make_model(job, block, device="cpu", **options):
 def outcomes(job, block, count, device, precision, dtype=torch.float32):
     """Outcomes of a block on ``count`` images, one for each seed."""
     model, (amp, _) = make_model(job, block, device, drop_rate=0.0).to(dtype), choose_precision(precision, device)
-    return [outcome(model, *make_images(count, job, seed, dtype, device), amp) for seed in range(DRAWS)]
+    return [outcome(model, *make_images(count, job, seed, dtype, device), amp) for seed in range(SEEDS)]
 
 
 def make_step(job, block, device):
-    """A Step, to be called without arguments."""
+    """A Step on random images, to call without arguments."""
     model, (amp, _) = make_model(job, block, device), choose_precision(job["precision"], device)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
     step = (GraphedStep if job["graph"] else Step)(model, optimizer, amp, scaled=job["precision"] == "fp16")
@@ -99,7 +98,7 @@ def make_step(job, block, device):
 
 
 def seconds(function, device):
-    """Of one call, on a GPU of one among STEPS."""
+    """Seconds of one call; on a GPU, the mean of STEPS calls."""
     times = 1 if device.type == "cpu" else STEPS
     start = time.perf_counter()
     for _ in range(times):
@@ -110,11 +109,11 @@ def seconds(function, device):
 
 @contextlib.contextmanager
 def attempt(answer, what, device):
-    """Print the answer so far, then refuse ``what`` if it fails. Raises what has left a GPU unusable."""
+    """Print the answer so far, then refuse ``what`` if it fails. Raises an error that has left a GPU unusable."""
     print(json.dumps(answer | {"at": what}), flush=True)
     try:
         yield
-    except Exception as error:  # of any kind: compilers of kernels raise what they like
+    except Exception as error:  # of any type: compilers of kernels raise what they like
         answer["refused"][what] = in_words(error)
         answer["lasting"] &= isinstance(error, ArithmeticError)
         answer["seconds"].pop(what, None)
@@ -122,53 +121,41 @@ def attempt(answer, what, device):
 
 
 def try_blocks(job):
-    """Check and time the blocks of a job. Prints the answer as far as it is known, and returns all.
+    """Check and time the blocks of a job. Returns the answer, and prints it before each attempt.
 
-    "at": what is being tried, None in the end; "seconds": {block: [by turn]}; "refused": {what: reason};
-    "lasting": False if another time may differ, as where memory ran out or steps could not be replayed.
+    Its entries are "at": the attempt, None at the end; "seconds": {block: [of each round]}; "refused": {block: reason};
+    "lasting": False if another attempt may have another result, as after running out of memory.
     """
     device, count, exact, naive, steps = torch.device(job["device"]), job["batch_size"], None, None, {}
     set_up_device(device)
     torch.backends.cudnn.benchmark = True
-    linear = "checkpoint" if "checkpoint" in job["blocks"] else "naive"  # in memory; it was compared with naive
+    smallest = "checkpoint" if "checkpoint" in job["blocks"] else "naive"  # in memory
     while not exact and count:
         answer = {"at": None, "seconds": {}, "refused": {}, "lasting": True}
         with attempt(answer, "reference", device):
-            exact = outcomes(job, linear, count, device, "fp32", torch.float64)
-        count //= 1 if exact else 2  # images may fit
+            exact = outcomes(job, smallest, count, device, "fp32", torch.float64)
+        count //= 1 if exact else 2
     for block in job["blocks"] if exact else ():
         with attempt(answer, block, device):
-            draws = list(map(errors, outcomes(job, block, count, device, job["precision"]), exact))
-            plain = not naive and block != "fused"  # naive or, if that has no room, the other one in plain torch
-            if not (is_rounding(draws, job["precision"]) if plain else naive and is_as_exact(draws, naive)):
-                raise ArithmeticError(f"computes something else (relative errors {draws[-1]})")
-            naive = naive or draws
+            ours = list(map(errors, outcomes(job, block, count, device, job["precision"]), exact))
+            plain = not naive and block != "fused"  # naive or, if that needs too much memory, checkpoint
+            if not (is_rounding(ours, job["precision"]) if plain else naive and is_as_exact(ours, naive)):
+                raise ArithmeticError(f"computes something else (relative errors {ours[-1]})")
+            naive = naive or ours
             steps[block], answer["seconds"][block] = make_step(job, block, device), []
-    for turn in range(1 + TURNS):
+    for i in range(1 + ROUNDS):
         for block in [name for name in reversed(steps) if name in answer["seconds"]]:  # naive needs most memory
             with attempt(answer, block, device):
-                taken = seconds(steps[block], device)
-                answer["seconds"][block] += [taken] if turn else []
+                measured = seconds(steps[block], device)
+                answer["seconds"][block] += [measured] if i else []
             if reason := steps[block].func.refused:
                 answer["refused"][f"{block} as a CUDA graph"], answer["lasting"] = reason, False
     return answer
 
 
-def limit_memory():
-    """Let this process run out of memory before the machine does, and be the one that Linux ends if that happens."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")
-    if sys.platform == "linux":
-        import resource
-
-        room, group = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
-        with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit: "max"
-            room = min(room, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-        resource.setrlimit(resource.RLIMIT_DATA, (max(room, 2**28), -1))
-
-
 if __name__ == "__main__":
-    # Its input closes when the process that waits for the answer ends, even if that is killed.
+    # The input closes when the process that waits for the answer ends, even if it is killed.
     threading.Thread(target=lambda: (sys.stdin.buffer.read(), os._exit(1)), daemon=True).start()
-    limit_memory()
+    with contextlib.suppress(OSError):  # Linux: if memory runs out, this process ends first
+        Path("/proc/self/oom_score_adj").write_text("1000")
     print(json.dumps(try_blocks(json.loads(sys.argv[1]))), flush=True)

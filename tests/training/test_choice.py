@@ -1,16 +1,15 @@
-"""--block auto: what it checks, how it decides, when it keeps away, and that nothing in its process hurts the run."""
+"""--block auto: what it checks, how and when it decides, and that nothing in its process hurts the run."""
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_same_run
-from helpers import Replayed, finished, torchrun
+from conftest import ROOT, assert_same_run
+from helpers import Replayed
 
 import fused
 from common.console import Mistake
@@ -27,7 +26,6 @@ FOUND = {"seconds": {"naive": [2.0] * 3, "checkpoint": [1.0] * 3}, "refused": {}
 def cache(monkeypatch, tmp_path):
     """The user's cache is neither read nor written."""
     monkeypatch.setattr(choice.platformdirs, "user_cache_path", lambda name: tmp_path / "cache")
-    monkeypatch.setattr(trial, "TURNS", 5)  # of a stand-in for graphs, three of these are warm-up
     return tmp_path / "cache"
 
 
@@ -49,16 +47,11 @@ def test_every_block_that_can_run_is_checked_and_timed(monkeypatch, capfd, preci
     assert [json.loads(line)["at"] for line in capfd.readouterr().out.splitlines()] == ["reference", *blocks, *blocks[::-1] * 6]
 
 
-@pytest.mark.parametrize(
-    ("block", "name", "factors"),
-    [
-        ("fused", "output", [1.001] * 3),
-        ("fused", "gradients", [1.001] * 3),
-        ("fused", "statistics", [1.001] * 3),
-        ("fused", "gradients", [float("nan"), 1, 1]),  # a race, say, that shows in one draw
-        ("naive", "output", [1.0005] * 3),  # as in TF32, by which others would be allowed as much
-    ],
-)
+@pytest.mark.parametrize(("block", "name", "factors"), [
+    *(("fused", name, [1.001] * 3) for name in ("output", "gradients", "statistics")),
+    ("fused", "gradients", [float("nan"), 1, 1]),  # with one seed only, as a race may have it
+    ("naive", "output", [1.0005] * 3),  # as with TF32, by which others would be allowed as much
+])  # fmt: skip
 def test_a_block_that_is_not_right_is_refused(monkeypatch, block, name, factors):
     right, left = trial.outcome, iter(factors)
 
@@ -73,7 +66,7 @@ def test_a_block_that_is_not_right_is_refused(monkeypatch, block, name, factors)
 
 
 def test_twice_the_error_of_naive_is_allowed():
-    """As the median, and ten times as much in one draw."""
+    """As the median, and ten times as much with one seed."""
     naive = [{"output": error} for error in (0.005, 0.01, 0.008)]
     for errors, expected in (((0.019, 0.019, 0.19), True), ((0.019, 0.021, 0.021), False), ((0.001, 0.001, 0.21), False)):
         assert trial.is_as_exact([{"output": error} for error in errors], naive) == expected
@@ -84,7 +77,7 @@ def test_twice_the_error_of_naive_is_allowed():
     [
         (lambda block, count, dtype: block == "fused", "out of resource: shared memory", ["naive", "checkpoint"], ["fused"]),
         (lambda block, count, dtype: block == "naive", "CUDA out of memory. Tried", ["checkpoint", "fused"], ["naive"]),
-        (lambda block, count, dtype: count > 1, "CUDA out of memory. Tried", JOB["blocks"], []),  # in float64, half of the images fit
+        (lambda block, count, dtype: count > 1, "CUDA out of memory. Tried", JOB["blocks"], []),  # fewer images fit
         (lambda block, count, dtype: dtype is torch.float64, "not implemented", [], ["reference"]),
         (lambda block, count, dtype: block != "fused" and dtype is not torch.float64, "out of memory", [], JOB["blocks"]),  # not its own reference
     ],
@@ -115,31 +108,28 @@ def test_a_gpu_that_a_kernel_has_left_unusable_ends_the_run_in_a_line(monkeypatc
         choice.measure_here(JOB, CUDA)
 
 
-@pytest.mark.parametrize(
-    ("seconds", "refused", "line"),
-    [
-        ({"naive": [2.0] * 5, "checkpoint": [2.5] * 5, "fused": [1.92] * 5}, {}, "naive, the fastest here"),  # 4 %
-        ({"naive": [2.0] * 5, "fused": [1.3, 1.8, 1.8, 2.1, 2.2]}, {}, "naive, the fastest here"),  # 11 %, but slower in two turns
-        ({"naive": [2.0] * 5, "fused": [1.8, 1.8, 1.85, 1.75, 1.8]}, {}, "fused, 1.11 times as fast as naive here"),
-        ({"checkpoint": [3.0] * 5, "fused": [2.0] * 5}, {"naive": "no memory"}, "fused, which runs here; naive: no memory"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("seconds", "refused", "line"), [
+    ({"naive": [2.0] * 5, "checkpoint": [2.5] * 5, "fused": [1.92] * 5}, {}, "naive, the fastest here"),  # 4 %
+    ({"naive": [2.0] * 5, "fused": [1.3, 1.8, 1.8, 2.1, 2.2]}, {}, "naive, the fastest here"),  # 11 %, but slower in two rounds
+    ({"naive": [2.0] * 5, "fused": [1.8, 1.8, 1.85, 1.75, 1.8]}, {}, "fused, 1.11 times as fast as naive here"),
+    ({"checkpoint": [3.0] * 5, "fused": [2.0] * 5}, {"naive": "no memory"}, "fused, the fastest of those that run here; naive: no memory"),
+])  # fmt: skip
 def test_naive_stands_unless_another_one_clearly_wins(seconds, refused, line):
     block = line.partition(",")[0]
-    found = choice.describe({"seconds": seconds, "refused": refused}, "naive")
-    assert found == (block, f"--block auto took {line}; --block {block} pins it")
+    answer = choice.describe({"seconds": seconds, "refused": refused}, "naive")
+    assert answer == (block, [f"--block auto took {line}; --block {block} pins it"])
 
 
-TURN = "print(json.dumps({'at': 'fused', 'seconds': {'naive': [2, 2], 'checkpoint': [1, 1], 'fused': [4]}}), flush=True)\n"
+ROUND = "print(json.dumps({'at': 'fused', 'seconds': {'naive': [2, 2], 'checkpoint': [1, 1], 'fused': [4]}}), flush=True)\n"
 OTHERS = {"naive": [2, 2], "checkpoint": [1, 1]}
 
 
 @pytest.mark.parametrize(
     ("source", "seconds", "refused", "taken"),
     [
-        (TURN + "time.sleep(60)", {"naive": [2], "checkpoint": [1], "fused": [4]}, {}, "checkpoint"),  # what was timed when the time was up
-        (TURN + "os.kill(os.getpid(), 9)", OTHERS, {"fused": "ended with status -9"}, "checkpoint"),
-        (TURN.replace("[4]", "[]") + "time.sleep(60)", OTHERS, {"fused": "did not end in time"}, "checkpoint"),
+        (ROUND + "time.sleep(60)", {"naive": [2], "checkpoint": [1], "fused": [4]}, {}, "checkpoint"),  # until the time was up
+        (ROUND + "os.kill(os.getpid(), 9)", OTHERS, {"fused": "ended with status -9"}, "checkpoint"),
+        (ROUND.replace("[4]", "[]") + "time.sleep(60)", OTHERS, {"fused": "did not end in time"}, "checkpoint"),
         ("print('{\"at\": \"fused\"}', flush=True)\nos._exit(3)", {}, {"fused": "ended with status 3"}, "naive"),
         ("print(0)\nsys.exit('no such module')", {}, {"the process": "ended with status 1: no such module"}, "fused"),
         ("time.sleep(60)", {}, {"the process": "did not end in time"}, "fused"),
@@ -148,20 +138,21 @@ OTHERS = {"naive": [2, 2], "checkpoint": [1, 1]}
 )  # fmt: skip
 def test_a_process_that_dies_or_hangs_leaves_what_it_found_or_the_default(monkeypatch, cache, source, seconds, refused, taken):
     monkeypatch.setattr(choice, "PROGRAM", ["-c", f"import json, os, sys, time\n{source}"])
+    monkeypatch.setattr(choice, "LONGEST", 2)
     monkeypatch.setattr(choice.sys, "executable", sys.executable if source else "nowhere")
-    found = choice.measure_apart(JOB, 2)
-    assert found == {"seconds": seconds, "refused": refused, "lasting": False}
-    monkeypatch.setattr(choice, "seconds_to_measure", lambda job, steps: 2)
-    monkeypatch.setattr(choice, "measure_apart", lambda job, budget: found)
-    block, line = choice.fastest_block(JOB, "fused", 1)
+    answer = choice.measure_apart(JOB)
+    assert answer == {"seconds": seconds, "refused": refused, "lasting": False}
+    monkeypatch.setattr(choice, "measure_apart", lambda job: answer)
+    block, [line] = choice.fastest_block(JOB, "fused", choice.STEPS)
     assert block == taken and not cache.exists()
     reasons = "; ".join(f"{what}: {reason}" for what, reason in refused.items())
     assert seconds or line == f"--block auto could not measure; {reasons}; it takes {taken}"
 
 
-def test_the_real_process():
+def test_the_real_process(monkeypatch):
     """In which nothing of this test is patched."""
-    found = choice.measure_apart(JOB, 120)
+    monkeypatch.setattr(choice, "LONGEST", 300)
+    found = choice.measure_apart(JOB)
     assert set(found["seconds"]) | set(found["refused"]) == set(JOB["blocks"]) and "naive" in found["seconds"]
 
 
@@ -171,72 +162,59 @@ def test_a_process_ends_with_its_parent():
     assert subprocess.run([sys.executable, *choice.PROGRAM, job], cwd=ROOT, stdin=subprocess.DEVNULL, timeout=60).returncode == 1
 
 
-def test_a_run_measures_where_two_percent_of_it_repay_that(monkeypatch):
-    monkeypatch.setattr(choice, "seconds", lambda function, device: 0.2)  # of a forward pass, a third of a step
-    assert choice.seconds_to_measure(JOB, 10**4) == pytest.approx(120)
-    assert choice.seconds_to_measure(JOB, 3800) == 0  # 46 s: after checks and turns, 9.6 are left for the start
-    monkeypatch.setattr(choice, "make_model", None)
-    assert choice.fastest_block(JOB, "fused", 2900) == ("fused", None)  # checks and turns would take 2.07 %
-
-
 def test_the_answer_is_kept(monkeypatch, capsys, cache):
     calls, lasting = [], True
-    monkeypatch.setattr(choice, "measure_apart", lambda job, budget: calls.append(budget) or FOUND | {"lasting": lasting})
-    monkeypatch.setattr(choice, "seconds_to_measure", lambda job, steps: 7)
-    answers = [choice.fastest_block(JOB, "naive", 1) for _ in range(2)]
-    assert answers[0] == answers[1] and answers[0][0] == "checkpoint" and calls == [7]
-    choice.fastest_block(JOB | {"batch_size": 8}, "naive", 1)
+    monkeypatch.setattr(choice, "measure_apart", lambda job: calls.append(job) or FOUND | {"lasting": lasting})
+
+    def block(job=JOB):
+        return choice.fastest_block(job, "naive", choice.STEPS)[0]
+
+    assert block() == block() == "checkpoint" and len(calls) == 1
+    block(JOB | {"batch_size": 8})
     for name, value in (("device_name", "another processor"), ("versions", {"torch": "3.0"})):
         monkeypatch.setattr(choice, name, lambda *_, value=value: value)
-        choice.fastest_block(JOB, "naive", 1)
+        block()
     assert len(calls) == 4
     another, odd = '{"seconds": {"another": [1.0]}, "refused": {}}', '{"seconds": {"naive": "soon"}, "refused": {}}'
     for text in (another, odd):
         for path in cache.iterdir():
             path.write_text(text)
         for lasting in (False, True, True):  # noqa: B007 -- what may not happen again is not kept; what is damaged is mended
-            assert choice.fastest_block(JOB, "naive", 1)[0] == "checkpoint"
+            assert block() == "checkpoint"
     assert len(calls) == 8 and capsys.readouterr().out.count("measuring which --block is fastest here") == 8
-    for path in cache.iterdir():
-        path.unlink(), os.mkfifo(path)
-    assert choice.fastest_block(JOB, "naive", 1)[0] == "checkpoint"
     (cache.parent / "file").touch()  # no folder to keep anything in
     for place in (lambda name: cache.parent / "file" / "cache", lambda name: Path("~no one").expanduser()):  # nor a home
         monkeypatch.setattr(choice.platformdirs, "user_cache_path", place)
-        assert choice.fastest_block(JOB, "naive", 1)[0] == "checkpoint"
+        assert block() == "checkpoint"
 
 
-def test_a_gpu_is_measured_in_this_process(monkeypatch):
-    """Of which another one may find no use, as in exclusive mode. A graph that was refused is tried again."""
-    jobs, job = [], JOB | {"device": "cuda", "graph": True}
-    monkeypatch.setattr(choice, "device_name", lambda device: "a GPU")
-    monkeypatch.setattr(choice, "measure_apart", None)
-    for steps, lasting, taken, calls in (
-        (choice.FEW - 1, True, "naive", 0),
-        (choice.FEW, False, "checkpoint", 1),
-        (choice.FEW, True, "checkpoint", 2),
-        (1, True, "checkpoint", 2),  # what is known is used
-    ):
-        monkeypatch.setattr(choice, "measure_here", lambda job, device, found=FOUND | {"lasting": lasting}: jobs.append(job) or found)
-        assert choice.fastest_block(job, "naive", steps)[0] == taken and jobs == [job] * calls
+@pytest.mark.parametrize(("device", "function"), [("cpu", "measure_apart"), ("cuda", "measure_here")])
+def test_a_long_run_measures_on_a_gpu_in_its_own_process(monkeypatch, device, function):
+    """Another process may not use the GPU in exclusive mode. A graph that was refused is tried again."""
+    jobs, job, lasting = [], JOB | {"device": device, "graph": device == "cuda"}, False
+    monkeypatch.setattr(choice, "device_name", lambda device: "a processor")
+    for name in ("measure_apart", "measure_here"):
+        monkeypatch.setattr(choice, name, None)
+    monkeypatch.setattr(choice, function, lambda job, *_: jobs.append(job) or FOUND | {"lasting": lasting})
+    assert choice.fastest_block(job, "fused", choice.STEPS - 1) == ("fused", []) and jobs == []
+    for lasting in (False, True):  # noqa: B007
+        assert choice.fastest_block(job, "fused", choice.STEPS)[0] == "checkpoint"
+    assert choice.fastest_block(job, "fused", 1)[0] == "checkpoint" and jobs == [job] * 2  # what is known is used
 
 
-@pytest.mark.parametrize(
-    ("before", "change", "precision", "expected"),
-    [
-        (None, {}, "bf16", ("naive", True)),
-        (None, {"block": "fused", "opt": "adam"}, "fp16", ("fused", True)),
-        (None, {"opt": "rmsprop"}, "fp16", ("naive", False)),
-        (None, {"block": "auto", "deterministic": True}, "bf16", ("naive", True)),
-        (None, {"block": "auto", "compile": True}, "bf16", ("naive", False)),
-        (None, {"cuda_graph": False}, "fp32", ("naive", False)),
-        (True, {"block": "auto"}, "bf16", ("fused", True)),  # a resumed run keeps what it had
-        (False, {"block": "auto", "deterministic": True}, "bf16", ("fused", False)),
-        (True, {"cuda_graph": False}, "bf16", ("naive", False)),
-        (False, {"cuda_graph": True}, "bf16", ("naive", True)),
-        (False, {}, "fp32", ("naive", True)),  # but not from another device or precision
-    ],
-)
+@pytest.mark.parametrize(("before", "change", "precision", "expected"), [
+    (None, {}, "bf16", ("naive", True)),
+    (None, {"block": "fused", "opt": "adam"}, "fp16", ("fused", True)),
+    (None, {"opt": "rmsprop"}, "fp16", ("naive", False)),
+    (None, {"block": "auto", "deterministic": True}, "bf16", ("naive", True)),
+    (None, {"block": "auto", "compile": True}, "bf16", ("naive", False)),
+    (None, {"cuda_graph": False}, "fp32", ("naive", False)),
+    (True, {"block": "auto"}, "bf16", ("fused", True)),  # a resumed run keeps what it had
+    (False, {"block": "auto", "deterministic": True}, "bf16", ("fused", False)),
+    (True, {"cuda_graph": False}, "bf16", ("naive", False)),
+    (False, {"cuda_graph": True}, "bf16", ("naive", True)),
+    (False, {}, "fp32", ("naive", True)),  # but not from another device or precision
+])  # fmt: skip
 def test_on_a_gpu_every_run_that_can_be_is_replayed(monkeypatch, before, change, precision, expected):
     monkeypatch.setattr(choice, "device_name", lambda device: "a GPU")
     stage = {"device": "a GPU", "precision": "bf16", "block": "fused", "cuda_graph": before}
@@ -248,10 +226,10 @@ def test_on_a_gpu_every_run_that_can_be_is_replayed(monkeypatch, before, change,
 
 @pytest.fixture
 def measured(monkeypatch):
-    """train.py with every run long enough, and a process that finds checkpoint to be the fastest. Yields the jobs."""
+    """The jobs of train.py, if every run is long enough, and checkpoint the fastest."""
     jobs = []
-    monkeypatch.setattr(choice, "SHARE", 1e9)
-    monkeypatch.setattr(choice, "measure_apart", lambda job, budget: jobs.append(job) or FOUND)
+    monkeypatch.setattr(choice, "STEPS", 1)
+    monkeypatch.setattr(choice, "measure_apart", lambda job: jobs.append(job) or FOUND)
     return jobs
 
 
@@ -274,25 +252,6 @@ def test_train_takes_what_was_measured_and_a_resumed_run_keeps_it(tiny, measured
     monkeypatch.setattr(choice, "device_name", lambda device: "another processor")
     assert tiny("--save", "run", "--resume", "--epochs", "3", args=[]) == 0
     assert len(measured) == 2
-
-
-def test_a_deterministic_run_is_not_measured(tiny, measured, tmp_path):
-    assert tiny("--save", "run", "--epochs", "1", "--deterministic") == 0
-    assert measured == [] and block_of(tmp_path / "run") == ("fused" if fused.loops else "naive")
-
-
-@pytest.mark.slow
-def test_rank_0_decides_for_all(tmp_path, monkeypatch):
-    """Two ranks that would choose differently train with one block: that of rank 0."""
-    program = """
-import os, train
-from training import choice
-choice.SHARE = 1e9
-block = 'checkpoint' if os.environ['RANK'] == '0' else 'naive'
-choice.measure_apart = lambda job, budget: {'seconds': {block: [1.0] * 3}, 'refused': {}, 'lasting': True}
-train.distributed.exit_from(train.main)
-"""
-    (tmp_path / "ranks.py").write_text(program)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    finished(torchrun(2, "ranks.py", *TINY, "--no-plot", "--epochs", "1", "--save", "run"), 0)
-    assert block_of(tmp_path / "run") == "checkpoint"
+    assert tiny("--save", "other", "--epochs", "1", "--deterministic") == 0
+    assert len(measured) == 2 and block_of(tmp_path / "other") == ("fused" if fused.loops else "naive")
+    assert torch.are_deterministic_algorithms_enabled() and not torch.utils.deterministic.fill_uninitialized_memory

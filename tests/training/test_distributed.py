@@ -2,10 +2,8 @@
 
 import contextlib
 import json
-import os
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pandas as pd
 import psutil
@@ -26,24 +24,22 @@ def lines_of_ours(output):
 
 
 def wait_for_epoch(epoch, process):
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline and process.poll() is None:
         with contextlib.suppress(Mistake):
             if Run("run").latest()[0]["epoch"] >= epoch:
                 return
         time.sleep(0.05)
+    process.kill()
     pytest.fail("no checkpoint: " + process.communicate()[0])
 
 
 def kill_rank_1_after(epoch, process):
     """SIGKILL as soon as the checkpoint of ``epoch`` is there."""
     wait_for_epoch(epoch, process)
-    [rank] = [
-        child
-        for child in psutil.Process(process.pid).children(recursive=True)
-        if child.environ().get("RANK") == "1" and "train.py" in " ".join(child.cmdline())
-    ]
-    rank.kill()
+    for child in psutil.Process(process.pid).children():
+        if child.environ().get("RANK") == "1":
+            child.kill()
 
 
 def assert_logs_are_whole(epochs):
@@ -67,45 +63,37 @@ def test_a_killed_rank_ends_the_run_and_another_number_of_ranks_resumes_it():
     assert config["resumed"][0]["command"].startswith("torchrun --nproc_per_node=3 ")
 
 
-def test_a_launch_is_told_from_another_whatever_clocks_say(tiny, monkeypatch, capsys):
+def test_a_launch_is_told_from_another(tiny, monkeypatch, capsys):
     def launched(folder, attempt, *flags):
         monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", f"/tmp/torchelastic_x/{folder}/attempt_{attempt}/0/error.json")
-        os.utime("run/latest.pth", (2e9, 2e9)) if Path("run/latest.pth").exists() else None
         return tiny("--save", "run", *flags)
 
     assert launched("none_a", 0, "--epochs", "1") == 0
     assert launched("none_b", 0) == 2 and "run holds a run" in capsys.readouterr().err
     assert launched("none_b", 0, "--overwrite", "--epochs", "2") == 0
-    first = torch.load("run/latest.pth", weights_only=True)
-    assert first["config"]["resumed"] == []
+    assert json.loads(Path("run/config.json").read_text())["resumed"] == []
     assert launched("none_b", 1, "--overwrite", "--epochs", "2") == 0  # torchrun has started it anew
-    again = torch.load("run/latest.pth", weights_only=True)
-    assert [stage["epoch"] for stage in again["config"]["resumed"]] == [2]
+    assert [process["epoch"] for process in json.loads(Path("run/config.json").read_text())["resumed"]] == [2]
     assert launched("none_b", 1, "--resume", "--epochs", "3") == 0 and launched("none_a", 0, "--epochs", "3") == 2
 
 
 @pytest.mark.slow
-def test_ranks_end_when_their_launcher_is_killed(tmp_path):
-    """One of them in a collective that the other never joins: it does not hear of signals."""
+def test_ranks_end_when_their_launcher_is_killed():
+    """One of them in a collective that the other never joins."""
     program = """
-import os, pathlib, signal, time
-import torch
+import os, pathlib, time, torch
 from training import distributed
-
 with distributed.process_group():
-    signal.signal(signal.SIGTERM, lambda *_: None)
     pathlib.Path(f"{os.environ['RANK']}.pid").write_text(str(os.getpid()))
     distributed.all_reduce(torch.ones(1)) if os.environ["RANK"] == "0" else time.sleep(600)
 """
-    (tmp_path / "rank.py").write_text(program)
-    process = torchrun(2, "rank.py")
-    deadline = time.monotonic() + 120
-    while len(list(tmp_path.glob("*.pid"))) < 2 and time.monotonic() < deadline:
+    Path("rank.py").write_text(program)
+    process, deadline = torchrun(2, "rank.py"), time.monotonic() + 120
+    while not all(Path(f"{rank}.pid").exists() and Path(f"{rank}.pid").read_text() for rank in "01") and time.monotonic() < deadline:
         time.sleep(0.1)
-    ranks = [psutil.Process(int(path.read_text())) for path in tmp_path.glob("*.pid")]
+    ranks = [psutil.Process(int(Path(f"{rank}.pid").read_text())) for rank in "01"]
     process.kill()
-    gone, alive = psutil.wait_procs(ranks, timeout=30)
-    assert len(gone) == 2 and not alive
+    assert psutil.wait_procs(ranks, timeout=30)[1] == []
 
 
 @pytest.mark.slow
@@ -119,29 +107,18 @@ def test_torchrun_restarts_a_run_from_its_last_checkpoint_and_touches_no_older_o
     lines = lines_of_ours(finished(torchrun(2, *RUN, options=["--max-restarts=1"]), 1))
     assert len(lines) == 2 and all("run holds a run" in line for line in lines)
     assert Path("run/latest.pth").read_bytes() == before
-
-
-@pytest.mark.slow
-def test_one_command_line_serves_a_scheduler():
-    """As Slurm ends a job: SIGTERM for torchrun."""
-    flags = [*RUN, "--epochs", "30", "--resume", "if-any"]
-    process = torchrun(2, *flags)
-    wait_for_epoch(2, process)
-    process.terminate()
-    output = process.communicate(timeout=60)[0]
-    assert "is saved in run/latest.pth; to go on: torchrun" in output
-    finished(torchrun(2, *flags), 0)
-    assert_logs_are_whole(30)
-    assert json.loads(Path("run/config.json").read_text())["resumed"][0]["epoch"] >= 2
+    process = torchrun(2, *RUN, "--epochs", "300", "--resume", "if-any")
+    wait_for_epoch(14, process)
+    process.terminate()  # as Slurm ends a job
+    assert "is saved in run/latest.pth; to go on: torchrun" in process.communicate(timeout=60)[0]
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (["--batch-size", "1"], "--batch-size 1: each of 2 processes needs an image of it"),
+    (["--batch-size", "1"], "--batch-size 1: each of 2 processes needs an image of every batch"),
     (["--dataset", "folder", "--data", "nowhere"], "nowhere/train is missing"),
 ])  # fmt: skip
 def test_a_mistake_is_told_once_and_ends_all_ranks(flags, message):
-    process = torchrun(2, str(ROOT / "train.py"), *TINY, "--save", "run", *flags)
-    output = finished(process, 1)  # torchrun's own status
+    output = finished(torchrun(2, *RUN, *flags), 1)  # torchrun's own status
     [line] = lines_of_ours(output)
     assert line.startswith("train.py: error: ") and message in line
     assert "exitcode  : 2" in output
@@ -149,40 +126,30 @@ def test_a_mistake_is_told_once_and_ends_all_ranks(flags, message):
 
 
 def test_each_process_has_a_gpu_of_its_own(monkeypatch):
-    def sees(*gpus):
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: SimpleNamespace(uuid=gpus[number]))
-
     environment = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(distributed, "all_gather", lambda value: ["A" if isinstance(value, str) else None, value])
-    sees("A")
-    with pytest.raises(Mistake, match=r"2 processes, but 1 GPUs on .*: use --nproc_per_node=1, or --device cpu"):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(Mistake, match=r"2 processes, but 1 GPU on .*: use --nproc_per_node=1, or --device cpu"):
         distributed.device_of_rank(torch.device("cuda"))
     assert distributed.device_of_rank(torch.device("cpu")) == torch.device("cpu")
-    sees("A", "B")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(Mistake, match="so use --device cuda"):
         distributed.device_of_rank(torch.device("cuda", 1))
     assert distributed.device_of_rank(torch.device("cuda")) == torch.device("cuda", 1)
-    sees("B")  # as with Slurm's --gpus-per-task=1
-    assert distributed.device_of_rank(torch.device("cuda")) == torch.device("cuda", 0)
 
 
-def test_an_unexpected_exception_ends_a_rank_at_once(tmp_path):
+def test_an_unexpected_exception_ends_a_rank_at_once():
     """With its traceback, and without waiting for threads that talk to other ranks."""
     program = """
 import os, threading, time
 from training import distributed
-
 def main():
     if os.environ["RANK"] == "0":
         threading.Thread(target=time.sleep, args=(600,)).start()  # the interpreter's own end would wait for it
         raise ZeroDivisionError("unexpected")
     time.sleep(600)
-
 distributed.exit_from(main)
 """
-    (tmp_path / "rank.py").write_text(program)
-    output = finished(torchrun(2, "rank.py"), 1)
-    assert "ZeroDivisionError: unexpected" in output
+    Path("rank.py").write_text(program)
+    assert "ZeroDivisionError: unexpected" in finished(torchrun(2, "rank.py"), 1)

@@ -22,9 +22,9 @@ from training.run import Run
 HOSTS = {"densenet-a": "10.99.7.1", "densenet-b": "10.99.7.2"}
 PAGE = (ROOT / "docs/distributed.md").read_text()
 # train.py, but in a step no rank waits ten minutes for the others.
-IMPATIENT = """
+IMPATIENT = f"""
 import datetime, sys
-sys.path.insert(0, {root!r})
+sys.path.insert(0, {str(ROOT)!r})
 import train
 from training import distributed
 distributed.SHORT = datetime.timedelta(seconds=30)
@@ -42,12 +42,11 @@ def ip(command):
 
 
 def pids(host):
-    found = subprocess.run(["ip", "netns", "pids", host], capture_output=True, check=False, text=True)
-    return map(int, found.stdout.split())
+    return {int(pid) for pid in subprocess.run(["ip", "netns", "pids", host], capture_output=True, text=True).stdout.split()}
 
 
 @pytest.fixture
-def network(tmp_path):
+def hosts(tmp_path):
     """Two hosts that can reach each other by name."""
     a, b = HOSTS
     try:
@@ -59,85 +58,55 @@ def network(tmp_path):
             for device in ("lo", "eth0"):
                 ip(f"-n {name} link set {device} up")
         (tmp_path / "hosts").write_text("127.0.0.1 localhost\n" + "".join(f"{address} {name}\n" for name, address in HOSTS.items()))
-        yield
+        yield a, b
     finally:
         for name in HOSTS:
-            for process in pids(name):
-                os.kill(process, signal.SIGKILL)
-            subprocess.run(["ip", "netns", "delete", name], check=False)
+            for pid in pids(name):
+                os.kill(pid, signal.SIGKILL)
+            subprocess.run(["ip", "netns", "delete", name])
 
 
-def command_of_the_page():
-    """What docs/distributed.md says of several machines, with one small process on each."""
-    section = PAGE[PAGE.index("## Several machines") :]
+def launch(host, script, *flags):
+    """torchrun on a host with the options of docs/distributed.md, but one small process."""
+    section = PAGE[PAGE.index("## Several machines") :].replace("--nproc_per_node=8", "--nproc_per_node=1").replace("HOST", next(iter(HOSTS)))
     words = shlex.split(re.search(r"```bash\n(.*?)```", section, re.DOTALL)[1].replace("\\\n", ""))
     options = words[words.index("torchrun") + 1 : words.index("train.py")]
-    changed = {"--nproc_per_node=8": "--nproc_per_node=1"}
-    return [changed.get(option, option).replace("HOST", next(iter(HOSTS))) for option in options]
+    inside = f"mount --bind hosts /etc/hosts && hostname {host} && exec \"$@\" >{host}.txt 2>&1"
+    command = [sys.executable, "-m", "torch.distributed.run", *options, str(script), *flags]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(["ip", "netns", "exec", host, "unshare", "--uts", "sh", "-c", inside, "sh", *command], env=env)
 
 
-class Host:
-    """The launcher on one host."""
-
-    def __init__(self, name, options, script, *flags):
-        inside = f"mount --bind hosts /etc/hosts && hostname {name} && exec \"$@\" >{name}.txt 2>&1"
-        command = [sys.executable, "-m", "torch.distributed.run", *options, str(script), *flags]
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
-        self.name, self.output = name, Path(f"{name}.txt")
-        self.process = subprocess.Popen(["ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", inside, "sh", *command], env=env)
-
-    def ended(self, seconds):
-        """The exit status, once the launcher has ended and no process is left on the host."""
-        status = self.process.wait(seconds)
-        self.lose_ranks(seconds)
-        return status
-
-    def lose_ranks(self, seconds):
-        """Wait until no process is left on the host but, maybe, its launcher."""
-        end = time.monotonic() + seconds
-        while set(pids(self.name)) - {self.process.pid}:
-            assert time.monotonic() < end, f"{self.name} still has processes"
-            time.sleep(0.2)
-
-def on_both(script, *flags):
-    return [Host(name, command_of_the_page(), script, *flags) for name in HOSTS]
-
-
-def wait_for(epoch, *hosts):
+def wait_until(condition):
     deadline = time.monotonic() + 300
-    while not (Run("run").can_go_on() and Run("run").latest()[0]["epoch"] >= epoch):
-        assert time.monotonic() < deadline and all(host.process.poll() is None for host in hosts)
+    while not condition():
+        assert time.monotonic() < deadline
         time.sleep(0.2)
 
 
-def finished():
-    return Run("run").latest()[0]["epoch"]
+def epoch():
+    return Run("run").latest()[0]["epoch"] if Run("run").can_go_on() else -1
 
 
-def test_two_machines_lose_a_launcher_and_the_network_and_go_on(network, tmp_path):
-    script, resume = ROOT / "train.py", ["--save", "run", "--resume", "--no-plot", "--epochs"]
-    a, b = on_both(script, *TINY, "--epochs", "100000", "--block", "naive", "--no-plot", "--save", "run")
-    wait_for(2, a, b)
-    b.process.send_signal(signal.SIGKILL)
-    assert b.ended(60) == -signal.SIGKILL and a.ended(120) == 1
-    assert "another process of this run has ended; epoch" in a.output.read_text()
+def test_two_machines_lose_a_launcher_and_the_network_and_go_on(hosts):
+    a, b = hosts
+    Path("impatient.py").write_text(IMPATIENT)
+    one, other = (launch(host, ROOT / "train.py", *TINY, "--epochs", "100000", "--no-plot", "--save", "run") for host in hosts)
+    wait_until(lambda: epoch() >= 2)
+    other.kill()
+    assert one.wait(120) == 1 and "another process of this run has ended; epoch" in Path(f"{a}.txt").read_text()
+    wait_until(lambda: not pids(a) | pids(b))
 
-    epoch = finished()
-    one = Host(a.name, ["--nproc_per_node=1"], script, *resume, str(epoch + 2))
-    assert one.ended(120) == 0 and finished() == epoch + 2
+    end, resume = epoch() + 2, ["--save", "run", "--resume", "--no-plot", "--epochs"]
+    one, other = (launch(host, "impatient.py", *resume, "100000") for host in hosts)
+    wait_until(lambda: epoch() >= end)
+    ip(f"-n {b} link set eth0 down")
+    assert one.wait(120) == 1
+    wait_until(lambda: pids(b) <= {other.pid})
+    ip(f"-n {b} link set eth0 up")
+    assert other.wait(240) != 0  # the other's launcher has gone
 
-    impatient = tmp_path / "impatient.py"
-    impatient.write_text(IMPATIENT.format(root=str(ROOT)))
-    a, b = on_both(impatient, *resume, "100000")
-    wait_for(epoch + 4, a, b)
-    ip(f"-n {b.name} link set eth0 down")
-    assert a.ended(120) == 1
-    b.lose_ranks(120)
-    ip(f"-n {b.name} link set eth0 up")
-    assert b.ended(240) != 0  # the other's launcher has gone
-
-    epoch = finished()
-    a, b = on_both(script, *resume, str(epoch + 2))
-    assert a.ended(120) == 0 and b.ended(120) == 0
+    end = epoch() + 2
+    assert [launcher.wait(240) for launcher in [launch(host, ROOT / "train.py", *resume, str(end)) for host in hosts]] == [0, 0]
     for name in ("train", "test"):
-        assert pd.read_csv(f"run/{name}.csv")["epoch"].tolist() == list(range(1, epoch + 3))
+        assert pd.read_csv(f"run/{name}.csv")["epoch"].tolist() == list(range(1, end + 1))

@@ -42,12 +42,10 @@ def test_it_goes_on_as_if_nothing_had_changed(capsys):
 
 
 def test_it_evaluates_and_plots_without_being_resumed(capsys):
-    assert evaluate.main(["run/latest.pth", "--precision", "fp32"]) == 0
-    assert "test error 88.00 %" in capsys.readouterr().out
-    assert evaluate.main(["run/latest.pth", "--precision", "fp32", "--split", "valid"]) == 0
-    assert "validation error 90.00 %" in capsys.readouterr().out  # valid.csv
-    assert plot.main(["run"]) == 0
-    assert publish.main(["run"]) == 2
+    for split, words in (("test", "test error 88.00 %"), ("valid", "validation error 90.00 %")):
+        assert evaluate.main(["run/latest.pth", "--precision", "fp32", "--split", split]) == 0
+        assert words in capsys.readouterr().out
+    assert plot.main(["run"]) == 0 and publish.main(["run"]) == 2
     assert "run has finished 2 epochs, not all" in capsys.readouterr().err
 
 

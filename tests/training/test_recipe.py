@@ -1,7 +1,7 @@
 """The recipe once more, in plain PyTorch and float64: train.py must end with the same parameters, statistics and logs.
 
 It is written from the paper (arXiv 1608.06993), README.md and the formulas of the optimisers and of newer recipes, and
-shares nothing with train.py but the network. Every draw of an epoch comes from the seed --seed·1,000,003 + epoch.
+shares only the network with train.py. All random numbers of an epoch come from the seed --seed·1,000,003 + epoch.
 """
 
 import copy
@@ -74,7 +74,7 @@ def batches_of(epoch, x, labels, value, o):
 
 
 def learning_rate(o, epoch, part):
-    """``part`` is the share of the epoch that is over."""
+    """After the fraction ``part`` of an epoch."""
     peak = o.lr * min(1, 0.01 + 0.99 * (epoch - 1 + part) / o.warmup) if o.warmup else o.lr
     if o.milestones:
         return peak * o.gamma ** len([milestone for milestone in o.milestones if milestone < epoch])
@@ -160,9 +160,7 @@ CASES = [
     dict(epochs=8, limit_train=8, lr=0.03),  # lr in epochs 1 to 3, lr/10 in 4 and 5, lr/100 from 6 on
     dict(epochs=4, limit_train=8, milestones=[1, 3], gamma=0.3),
     dict(schedule="cosine", head_lr=0.3),
-    CONSTANT,
-    CONSTANT | dict(nesterov=False),
-    CONSTANT | dict(momentum=0.5),
+    CONSTANT | dict(nesterov=False, momentum=0.5),
     CONSTANT | dict(momentum=0.0, nesterov=False),
     CONSTANT | dict(weight_decay=0.02),
     CONSTANT | dict(crop_fill="black"),
@@ -170,20 +168,14 @@ CASES = [
     CONSTANT | dict(flip="both", shift=2),
     CONSTANT | dict(flip="vertical", crop_fill="black", cutout=3),
     CONSTANT | dict(flip="none", limit_train=10),  # whole batches
-    CONSTANT | dict(seed=16),
     CONSTANT | dict(drop_rate=0.2, block="naive"),
     CONSTANT | dict(bottleneck=False),
-    dict(opt="adam"),
     dict(opt="adam", weight_decay=0.02, schedule="step"),
     # RMSprop's first step is 10·lr·sign(g): a small lr, since rounding decides the sign of the smallest gradients.
     dict(opt="rmsprop", lr=1e-4, weight_decay=0.1),
-    CONSTANT | dict(label_smoothing=0.1),
-    CONSTANT | dict(mixup=0.5),
     CONSTANT | dict(mixup=1.0, cutout=3, label_smoothing=0.1, class_weights="balanced"),
-    dict(warmup=1, schedule="cosine"),
-    CONSTANT | dict(warmup=1.5),
+    dict(warmup=1.5, schedule="cosine"),
     CONSTANT | dict(ema=0.2),
-    dict(opt="adamw"),
     CONSTANT | dict(decay="weights", weight_decay=0.02),
     dict(opt="adamw", decay="weights", weight_decay=0.1, head_lr=0.003),
     CONSTANT | dict(accumulate=2),

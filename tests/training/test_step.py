@@ -71,19 +71,16 @@ def unable(step, replay):
     raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED\nand more")
 
 
-@pytest.mark.parametrize(
-    ("half", "fault", "reason"),
-    [
-        (0, lambda step, replay: frozen(step, replay, [p.detach() for p in step.model.parameters()]), "gradients"),  # in casts
-        (0, lambda step, replay: frozen(step, replay, list(step.model.buffers())), "statistics or momentum"),
-        (0, lambda step, replay: frozen(step, replay, [step.scaler._scale]), "gradients"),
-        (1, lambda step, replay: frozen(step, replay, [group["lr"] for group in step.optimizer.param_groups]), "weights"),
-        (0, lambda step, replay: lambda: replay() * torch.tensor([1.06, 1, 1]), "losses"),
-        (0, lambda step, replay: lambda: replay() * torch.tensor([1.04, 1, 1]), None),  # as rounding might, unless all is to repeat
-        (0, unable, "out of memory"),
-        (1, unable, "out of memory"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("half", "fault", "reason"), [
+    (0, lambda step, replay: frozen(step, replay, [p.detach() for p in step.model.parameters()]), "gradients"),  # in casts
+    (0, lambda step, replay: frozen(step, replay, list(step.model.buffers())), "statistics or momentum"),
+    (0, lambda step, replay: frozen(step, replay, [step.scaler._scale]), "gradients"),
+    (1, lambda step, replay: frozen(step, replay, [group["lr"] for group in step.optimizer.param_groups]), "weights"),
+    (0, lambda step, replay: lambda: replay() * torch.tensor([1.06, 1, 1]), "losses"),
+    (0, lambda step, replay: lambda: replay() * torch.tensor([1.04, 1, 1]), None),  # as rounding might, unless all is to repeat
+    (0, unable, "out of memory"),
+    (1, unable, "out of memory"),
+])  # fmt: skip
 def test_a_graph_with_a_fault_is_refused_and_training_goes_on(half, fault, reason):
     class Faulty(Replayed):
         captures = 0
@@ -121,7 +118,7 @@ with distributed.process_group():
     for kind in (Step, Replayed, Unable):
         torch.manual_seed(0)
         model = DenseNet(depth=10, growth_rate=4).double().to(memory_format=torch.channels_last)
-        step = kind(distributed.data_parallel(model) if kind is Step else model, sgd(model.parameters()), no_amp, 2, recipe=Recipe(part=2, clip=0.5))
+        step = kind(model, sgd(model.parameters()), no_amp, 2, recipe=Recipe(part=2, clip=0.5))
         for i, count in enumerate((8, 8, 8, 8, 8, 7, 8, 6, 8)):  # of 7, the first rank has as many as of 8
             torch.manual_seed(i)
             images, labels = torch.randn(count, 3, 8, 8, dtype=torch.float64), torch.randint(10, (count,))
@@ -133,7 +130,7 @@ torch.testing.assert_close(ends[1:], ends[:1] * 2, rtol=1e-10, atol=1e-12)
 """
 
 
-def test_ranks_that_replay_train_like_distributed_data_parallel():
+def test_ranks_that_replay_train_like_eager_ones():
     """Each by itself: one that cannot replay takes eager steps beside the others."""
     Path("ranks.py").write_text(RANKS)
     finished(torchrun(2, "ranks.py"), 0)
@@ -157,23 +154,19 @@ def test_an_update_whose_gradients_overflow_is_left_out(kind):
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop])
-def test_an_optimiser_goes_from_graph_to_eager_and_back(kind):
-    """As when a run is resumed with or without --cuda-graph."""
+def test_an_optimiser_goes_from_graph_to_eager(kind):
+    """As when a run is resumed without --cuda-graph."""
     parameter = nn.Parameter(torch.ones(3))
-    optimizer = kind([parameter], lr=0.1)
-    before = copy.deepcopy(optimizer.param_groups[0])
     parameter.grad = torch.ones(3)
+    optimizer, resumed = (kind([parameter], lr=0.125) for _ in range(2))
+    before = dict(optimizer.param_groups[0])
     optimizer.step()
     set_capturable(optimizer, True)
     assert torch.is_tensor(optimizer.param_groups[0]["lr"])
     torch.save(optimizer.state_dict(), "state.pth")
-    resumed = kind([parameter], lr=0.2)
     resumed.load_state_dict(torch.load("state.pth", weights_only=True))
     set_capturable(resumed, False)
-    assert {k: v for k, v in resumed.param_groups[0].items() if k != "params"} == {
-        k: pytest.approx(v) if k == "lr" else v for k, v in before.items() if k != "params"
-    }
-    parameter.grad = torch.ones(3)
+    assert resumed.param_groups[0] == before
     resumed.step()
     assert parameter.isfinite().all() and (parameter < 1).all()
 
