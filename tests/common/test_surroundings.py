@@ -132,25 +132,6 @@ def test_closed_streams_change_nothing(tiny, monkeypatch, name):
         assert status_of(plot.main, ["nowhere"]) == 2
 
 
-# The environment.
-
-
-@pytest.mark.parametrize(
-    "variables",
-    [
-        "RANK=1", "WORLD_SIZE=two", "RANK=-1", "RANK=", "RANK=0 WORLD_SIZE=2", "SLURM_STEP_NUM_TASKS=4 SLURM_PROCID=3", "PMI_SIZE=2",
-        "OMPI_COMM_WORLD_SIZE=2", "RANK=5 WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT=1", "RANK=0 WORLD_SIZE=1",
-    ],
-)  # fmt: skip
-def test_ranks_without_torchrun_are_a_mistake_except_a_single_one(tiny, capsys, monkeypatch, variables):
-    for variable in variables.split():
-        monkeypatch.setenv(*variable.split("="))
-    single = variables == "RANK=0 WORLD_SIZE=1"
-    assert tiny("--save", "run", "--epochs", "1") == (0 if single else 2)
-    err = capsys.readouterr().err
-    assert single or ("use torchrun, or unset" in err and err.count("\n") == 1 and not Path("run").exists())
-
-
 # Names.
 
 
