@@ -107,7 +107,7 @@ def test_presets_set_the_architecture():
     ("--dataset folder --fold 1/2 --test-size 9", "--fold 1/2 is the test split: leave out --test-size"),
     ("--milestones 3 --schedule cosine", "--milestones are for --schedule step"),
     ("--gamma 0.2", "--gamma 0.2 is the factor at --milestones: add those"),
-    ("--dataset digits --patience 2", "--patience waits for a lower validation error: hold images out"),
+    ("--dataset digits --patience 2", "--patience waits for a lower validation error: hold out images"),
     ("--arch densenet_bc_100_12 --reduction 0.9", "--arch densenet_bc_100_12 sets the reduction"),
     ("--arch densenet121 --depth 40", "--arch densenet121 sets the depth"),
     ("--cutout 33", "--cutout 33 is larger than the images, of 32 pixels"),
