@@ -21,7 +21,7 @@ written. Kept for the backward pass are buf, every h and the statistics.
 
 A network without bottlenecks has the 3×3 convolution alone: o = conv3×3(relu(x·s + t), W1).
 
-The four steps, bn_relu_conv1x1, bn_relu_conv3x3 and their backward passes, stand below in plain torch, which runs
+The steps, bn_relu_conv1x1, bn_relu_conv3x3, their backward passes and complete, stand below in plain torch, which runs
 everywhere, and in kernels.py for CUDA in bf16 and fp16. A batch norm that uses its running statistics takes those in
 place of μ and σ². If all do, as in evaluation, no statistics are computed.
 """
@@ -67,7 +67,7 @@ def layer_parameters(layer):
 
 
 def steps_for(x):
-    """The module that has the four steps for tensors like x: kernels, or this one.
+    """The module that has the steps for tensors like x: kernels, or this one.
 
     The kernels' tiles are made for tensor cores. In float32, exact products of that size do not fit into registers.
     """
@@ -170,7 +170,8 @@ class SharedBuffer(torch.autograd.Function):
                     new = new._replace(d=latest[0], x=latest[1])
                 read = buffer.select(slice(end))._replace(latest=latest if i > 0 else None)
                 grads = [*layer_backward(read, new, saved[i], parameters[i], ctx.norms[i], out.shape), *grads]
-            dx = to_images(buffer.select(slice(ctx.start)).gradient(), out.shape).to(ctx.x_dtype)
+            dx = steps_for(d).complete(buffer.select(slice(ctx.start)), out.shape)
+            dx = to_images(dx, out.shape).to(ctx.x_dtype)
         needed = ctx.needs_input_grad[3:]
         return dx, None, None, *(g if need else None for g, need in zip(grads, needed, strict=True))
 
@@ -324,10 +325,6 @@ class Buffer(NamedTuple):
             self.p.addcmul_(scale, d_bias)
             self.q.addcmul_(scale * norm.rstd, d_weight)
 
-    def gradient(self):
-        """The complete gradient (M, C) of columns, once every layer that reads them has added to it."""
-        return passes_for(self.x).combine(self.d, self.x, torch.ones_like(self.q), -self.q, self.q * self.mean - self.p)
-
 
 def to_rows(x):
     """(N, C, H, W) → (M, C), a view if x is channels last."""
@@ -339,7 +336,7 @@ def to_images(x, shape):
     return x.view(shape[0], shape[2], shape[3], x.shape[1]).permute(0, 3, 1, 2)
 
 
-# The four steps in plain torch. Their passes over memory are in passes.py or, compiled for CPUs, in loops.py.
+# The steps in plain torch. Their passes over memory are in passes.py or, compiled for CPUs, in loops.py.
 
 
 def bn_relu_conv1x1(x, norm, weight, shape, out, statistics):
@@ -362,6 +359,12 @@ def bn_relu_conv3x3(x, norm, weight, shape, out, statistics):
         statistics.copy_(passes.statistics(result))
 
 
+def complete(new, shape):
+    """The gradient (M, K) of a Buffer's columns, once all their readers have added to it: d − p − q·(x − μ)."""
+    ones = torch.ones_like(new.q)
+    return passes_for(new.x).combine(new.d, new.x, ones, -new.q, new.q * new.mean - new.p)
+
+
 def conv3x3_backward(new, x, norm, weight, shape):
     """The Buffer of k columns, x (M, J) → dR (M, J), and the gradients of γ, β (J,) and of the weight (k, J, 3, 3).
 
@@ -369,7 +372,7 @@ def conv3x3_backward(new, x, norm, weight, shape):
     """
     passes = passes_for(x)
     da, d_conv, _ = torch.ops.aten.convolution_backward(
-        to_images(new.gradient(), shape), to_images(passes.bn_relu(x, norm), shape), weight.to(x.dtype), None,
+        to_images(complete(new, shape), shape), to_images(passes.bn_relu(x, norm), shape), weight.to(x.dtype), None,
         [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False],
     )  # fmt: skip
     return *passes.relu_backward(to_rows(da), x, norm), d_conv.to(weight.dtype)

@@ -289,13 +289,16 @@ def finish_statistics(partial, statistics, span, rows):
         )
 
 
-# g (M, KP): the gradient of outputs y, columns of the buffer, is d − p − q·(y − mean); zero beyond K columns.
+# g (M, KP): the gradient of K columns y of the buffer is d − p − q·(y − mean); zero beyond K columns. Program (p, k): a
+# tile of rows, columns k.
 @kernel
 def complete_kernel(
-    y, y_stride, d, d_stride, mean, p, q, g, M, K, KP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr
-):
+    y, y_stride, d, d_stride, mean, p, q, g, M, K,
+    KP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, V: tl.constexpr,
+):  # fmt: skip
+    y_stride, d_stride, K = y_stride // V * V, d_stride // V * V, K // V * V
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    cols = tl.arange(0, BK)
+    cols = tl.program_id(1) * BK + tl.arange(0, BK)
     inside = cols < K
     mask = (rows < M)[:, None] & inside[None, :]
     value = tl.load(d + rows[:, None] * d_stride + cols[None, :], mask=mask, other=0.0)
@@ -306,6 +309,18 @@ def complete_kernel(
     complete = value.to(tl.float32) - p[None, :] - q[None, :] * (x - mu[None, :])
     complete = tl.where(inside[None, :], complete, 0.0).to(value.dtype)
     tl.store(g + rows[:, None] * KP + cols[None, :], complete, mask=(rows < M)[:, None] & (cols < KP)[None, :])
+
+
+def complete(new, shape, multiple=1):
+    """``multiple``: of this, g has a multiple of columns, the last ones zero."""
+    (m, k), tiles = new.x.shape, fitting("complete", new.x, shape)
+    kp = triton.cdiv(k, multiple) * multiple
+    g, bk = new.x.new_empty(m, kp), min(64, power_of_2(kp))
+    complete_kernel[(triton.cdiv(m, tiles["BM"]), triton.cdiv(kp, bk))](
+        new.x, new.x.stride(0), new.d, new.d.stride(0), new.mean, new.p, new.q, g, m, k,
+        **tiles, KP=kp, BK=bk, V=vector(k, new.x.stride(0), new.d.stride(0)),
+    )  # fmt: skip
+    return g
 
 
 # dR = (Σ over taps g·W)·[x·s + t > 0], and partial sums of dR·x̂ and dR. Program (p, j): a span of rows, columns j of x;
@@ -371,14 +386,8 @@ def conv3x3_weight_kernel(
 
 
 def conv3x3_backward(new, x, norm, weight, shape):
-    (m, j), k = x.shape, len(weight)
-    kp, tiles = triton.cdiv(k, 16) * 16, fitting("complete", x, shape)  # tl.dot needs 16
-    g = x.new_empty(m, kp)
-    complete_kernel[(triton.cdiv(m, tiles["BM"]),)](
-        new.x, new.x.stride(0), new.d, new.d.stride(0), new.mean, new.p, new.q, g, m, k,
-        **tiles, KP=kp, BK=power_of_2(k),
-    )  # fmt: skip
-    given = g, x, x.stride(0), *norm[:5]
+    (m, j), k, g = x.shape, len(weight), complete(new, shape, 16)  # tl.dot needs 16
+    kp, given = g.shape[1], (g, x, x.stride(0), *norm[:5])
     size, common = (m, j, k), {"H": shape[2], "W": shape[3], "KP": kp, "V": vector(j, x.stride(0))}
 
     d_relu, tiles = x.new_empty(m, j), fitting("conv3x3_backward", x, shape)
