@@ -57,7 +57,7 @@ def parse_args(argv=None):
 
 
 def check_args(args):
-    """Raises Mistake if a flag has no meaning or a file can't be written. Makes the folders of files to write."""
+    """Raises Mistake if a flag has no meaning. Makes the folders of files to write."""
     for name in ("split", "mistakes", "confusion") if args.paths else ("top", "white"):
         if getattr(args, name) is not None:
             meant = "images of the run's data set: leave out the paths" if args.paths else "image files: name some"
@@ -65,8 +65,6 @@ def check_args(args):
     for path in filter(None, (args.csv, args.mistakes, args.confusion)):
         if path is not args.csv and path.suffix.lower() not in PICTURES:
             raise Mistake(f"{path}: a picture is written as {', '.join(PICTURES)}")
-        if path.is_dir():
-            raise Mistake(f"{path} is a directory: name a file in it")
         path.parent.mkdir(parents=True, exist_ok=True)
 
 

@@ -48,20 +48,6 @@ def make_parser():
     return parser
 
 
-def parse_args(argv=None):
-    args = make_parser().parse_args(argv)
-    if not args.runs and not args.mean:
-        raise Mistake("name a run directory, such as work/cifar10.base")
-    if args.table and args.out:
-        raise Mistake(f"--out {args.out}: a table is printed; > FILE at the end of the command writes it to a file")
-    for name, scale in (("xlim", ""), ("ylim", args.error_scale), ("loss_ylim", args.loss_scale)):
-        low, high = getattr(args, name) or (1, 2)
-        if low >= high or (scale == "log" and low <= 0):
-            numbers = "numbers above 0" if scale == "log" else "numbers"
-            raise Mistake(f"--{name.replace('_', '-')} {low:g} {high:g}: needs two {numbers}, the lower one first")
-    return args
-
-
 def read_logs(args, view):
     """{label: Log} of the runs and the means."""
     logs = [read_log(run) for run in args.runs]
@@ -90,7 +76,11 @@ def figures(args):
 
 @command
 def main(argv=None):
-    args = parse_args(argv)
+    args = make_parser().parse_args(argv)
+    if not args.runs and not args.mean:
+        raise Mistake("name a run directory, such as work/cifar10.base")
+    if args.table and args.out:
+        raise Mistake(f"--out {args.out}: a table is printed; > FILE at the end of the command writes it to a file")
     ylim = {"loss": args.loss_ylim, "error": args.ylim}
     view = View(args.only, args.smooth, args.xlim, ylim, {"loss": args.loss_scale, "error": args.error_scale})
     logs = read_logs(args, view)

@@ -35,8 +35,6 @@ SAMPLE = 500  # the first test images: weights.pth says how many are misclassifi
 
 def finished(directory, ema=False):
     """The checkpoint of a finished run: latest.pth, with ``ema`` averaged, else weights.pth. Raises Mistake."""
-    if not directory.is_dir():
-        raise Mistake(f"{directory} is not a run directory")
     latest = (directory / "latest.pth").exists()
     path = directory / ("latest.pth" if latest else "weights.pth")
     checkpoint = read_checkpoint(path)

@@ -64,25 +64,15 @@ def load_split(checkpoint, split="test", directory=None, reader=None):
             images, notes = datasets.load_test(trained["dataset"], root, reader, checkpoint["classes"], manifest)
             return images.select(slice(trained["limit_test"])), notes
         dataset = datasets.load_run(trained, root, reader, manifest)
-        check_training_data(checkpoint, dataset, root, split)
+        if list(dataset.classes) != checkpoint["classes"]:
+            raise Mistake(f"the images in {root} have other classes than those of the training")
+        if changed := {"train", split} & {*splits.changed(manifest, dataset)}:
+            raise Mistake(f"images in {root} ({', '.join(sorted(changed))}) have changed since the training")
     except Mistake as error:
         raise Mistake(f"{error}; say with --data where the data set of the training is") from error
     if split not in dataset.splits:
         raise Mistake("the run held out no images for validation: choose --split train or test")
     return dataset.splits[split], dataset.notes
-
-
-def check_training_data(checkpoint, dataset, root, split):
-    """Raises Mistake if a data set is not that of the checkpoint's run, or other images would be held out."""
-    if list(dataset.classes) != checkpoint["classes"]:
-        raise Mistake(f"the images in {root} have other classes than those of the training")
-    if changed := {"train", split} & {*splits.changed(checkpoint["manifest"], dataset)}:
-        raise Mistake(f"images in {root} ({', '.join(sorted(changed))}) have changed since the training")
-    # The number of images decides which are held out. Mean and standard deviation, if measured, show a change.
-    measured = checkpoint["measured"], dataset.normalize
-    before, now = (torch.tensor(values, dtype=torch.float64) for values in measured)
-    if checkpoint["config"]["arguments"]["valid_size"] and not torch.equal(before, now):
-        raise Mistake(f"the training images in {root} have changed: the images that were held out are unknown")
 
 
 def predictions(checkpoint, images, device="cpu", amp=contextlib.nullcontext, batch_size=None):

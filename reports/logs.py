@@ -96,8 +96,6 @@ def dataset_name(arguments):
 def read_log(directory):
     """The Log of a run directory. Raises Mistake if it has no logs, or none with a row."""
     directory = Path(directory)
-    if not directory.is_dir():
-        raise Mistake(f"{directory} is not a run directory")
     tables = {split: read_table(directory / f"{split}.csv") for split in LOGS}
     tables = {split: check(table, f"{directory}, {split}") for split, table in tables.items() if table is not None}
     if not tables:

@@ -42,8 +42,6 @@ def test_overlays_runs_of_all_kinds(tmp_path):
     [
         ("--smooth nan", "argument --smooth: nan is not in 0 … 1e+06"),
         ("--figsize 0 5", "argument --figsize: 0 is not in 2 … 50"),
-        ("--xlim 5 2", "--xlim 5 2: needs two numbers, the lower one first"),
-        ("--ylim 0 20 --error-scale log", "--ylim 0 20: needs two numbers above 0, the lower one first"),
         ("--loss-ylim 1 nan", "argument --loss-ylim: nan is not in"),
         ("--table --out runs.csv", "--out runs.csv: a table is printed; > FILE at the end of the command writes it"),
         ("--figsize 2 2", "no room for curves: choose a larger --figsize"),

@@ -86,8 +86,7 @@ def test_publish_refuses_what_is_not_the_run_s_result(tiny, capsys):
     refused("run/latest.pth has no seconds", seconds=None)
     others = [row | {"error": 100.0} for row in metrics["test"]]
     refused("but its log says 100.0 %", metrics=metrics | {"test": others})
-    assert "nowhere is not a run directory" in published("nowhere", capsys, status=2)
-    assert "run/latest.pth is not a run directory" in published("run/latest.pth", capsys, status=2)
+    assert "nowhere/weights.pth is not a checkpoint file" in published("nowhere", capsys, status=2)
     torch.save(checkpoint, "run/latest.pth")
     assert publish.main(["run", "nowhere"]) == 2 and not Path("run/weights.pth").exists()
     Path("run/test.csv").write_text("epoch,loss,error\n1,1.0,0.6\n2,1.0,0.5\n")
