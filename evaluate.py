@@ -19,11 +19,10 @@ from inference.export import read_network
 from inference.network import averaged, classifier, classify_each, load_split, predictions, reader_of
 from inputs.folders import find_images, passed_over
 from inputs.splits import KINDS
-from reports import scores
+from reports import curves, scores
 from reports.logs import title_of
 from training.arguments import parse_again
 
-PICTURES = (".png", ".pdf", ".svg")
 DRAWN = 32  # misclassified images, at most
 
 
@@ -63,8 +62,8 @@ def check_args(args):
             meant = "images of the run's data set: leave out the paths" if args.paths else "image files: name some"
             raise Mistake(f"--{name} is for {meant}")
     for path in filter(None, (args.csv, args.mistakes, args.confusion)):
-        if path is not args.csv and path.suffix.lower() not in PICTURES:
-            raise Mistake(f"{path}: a picture is written as {', '.join(PICTURES)}")
+        if path is not args.csv and path.suffix[1:].lower() not in curves.FORMATS:
+            raise Mistake(f"{path}: a picture is written as {', '.join(curves.FORMATS)}")
         path.parent.mkdir(parents=True, exist_ok=True)
 
 

@@ -48,12 +48,10 @@ class View:
 
 
 def labels(paths):
-    """Names that tell paths apart: the paths without the parts that all share at the beginning and at the end."""
+    """Names that tell paths apart: the paths without the directories that all begin with."""
     paths = [Path(os.path.abspath(path)).parts for path in paths]
-    for _ in ("beginning", "end"):
-        alike = min(leading(paths), min(map(len, paths)) - 1)  # keep at least one part of each
-        paths = [path[alike:][::-1] for path in paths]
-    return ["/".join(path) for path in paths]
+    shared = min(leading(paths), min(map(len, paths)) - 1)  # keep at least one part of each
+    return ["/".join(path[shared:]) for path in paths]
 
 
 def smooth(table, epochs):

@@ -245,18 +245,15 @@ def add_arrows(graph, boxes, arrows, colors, sides):
 
 
 def save(graph, path):
-    """Write the graph in the format of the path's suffix, in one step. Returns the path written.
-
-    If the program dot is missing or fails, that is a .dot file beside it.
-    """
+    """Write the graph in the format of the path's suffix, in one step. Raises Mistake if dot fails or is missing."""
     kind = path.suffix[1:]
     if kind == "png":
         graph.attr(dpi="108")  # screens have 96: a page that scales the picture stays sharp
     try:
         content = graph.source.encode() if kind == "dot" else graph.pipe(format=kind, quiet=True)
-    except (graphviz.ExecutableNotFound, graphviz.CalledProcessError):  # dot may be installed without a format
-        path, content = path.with_suffix(".dot"), graph.source.encode()
+    except (graphviz.ExecutableNotFound, graphviz.CalledProcessError) as error:
+        instead = "install it (apt install graphviz), or write the graph as text with --out model.dot"
+        raise Mistake(f"the program dot is missing or cannot draw {path}: {instead}") from error
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as file:
         file.write(content)
-    return path

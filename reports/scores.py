@@ -9,9 +9,11 @@ import sys
 
 import numpy as np
 import torch
+from matplotlib.colors import PowerNorm
 
 from common.console import printable
 from common.files import written_whole
+from reports import curves
 from reports.tables import wilson
 
 PER_ROW = 8  # images
@@ -89,37 +91,31 @@ def csv_table(path, column, classes, labelled=False):
 
 def draw_mistakes(path, images, captions, title):
     """Draw misclassified ImageTensors or ImageFiles; a caption is (true class, predicted class, probability)."""
-    from reports.curves import Figure, drawable, save
-
     columns = min(PER_ROW, len(images))
     rows = -(-len(images) // columns)
-    figure = Figure(figsize=(max(1.4 * columns, 6), 2 * rows + 0.6), layout="constrained")
-    figure.suptitle(drawable(f"{title}\ntrue class → predicted class, and its probability"), fontsize=10)
+    figure = curves.Figure(figsize=(max(1.4 * columns, 6), 2 * rows + 0.6), layout="constrained")
+    figure.suptitle(curves.drawable(f"{title}\ntrue class → predicted class, and its probability"), fontsize=10)
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.axis("off")
     drawn = zip(figure.axes, images.names, images.pixels.numpy(), captions, strict=False)  # of more axes than images
     for axes, name, pixels, (true, predicted, probability) in drawn:
         axes.imshow(pixels if pixels.shape[2] == 3 else pixels[..., 0], cmap="gray", vmin=0, vmax=255)
         caption = f"{shortened(true)}\n→ {shortened(predicted)}\n{100 * probability:.1f} %"
-        axes.set_title(drawable(caption), fontsize=7)
-        name = drawable(shortened(os.path.basename(name) if isinstance(name, str) else f"index {name}"))
+        axes.set_title(curves.drawable(caption), fontsize=7)
+        name = curves.drawable(shortened(os.path.basename(name) if isinstance(name, str) else f"index {name}"))
         axes.text(0.5, -0.03, name, ha="center", va="top", transform=axes.transAxes, fontsize=6, color="0.5")
-    save(figure, path)
+    curves.save(figure, path)
 
 
 def draw_confusion(path, matrix, classes, title):
     """Draw a confusion matrix (classes, classes), each row in percent: right predictions in blue, wrong ones in red."""
-    from matplotlib.colors import PowerNorm
-
-    from reports.curves import Figure, drawable, save
-
     counts, size = matrix.numpy(), len(classes)
     percent = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
     right = np.eye(size, dtype=bool)
     most = max(percent[~right].max(), 5)
     side = min(max(size * (0.5 if size <= NUMBERED else 0.13), 4), 20)  # inches
-    figure = Figure(figsize=(side + 3, side + 1.5), layout="compressed")
-    figure.suptitle(drawable(title), fontsize=10)
+    figure = curves.Figure(figsize=(side + 3, side + 1.5), layout="compressed")
+    figure.suptitle(curves.drawable(title), fontsize=10)
     axes = figure.subplots()
     blue = axes.imshow(np.ma.array(percent, mask=~right), cmap="Blues", vmin=0, vmax=100)
     red = axes.imshow(np.ma.array(percent, mask=right | (counts == 0)), cmap="Reds", norm=PowerNorm(0.5, 0, most))
@@ -127,13 +123,13 @@ def draw_confusion(path, matrix, classes, title):
         figure.colorbar(shade, label=f"{label} (% of the class)", shrink=0.4, fraction=0.04, pad=0.02)
     axes.set(xlabel="predicted class", ylabel="class")
     if size <= NAMED:
-        names, fontsize = [drawable(shortened(name)) for name in classes], 9 if size <= NUMBERED else 6
+        names, fontsize = [curves.drawable(shortened(name)) for name in classes], 9 if size <= NUMBERED else 6
         axes.set_xticks(range(size), names, rotation=90, fontsize=fontsize)
         axes.set_yticks(range(size), names, fontsize=fontsize)
     for row, column in zip(*counts.nonzero(), strict=True) if size <= NUMBERED else ():
         color = "white" if percent[row, column] > (50 if row == column else most / 3) else "black"
         axes.text(column, row, counts[row, column], ha="center", va="center", fontsize=8, color=color)
-    save(figure, path)
+    curves.save(figure, path)
 
 
 def shortened(name, length=20):

@@ -35,16 +35,6 @@ def test_the_suffix_chooses_the_format(tmp_path, capfd, flags, kind, start):
     assert drawn.returncode == 0 and drawn.stderr == "" and "</svg>" in drawn.stdout
 
 
-def test_without_dot_the_text_is_written_beside(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert make_graph.main(["--depth", "10", "--out", str(tmp_path / "model.svg")]) == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["model.dot"]
-    assert "dense block 1" in (tmp_path / "model.dot").read_text()
-    out, err = capsys.readouterr()
-    assert out == f"{tmp_path / 'model.dot'}\n"
-    assert err.count("\n") == 1 and "apt install graphviz" in err and f"-o {tmp_path / 'model.svg'}" in err
-
-
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -54,15 +44,15 @@ def test_without_dot_the_text_is_written_beside(tmp_path, monkeypatch, capsys):
         ("--depth 10 --part blocks.3", "part 'blocks.3': choose one of stem, blocks.0, transitions.0, blocks.1"),
         ("--depth 10 --image-size 2", "images of 2×2 pixels are too small"),
         ("--depth 10 --out file/model.dot", "file: File exists"),
-        ("--depth 10 --out folder.svg", "folder.svg: is not a file that can be replaced"),
+        ("--depth 10 --out folder.dot", "folder.dot: is not a file that can be replaced"),
+        ("--depth 10", "the program dot is missing or cannot draw images/model.svg: install it (apt install graphviz)"),
     ],
 )
-def test_a_mistake_ends_with_one_line_and_status_2(tmp_path, capsys, flags, words):
+def test_a_mistake_ends_with_one_line_and_status_2(tmp_path, capsys, monkeypatch, flags, words):
+    monkeypatch.setenv("PATH", str(tmp_path))  # has no dot
     Path("file").touch()
-    Path("folder.svg").mkdir()
+    Path("folder.dot").mkdir()
     assert status_of(make_graph.main, flags.split()) == 2
     out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("make_graph.py: error: ") and err.count("\n") == 1
-    assert words in err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.svg"]
+    assert out == "" and err.startswith("make_graph.py: error: ") and words in err and err.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.dot"]

@@ -71,21 +71,6 @@ def test_needs_no_torch_and_no_backend():
     assert Path("figure.png").exists()
 
 
-def test_two_drawings_of_one_run_do_not_meet(tmp_path, monkeypatch):
-    """While one process writes its figure, another one does."""
-    run, real = write_ours(tmp_path / "run"), os.fsync
-    command = [str(run), "--out", str(tmp_path / "figure.svg")]
-
-    def meanwhile(descriptor):
-        monkeypatch.setattr(os, "fsync", real)
-        subprocess.run([sys.executable, ROOT / "plot.py", *command], check=True)
-        real(descriptor)
-
-    monkeypatch.setattr(os, "fsync", meanwhile)
-    assert plot.main(command) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"run", "figure.svg"}
-
-
 def test_draws_means_beside_runs(tmp_path, capsys):
     one, seeds = str(write_config(write_ours(tmp_path / "adam"))), list(map(str, write_seeds(tmp_path)))
     assert plot.main([one, "--mean", *seeds, "--out", str(tmp_path), "--format", "svg"]) == 0

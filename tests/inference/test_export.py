@@ -122,17 +122,7 @@ def test_an_export_that_is_wrong_for_one_batch_size_is_not_kept(size, tmp_path, 
     assert (tmp_path / "weights.x").read_bytes() == b"content"
 
 
-@pytest.mark.parametrize("kind", ["onnx", "safetensors"])
-def test_a_line_says_which_packages_are_missing(kind, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(Mistake, match=rf"packages that are not installed: pip install .*{kind}"):
-        export.FORMATS[f".{kind}"][0](read_checkpoint(WEIGHTS))
-    Path(f"x.{kind}").write_bytes(b"")
-    with pytest.raises(Mistake, match=rf"packages that are not installed: pip install .*{kind}"):
-        export.read_network(f"x.{kind}")
-
-
-def test_other_files_are_refused_in_a_line(capsys):
+def test_other_files_are_refused_in_a_line(capsys, monkeypatch):
     pytest.importorskip("onnxruntime")
     save = pytest.importorskip("safetensors.torch").save_file
     save({"x": torch.zeros(1)}, "described.safetensors", {"format": "pt"})
@@ -147,3 +137,7 @@ def test_other_files_are_refused_in_a_line(capsys):
         assert evaluate.main([name]) == 2
         err = capsys.readouterr().err
         assert err.startswith(f"evaluate.py: error: {name}{words}") and err.count("\n") == 1
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for call in (export.to_onnx, export.from_onnx, export.to_safetensors, export.from_safetensors):
+        with pytest.raises(Mistake, match=r"packages that are not installed: pip install .*(onnx|safetensors)"):
+            call(None)
