@@ -101,9 +101,9 @@ def evaluate_split(args, checkpoint, device, amp):
     """Print error and scores on a split of the run's data set; write and draw what the flags say."""
     classes, split = checkpoint["classes"], args.split or "test"
     reader = reader_of(checkpoint, workers=args.workers, progress=args.progress)
-    images, notes = load_split(checkpoint, split, args.data, reader)
-    for note in notes:
-        print(one_line(note))
+    images, lines = load_split(checkpoint, split, args.data, reader)
+    for line in lines:
+        print(one_line(line))
     names, answers = iter(images.names), []
     column = "path" if isinstance(images.names[0], str) else "index"
     bar = tqdm(total=len(images), desc="classifying images", unit="img", leave=False, disable=not args.progress)

@@ -36,10 +36,9 @@ def make_parser():
 
 def build(given):
     """The network that the ``given`` flags describe, without data, and its image size. Raises Mistake."""
-    options = architecture(given)
+    options = architecture(given) | {name: given[name] for name in NETWORK if name in given}
     imagenet = options.get("stem") == "imagenet"
-    options = {"num_classes": 1000 if imagenet else 10} | options
-    options |= {name: given[name] for name in (*NETWORK, "num_classes") if name in given}
+    options["num_classes"] = given.get("num_classes", 1000 if imagenet else 10)
     options["in_channels"] = given.get("channels", 3)
     image_size = given.get("image_size", 224 if imagenet else 32)
     with possible(image_size):

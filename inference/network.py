@@ -61,8 +61,8 @@ def load_split(checkpoint, split="test", directory=None, reader=None):
     try:
         # Exported files do not name the test files, which are then set apart again.
         if split == "test" and (manifest is None or manifest["test_files"] or "test" in manifest["folders"]):
-            images, notes = datasets.load_test(trained["dataset"], root, reader, checkpoint["classes"], manifest)
-            return images.select(slice(trained["limit_test"])), notes
+            images, lines = datasets.load_test(trained["dataset"], root, reader, checkpoint["classes"], manifest)
+            return images.select(slice(trained["limit_test"])), lines
         dataset = datasets.load_run(trained, root, reader, manifest)
         if list(dataset.classes) != checkpoint["classes"]:
             raise Mistake(f"the images in {root} have other classes than those of the training")

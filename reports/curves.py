@@ -186,13 +186,13 @@ def make_figure(logs, quantities, view, title=None, size=None):
 
 def save(figure, path):
     """Write a figure in one step, the same bytes for the same logs. Raises Mistake if its texts leave no room."""
-    kind = path.suffix[1:].lower()
-    metadata = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(kind)
+    suffix = path.suffix[1:].lower()
+    metadata = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(suffix)
     buffer = io.BytesIO()  # a drawing that fails or is killed leaves nothing on disk
     with matplotlib.rc_context({"svg.hashsalt": "densenet"}), warnings.catch_warnings(action="ignore"):
         warnings.filterwarnings("error", "constrained_layout not applied")  # others are about letters that no font has
         try:
-            figure.savefig(buffer, format=kind, dpi=150, metadata=metadata)
+            figure.savefig(buffer, format=suffix, dpi=150, metadata=metadata)
         except UserWarning as error:
             raise Mistake(f"{path}: the texts leave no room for curves: choose a larger --figsize") from error
     with written_whole(path, f".{os.getpid()}.tmp") as file:  # another process may draw the same figure

@@ -157,9 +157,9 @@ def compose(members):
 
 
 def part_title(part):
-    kind, _, index = part.partition(".")
-    kind = {"blocks": "dense block", "transitions": "transition"}.get(kind, kind)
-    return f"{kind} {int(index) + 1}" if index else kind
+    name, _, index = part.partition(".")
+    name = {"blocks": "dense block", "transitions": "transition"}.get(name, name)
+    return f"{name} {int(index) + 1}" if index else name
 
 
 def describe_box(members):
@@ -246,11 +246,11 @@ def add_arrows(graph, boxes, arrows, colors, sides):
 
 def save(graph, path):
     """Write the graph in the format of the path's suffix, in one step. Raises Mistake if dot fails or is missing."""
-    kind = path.suffix[1:]
-    if kind == "png":
+    suffix = path.suffix[1:]
+    if suffix == "png":
         graph.attr(dpi="108")  # screens have 96: a page that scales the picture stays sharp
     try:
-        content = graph.source.encode() if kind == "dot" else graph.pipe(format=kind, quiet=True)
+        content = graph.source.encode() if suffix == "dot" else graph.pipe(format=suffix, quiet=True)
     except (graphviz.ExecutableNotFound, graphviz.CalledProcessError) as error:
         instead = "install it (apt install graphviz), or write the graph as text with --out model.dot"
         raise Mistake(f"the program dot is missing or cannot draw {path}: {instead}") from error

@@ -97,7 +97,7 @@ def read_log(directory):
     """The Log of a run directory. Raises Mistake if it has no logs, or none with a row."""
     directory = Path(directory)
     tables = {split: read_table(directory / f"{split}.csv") for split in LOGS}
-    tables = {split: check(table, f"{directory}, {split}") for split, table in tables.items() if table is not None}
+    tables = {split: table for split, table in tables.items() if table is not None}
     if not tables:
         raise Mistake(f"{directory} has no log with a row: train.csv or test.csv")
     train, fine = tables.get("train"), None
@@ -111,10 +111,11 @@ def read_log(directory):
 
 
 def read_table(path):
-    """COLUMNS of a CSV file, and those of OPTIONAL that it has, as numbers; an empty cell is NaN.
+    """A log by epoch: its COLUMNS, and those of OPTIONAL that it has, as numbers. None if it is missing or has no row.
 
-    A file without a header has COLUMNS alone. A last line without its newline counts if it is whole. None if the file
-    is missing or has no row. Raises Mistake if it is not a log.
+    A file without a header has COLUMNS alone. A last line without its newline counts if it is whole. If a resumed run
+    logged an epoch twice, the last row counts. Empty cells and infinite losses are NaN. Raises Mistake if the file is
+    not a log, or an epoch or an error is out of range.
     """
     if not path.exists():
         return None
@@ -134,19 +135,12 @@ def read_table(path):
         table = table.dropna(how="all")[[name for name in (*COLUMNS, *OPTIONAL) if name in table]].astype(float)
     except ValueError as error:  # of decoding, too
         raise Mistake(f"{path} is not a log: {str(error).strip()}") from error
-    return table if len(table) else None
-
-
-def check(table, name):
-    """Sort a table by epoch. Of an epoch that a resumed run logged twice, the last row stays. An infinite loss is NaN.
-
-    Raises Mistake if an epoch or an error is out of range.
-    """
     for values, high in ((table.epoch, 1e6), (table.error.dropna(), 100)):
         for value in values[~values.between(0, high)]:
-            raise Mistake(f"{name}: a damaged log: {values.name} {value:g} is not in 0 … {high:g}")
+            raise Mistake(f"{path}: a damaged log: {values.name} {value:g} is not in 0 … {high:g}")
     table = table.assign(loss=table.loss.where(table.loss.abs() < 1e100))
-    return table.drop_duplicates("epoch", keep="last").sort_values("epoch", ignore_index=True)
+    table = table.drop_duplicates("epoch", keep="last").sort_values("epoch", ignore_index=True)
+    return table if len(table) else None
 
 
 def mean_log(logs, unlike=False):

@@ -50,11 +50,11 @@ def outcome(log):
     return texts | {name: f"{value:.2f}" for name, value in numbers.items()}
 
 
-def formatted(header, rows, kind):
+def formatted(header, rows, style):
     """A table as text, in one of FORMATS."""
-    if kind == "csv":
+    if style == "csv":
         return pd.DataFrame(rows, columns=header).to_csv(index=False, lineterminator="\n").rstrip("\n")
-    if kind == "markdown":
+    if style == "markdown":
         return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, cells, widths)).rstrip() for cells in (header, *rows))

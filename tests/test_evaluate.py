@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import sys
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ import evaluate
 from common.checkpoints import read_checkpoint
 from common.console import Mistake
 from inference import network
-from inputs import datasets, folders
+from inputs import datasets
 from inputs.image import Reader
 from training.arguments import parse_args
 from training.flags import model_options
@@ -246,17 +245,3 @@ def test_mistakes_are_one_line_before_anything_is_computed(root, capsys, monkeyp
     monkeypatch.setattr(network, "load_model", None)
     err = evaluated(capsys, *flags.split(), status=2).err
     assert err.startswith("evaluate.py: error: ") and words in err and err.count("\n") == 1
-
-
-def test_folders_are_searched_like_those_of_training(root):
-    """What training finds in class folders, and what lies beside them; what is hidden is not seen, circles are told."""
-    (root / "test/loose.PNG").touch()
-    (root / "test/.hidden.png").touch()
-    (root / "test/dog/notes.txt").touch()
-    passed, by_class = Counter(), folders.list_images(root / "test", Counter())
-    found = folders.find_images([root / "test", "any file"], passed)
-    assert found == [*by_class["cat"], *by_class["dog"], str(root / "test/loose.PNG"), "any file"]
-    assert passed == {".txt": 1}
-    (root / "test/cat/again").symlink_to(root / "test")
-    with pytest.raises(Mistake, match="again is a link to a folder that it is in"):
-        folders.find_images([root / "test"], passed)

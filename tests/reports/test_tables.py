@@ -53,17 +53,6 @@ def test_a_table_of_runs_that_say_less(tmp_path, capsys):
     assert mean["test error (%)"] == "4.00" and mean["sd"] == "2.00" and mean["95 % low"] == mean["seed"] == singles[0]["sd"] == "–"
 
 
-def test_tables_are_text_markdown_or_csv(tmp_path, capsys):
-    runs = [str(write_config(write_ours(tmp_path / name), lr=lr)) for name, lr in (("slow", 0.01), ("fast", 0.1))]
-    assert plot.main([*runs, "--table"]) == plot.main([*runs, "--table", "markdown"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    text, markdown = lines[:3], lines[3:]
-    assert [line.split()[:2] for line in text] == [["run", "lr"], ["slow", "0.01"], ["fast", "0.1"]]
-    assert len({line.index(word) for line, word in zip(text, ("lr", "0.01", "0.1"), strict=True)}) == 1
-    assert markdown[0].startswith("| run | lr | epoch |") and set(markdown[1]) == set("| -")
-    assert [line.count("|") for line in markdown] == [markdown[0].count("|")] * 4
-
-
 def test_wilson_interval():
     """Newcombe 1998, table I: 81 of 263, 0 of 20."""
     assert wilson(100 * 81 / 263, 263) == pytest.approx((25.53, 36.62), abs=0.01)
