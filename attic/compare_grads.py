@@ -91,8 +91,8 @@ def main(argv=None):
     images = torch.randn(4, 3, 64, 64, dtype=torch.float64).to(args.device)
     labels = torch.tensor([3, 5, 0, 3]).to(args.device)
     with checks.bug_of_2017(args.with_bug):
-        found = training_step(ours, images, labels, watched)
-    return checks.verdict(compare(found, training_step(theirs, images, labels, watched)))
+        our_step = training_step(ours, images, labels, watched)
+    return checks.verdict(compare(our_step, training_step(theirs, images, labels, watched)))
 
 
 if __name__ == "__main__":

@@ -50,8 +50,8 @@ def main(argv=None):
     amp, _ = choose_precision("fp32", args.device)
     dataset, batches = checks.load(args)
     images, *rest = next(batches.shuffled(args.seed))
-    layout = torch.contiguous_format if args.with_bug else torch.channels_last  # as in 2017; as in train.py
-    batch = images.to(memory_format=layout), *rest
+    order = torch.contiguous_format if args.with_bug else torch.channels_last  # as in 2017; as in train.py
+    batch = images.to(memory_format=order), *rest
     rows, failures = [], []
     for block in (None, *BLOCKS):
         torch.manual_seed(args.seed)
@@ -60,7 +60,7 @@ def main(argv=None):
         model = DenseNet(depth=args.depth, num_classes=classes, block=block) if block else vgg(classes)
         try:
             with checks.bug_of_2017(args.with_bug):
-                loss, error = overfit(model.to(args.device, memory_format=layout), batch, args.steps, amp)
+                loss, error = overfit(model.to(args.device, memory_format=order), batch, args.steps, amp)
         except NotFinite as stopped:
             rows.append([name, f"not finite in step {stopped.step}", "", "", "", ""])
             failures.append(f"{name}: the loss is not finite")

@@ -59,14 +59,14 @@ NAMES = (*BLOCKS, *MODELS)
 
 
 def make_model(name, depth, device="cpu"):
-    """A candidate's network, in training mode, with the weights that all share, and the memory format to run it in."""
+    """A candidate's network in training mode, with the same weights as the others, and its memory format."""
     torch.manual_seed(0)
     model = DenseNet(depth=depth, block=name if name in BLOCKS else "naive")
     if name in MODELS:
         model = MODELS[name](model)
     ours = name in BLOCKS or name.endswith((CHANNELS_LAST, COMPILED))
-    layout = memory_format(device) if ours else torch.contiguous_format
-    return model.to(device, memory_format=layout), layout
+    order = memory_format(device) if ours else torch.contiguous_format
+    return model.to(device, memory_format=order), order
 
 
 def compile_candidate(model, name):
@@ -85,13 +85,13 @@ def check(job, device):
     exact_amp, _ = choose_precision("fp32", device)
     amp, _ = choose_precision(job["precision"], device)
     reference = make_model("naive", job["depth"])[0].double()
-    model, layout = make_model(job["candidate"], job["depth"], device)
+    model, order = make_model(job["candidate"], job["depth"], device)
     results = ("output", "gradients", "statistics") if job["candidate"] in BLOCKS else ("output", "gradients")
 
     def errors(reference, model, dtype, amp, seed):
         exact = trial.outcome(reference, *trial.make_images(CHECKED_IMAGES, IMAGES, seed, torch.float64), exact_amp)
         images, labels = trial.make_images(CHECKED_IMAGES, IMAGES, seed, dtype, next(model.parameters()).device)
-        images = images.to(memory_format=layout)
+        images = images.to(memory_format=order)
         outcome = trial.outcome(model, images, labels, amp, lambda name: rename(name, FROM_TORCHVISION))
         return trial.errors(outcome, {name: exact[name] for name in results})
 
@@ -105,11 +105,11 @@ def check(job, device):
 def step_functions(job, device):
     """Two functions, a training step and an inference, each on one batch that is already on the device."""
     amp, _ = choose_precision(job["precision"], device)
-    model, layout = make_model(job["candidate"], job["depth"], device)
+    model, order = make_model(job["candidate"], job["depth"], device)
     compile_candidate(model, job["candidate"])
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
     images, labels = trial.make_images(job["batch_size"], IMAGES, 1, device=device)
-    images = images.to(memory_format=layout)
+    images = images.to(memory_format=order)
     job["saved_mib"] = round(saved_bytes(lambda: model(images), model, amp) / 2**20, 1)
     step = (GraphedStep if job["graph"] else Step)(model, optimizer, amp, scaled=job["precision"] == "fp16")
 

@@ -117,14 +117,10 @@ def full(dice, seconds):
     return status == 1 and is_whole() if status else None
 
 
-HARMS = {harm.__name__: harm for harm in (moments, operations, replacements, bits, full)}
-
-
 def main(argv=None):
     parser = Parser(prog="campaign.py", description=__doc__)
     parser.add_argument("--count", type=positive, default=50, help="runs for each harm (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="(default: random, and printed)")
-    parser.add_argument("--only", choices=HARMS, help="one harm (default: all)")
     args = parser.parse_args(argv)
     failures = 0
     datasets.load("digits", None)  # imports what each process would have to
@@ -133,12 +129,12 @@ def main(argv=None):
         begin = time.monotonic()
         assert child("whole") == child("other", "--seed", "2") == 0
         seconds = (time.monotonic() - begin) / 2
-        for name in [args.only] if args.only else HARMS:
-            outcomes = []
+        for harm in (moments, operations, replacements, bits, full):
+            outcomes, name = [], harm.__name__
             for i in range(args.count):
                 shutil.rmtree("run", ignore_errors=True)
                 Path("output.txt").unlink(missing_ok=True)
-                outcomes.append(HARMS[name](random.Random(f"{args.seed} {name} {i}"), seconds))
+                outcomes.append(harm(random.Random(f"{args.seed} {name} {i}"), seconds))
                 text = Path("output.txt").read_text()
                 if outcomes[-1] is False or "Traceback" in text:
                     failures += 1

@@ -1,7 +1,7 @@
 import os
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests share the processor's cores as it is (pyproject.toml)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side (pyproject.toml)
 
 import pandas as pd
 import pytest
@@ -37,14 +37,14 @@ def status_of(main, flags):
 @pytest.fixture
 def figures(monkeypatch):
     """The figures that are saved, by file name; they are saved, too."""
-    found, save = {}, curves.save
+    saved, save = {}, curves.save
 
     def kept(figure, path):
-        found[path.name] = figure
+        saved[path.name] = figure
         save(figure, path)
 
     monkeypatch.setattr(curves, "save", kept)
-    return found
+    return saved
 
 
 @pytest.fixture

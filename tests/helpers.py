@@ -1,4 +1,4 @@
-"""What several test files share: data, runs and networks to test with."""
+"""Shared by several test files: data, runs and networks to test with."""
 
 import copy
 import functools
@@ -19,7 +19,6 @@ from inputs.batches import ImageTensors
 from training.step import GraphedStep
 
 # batches
-
 
 NORMALIZE = ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7))
 
@@ -59,13 +58,11 @@ def finished(process, status):
 # step
 
 sgd = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
-
-
 no_amp = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=False)
 
 
 class Replayed(GraphedStep):
-    """With a stand-in for CUDA graphs, which knows only tensors, at the addresses of the capture, and fills them anew."""
+    """With a stand-in for CUDA graphs: it knows only tensors, at the addresses of the capture, and fills them again."""
 
     def beside(self, function, *args):
         return function(*args)
@@ -100,7 +97,7 @@ OTHERS = [name for name in BLOCKS if name != "naive"]
 def make(dtype=torch.float64, **options):
     torch.manual_seed(0)
     model = DenseNet(**{"depth": 16, "growth_rate": 6} | options).to(dtype)
-    for module in model.modules():  # away from the initial 1, 0, where some mistakes cannot be seen
+    for module in model.modules():  # away from the initial 1 and 0, which hide some faults
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.weight)
             nn.init.normal_(module.bias)

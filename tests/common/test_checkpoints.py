@@ -48,15 +48,15 @@ def outcomes(checkpoint, source, capsys, commands=("evaluate", "publish", "train
     shutil.copytree(source, "run", ignore=shutil.ignore_patterns("previous.pth"))
     torch.save(checkpoint, "run/latest.pth")
     shutil.copy("run/latest.pth", "altered.pth")
-    found, flags = {}, {
+    answers, flags = {}, {
         "evaluate": ["altered.pth", "--device", "cpu"],
         "publish": ["run", "--ema", "--device", "cpu"],
         "train": ["--resume", "--epochs", "3", "--save", "run", "--no-plot", "--no-progress"],
     }  # fmt: skip
     for name in commands:
         capsys.readouterr()
-        found[name] = status_of(importlib.import_module(name).main, flags[name]), capsys.readouterr().err
-    return found
+        answers[name] = status_of(importlib.import_module(name).main, flags[name]), capsys.readouterr().err
+    return answers
 
 
 def test_other_numbers_in_tensors_are_no_edit(trained, capsys):
@@ -97,9 +97,9 @@ def test_what_no_run_writes_is_refused_by_every_command(trained, capsys, alter, 
 )
 def test_weights_have_to_fit(trained, capsys, place, name, change):
     checkpoint = older(trained[1]["sgd"], (*place, name), change(trained[1]["sgd"]["model"]["norm.weight"]))
-    found = outcomes(checkpoint, trained[0], capsys, ["publish", "train"])
-    assert found["train"][0] == 2 and "the checkpoint's weights do not fit its network" in found["train"][1]
-    assert found["publish"][0] == (2 if "ema" in place else 0)  # it publishes the averaged ones
+    answers = outcomes(checkpoint, trained[0], capsys, ["publish", "train"])
+    assert answers["train"][0] == 2 and "the checkpoint's weights do not fit its network" in answers["train"][1]
+    assert answers["publish"][0] == (2 if "ema" in place else 0)  # it publishes the averaged ones
 
 
 @pytest.mark.parametrize("opt", ["sgd", "adam"])
@@ -116,9 +116,9 @@ def test_an_optimiser_takes_only_its_own_state(trained, capsys, opt, path, value
 
 def test_averaged_weights_do_not_go_missing(trained, capsys):
     checkpoint = older(trained[1]["sgd"], ("ema",), DELETED)
-    found = outcomes(checkpoint, trained[0], capsys, ["train", "publish"])
-    assert found["train"][0] == found["publish"][0] == 2
-    assert "training cannot go on from run/latest.pth" in found["train"][1] and "no averaged weights" in found["publish"][1]
+    answers = outcomes(checkpoint, trained[0], capsys, ["train", "publish"])
+    assert answers["train"][0] == answers["publish"][0] == 2
+    assert "training cannot go on from run/latest.pth" in answers["train"][1] and "no averaged weights" in answers["publish"][1]
 
 
 def test_early_runs_of_several_processes_named_weights_otherwise(trained):

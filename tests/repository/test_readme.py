@@ -39,8 +39,8 @@ def commands():
 @pytest.mark.parametrize("command", sorted(set(commands())))
 def test_every_training_command_is_valid(command, monkeypatch):
     monkeypatch.setattr(arguments, "read_source", lambda *_: None)  # which another command writes, or a download
-    given = shlex.split(command.replace("$seed", "1"))[1:]
-    arguments.parse_args([flag for flag in given if flag not in ("--resume", "if-any", "--help", "…")])
+    line = shlex.split(command.replace("$seed", "1"))[1:]
+    arguments.parse_args([flag for flag in line if flag not in ("--resume", "if-any", "--help", "…")])
 
 
 def links(name):
@@ -77,9 +77,9 @@ def test_all_is_reached_from_the_readme():
 
 def test_table_of_networks_is_the_code_s():
     """Parameters; products of a forward pass, as a multiple of the default network's."""
-    found, costs = re.findall(r"^\| `--arch (\w+)`[^|\n]* \| ([\d,]+) \|(?: ([\d.]+) \|)?", README, re.MULTILINE), {}
-    assert {name for name, *_ in found} == set(densenet.ARCHITECTURES)
-    for name, count, _ in found:
+    table, costs = re.findall(r"^\| `--arch (\w+)`[^|\n]* \| ([\d,]+) \|(?: ([\d.]+) \|)?", README, re.MULTILINE), {}
+    assert {name for name, *_ in table} == set(densenet.ARCHITECTURES)
+    for name, count, _ in table:
         products, (classes, size) = [], (10, 32) if "_" in name else (1000, 224)
         with torch.device("meta"):
             model = densenet.DenseNet(**densenet.ARCHITECTURES[name], num_classes=classes)
@@ -89,7 +89,7 @@ def test_table_of_networks_is_the_code_s():
             model(torch.empty(1, 3, size, size))
         assert f"{sum(p.numel() for p in model.parameters()):,}" == count, name
         costs[name] = sum(products)
-    assert all(cost in ("", f"{costs[name] / costs['densenet_bc_100_12']:.1f}") for name, _, cost in found)
+    assert all(cost in ("", f"{costs[name] / costs['densenet_bc_100_12']:.1f}") for name, _, cost in table)
 
 
 def row(*cells):
@@ -135,13 +135,13 @@ def spread(errors, digits):
 
 def speed():
     epyc, h200 = measured("epyc.csv", precision="bf16"), measured("h200.csv", precision="bf16", depth=100, batch_size=64)
-    for machine, found, digits in (("NVIDIA H200, a CUDA graph", h200, 2), ("AMD EPYC, two cores", epyc, 0)):
-        values = ((found.ms[block], found.peak_mib[block]) for block in ("naive", "fused"))
+    for machine, rows, digits in (("NVIDIA H200, a CUDA graph", h200, 2), ("AMD EPYC, two cores", epyc, 0)):
+        values = ((rows.ms[block], rows.peak_mib[block]) for block in ("naive", "fused"))
         yield row(machine, *(f"{ms:,.{digits}f} ms, {peak:,.0f} MiB" for ms, peak in values))
     assert [round(h200[column]["naive"] / h200[column]["fused"]) for column in ("ms", "peak_mib")] == [2, 4]
     yield "halves the time of a training step on an NVIDIA H200, in about a quarter of the memory"
     yield f"A step takes {epyc.ms['checkpoint']:,.0f} ms and {epyc.peak_mib['checkpoint']:,.0f} MiB on the EPYC"
-    times = (found.times_as_fast["fused"] for found in (epyc, measured("epyc.csv", precision="fp32")))
+    times = (rows.times_as_fast["fused"] for rows in (epyc, measured("epyc.csv", precision="fp32")))
     yield "`fused` is {:.2f} times as fast in bf16; in fp32, where it saves memory only, {:.2f} times".format(*times)
 
 
