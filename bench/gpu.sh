@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# What a CUDA GPU has to show, in pieces of at most nine minutes. What comes out belongs into bench/.
+# Measure and test on a CUDA GPU, in pieces of at most nine minutes. The results belong in bench/.
 #
-#   bash bench/gpu.sh            does the stages that still fit into LIMIT seconds (540), and remembers what is done:
+#   bash bench/gpu.sh            runs the steps that fit into LIMIT seconds (540), and remembers which are done:
 #                                call it again until it says that all is done
-#   bash bench/gpu.sh STAGE...   does these, done or not; "list" names them
+#   bash bench/gpu.sh STEP...    runs these steps, done or not; "list" names them
 #   bash bench/gpu.sh plan       checks without a GPU that all flags and names exist
 #
-# DATA: where CIFAR-10 is, or is downloaded to. STATE: where everything that is written lies (default /tmp/densenet-gpu);
-# STATE/out is what to keep: tables, the log, and the run of 300 epochs, with which another machine's STATE goes on.
+# DATA: the folder of CIFAR-10, which is downloaded if it is missing. STATE: the folder of all that is written (default
+# /tmp/densenet-gpu). Keep STATE/out: tables, the log, and the run of 300 epochs, which another machine can resume.
 # It changes no setting of the GPU.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -15,20 +15,20 @@ LIMIT=${LIMIT:-540} STATE=${STATE:-/tmp/densenet-gpu} DATA=${DATA:-$PWD/data} PY
 OUT=$STATE/out NETWORK="--depth ${DEPTH:-100} --batch-size ${BATCH:-64} --precision bf16"
 export PYTHONUNBUFFERED=1 TRITON_CACHE_DIR=$STATE/triton TORCHINDUCTOR_CACHE_DIR=$STATE/inductor XDG_CACHE_HOME=$STATE/cache
 
-# Stages in order, each with the seconds that it has to have left to be begun.
-STAGES="setup:60 auto:200 kernels:120 rivals:400 sweep:300 epoch:120 speed:400 tests:300 train:60"
+# Steps in order, each with the seconds that must be left to begin it.
+STEPS="setup:60 auto:200 kernels:120 rivals:400 sweep:300 epoch:120 speed:400 tests:300 train:60"
 
 left() { echo $((LIMIT - SECONDS)); }
 stamped() { while IFS= read -r line; do printf '[%4d s] %s\n' "$SECONDS" "$line"; done; }
 
-# A command of this repository, until 15 seconds before the end; "plan" only notes it.
+# A command of this repository, until 15 seconds before the end; "plan" only lists it.
 run() {
   if [ -n "$PLAN" ]; then echo "$@" >> "$PLAN/commands"; else timeout -s INT -k 10 $(($(left) - 15)) "$PY" "$@"; fi
 }
 plan() {
   local entry
   PLAN=$(mktemp -d) && OUT=$PLAN && trap 'rm -rf "$PLAN"' EXIT
-  for entry in $STAGES; do "${entry%:*}" > /dev/null || { echo "gpu.sh: stage $entry fails"; exit 1; }; done
+  for entry in $STEPS; do "${entry%:*}" > /dev/null || { echo "gpu.sh: step $entry fails"; exit 1; }; done
   PYTHONPATH=.:bench "$PY" - "$PLAN/commands" << 'COMMANDS'
 import sys
 import speed
@@ -76,8 +76,8 @@ print(f"a small kernel: {microseconds(graph.replay) / 1000:.2f} µs as a node of
 CEILINGS
 }
 
-# What a user gets who says nothing, until the first epoch is over: is a graph taken, which block, after how many seconds?
-# The first call on a machine is a cold one. 141: train.py has nobody left to tell about the second epoch.
+# The first epoch with default flags: is a graph used, which block, after how many seconds? The first call on a machine
+# is a cold one. 141: the pipe is closed after the first epoch.
 auto() {
   local temperature
   for temperature in cold warm; do
@@ -89,7 +89,7 @@ auto() {
 # Time by kernel of a replayed step.
 kernels() { speed_py --profile --candidates fused naive | tee "$OUT/kernels.txt"; }
 
-# torchvision's and timm's networks, compiled, the whole step as a graph, in turns with fused.
+# torchvision's and timm's networks, compiled, the whole step as a graph, beside fused.
 rivals() {
   local library
   for library in torchvision timm; do
@@ -108,7 +108,7 @@ sweep() {
   done
 }
 
-# A whole epoch, the last of four: training, evaluation, and what lies between epochs.
+# A whole epoch, the last of four: training, evaluation, and the time between epochs.
 epoch() {
   train_py --epochs 4 --block fused --cuda-graph --save "$STATE/epoch" --overwrite || return
   [ -n "$PLAN" ] && return
@@ -133,33 +133,33 @@ tests() {
   run -m pytest -m gpu -n "${WORKERS:-8}" -q --maxfail=20 -p no:cacheprovider 2>&1 | tail -40 | tee "$OUT/pytest.txt"
 }
 
-# The paper's 300 epochs: what the time cuts off, the next call resumes.
+# The paper's 300 epochs: the next call resumes them.
 train() {
   train_py --epochs 300 --block fused --cuda-graph --seed "${SEED:-1}" --save "$OUT/cifar10.bc100" --resume if-any |
     stamped | tail -n 5
 }
 
 main() {
-  local entry stage begin rest=0
+  local entry step begin rest=0
   for entry in "$@"; do
-    stage=${entry%:*}
-    [ -e "$STATE/done/$stage" ] && continue
-    (($(left) < ${entry#*:})) && { echo "$stage needs ${entry#*:} s, and $(left) are left"; rest=1; continue; }
-    echo "== $stage"; begin=$SECONDS
-    if "$stage"; then touch "$STATE/done/$stage"; else rest=1; fi
-    echo "== $stage took $((SECONDS - begin)) s"
+    step=${entry%:*}
+    [ -e "$STATE/done/$step" ] && continue
+    (($(left) < ${entry#*:})) && { echo "$step needs ${entry#*:} s, and $(left) are left"; rest=1; continue; }
+    echo "== $step"; begin=$SECONDS
+    if "$step"; then touch "$STATE/done/$step"; else rest=1; fi
+    echo "== $step took $((SECONDS - begin)) s"
   done
   ((rest)) && echo "call again: what is done is remembered" || echo "all is done: see $OUT"
 }
 
 case ${1:-} in
-  list) echo $STAGES | sed 's/:[0-9]*//g'; exit;;
+  list) echo $STEPS | sed 's/:[0-9]*//g'; exit;;
   plan) plan; exit;;
   "") ;;
-  *) entries=""; for stage in "$@"; do
-       entry=$(grep -o "\b$stage:[0-9]*" <<< "$STAGES") || { echo "gpu.sh: no stage $stage: bash bench/gpu.sh list"; exit 2; }
-       rm -f "$STATE/done/$stage"; entries+=" $entry"
-     done; STAGES=$entries;;
+  *) entries=""; for step in "$@"; do
+       entry=$(grep -o "\b$step:[0-9]*" <<< "$STEPS") || { echo "gpu.sh: no step $step: bash bench/gpu.sh list"; exit 2; }
+       rm -f "$STATE/done/$step"; entries+=" $entry"
+     done; STEPS=$entries;;
 esac
 mkdir -p "$STATE/done" "$OUT"
-main $STAGES 2>&1 | tee -a "$OUT/log.txt"
+main $STEPS 2>&1 | tee -a "$OUT/log.txt"
