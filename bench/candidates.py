@@ -35,8 +35,8 @@ def theirs(ours, library, memory_efficient=False):
     options = {"num_classes": ours.classifier.out_features, "memory_efficient": memory_efficient}
     if library == "torchvision":  # timm takes 2k
         options["num_init_features"] = channels
-    model = importlib.import_module(f"{library}.models.densenet").DenseNet
-    model = model(growth_rate, tuple(len(block.layers) for block in ours.blocks), **options)
+    make = importlib.import_module(f"{library}.models.densenet").DenseNet
+    model = make(growth_rate, tuple(len(block.layers) for block in ours.blocks), **options)
     model.features.conv0 = nn.Conv2d(3, channels, 3, padding=1, bias=False)
     for name in ("norm0", "relu0", "pool0"):
         if hasattr(model.features, name):
