@@ -145,7 +145,7 @@ def test_a_mean_is_not_cut_to_the_shortest_run_in_silence(tmp_path):
 
 
 def test_what_is_not_compared_changes_at_most_the_rounding():
-    assert {"seed"} < logs.NOT_COMPARED <= arguments.RESUMABLE | {"seed", "recipe"}  # which is a name for others
+    assert {"seed"} < logs.NOT_COMPARED <= arguments.RESUMABLE | {"seed", "fold", "recipe"}  # a name for others
 
 
 def test_flags_that_old_runs_do_not_know_have_the_value_of_what_these_did():
