@@ -80,11 +80,10 @@ def run(name):
     already decoded gives slightly other values.
     """
     work = _ROOT / "work"
-    runs = {path.parent.relative_to(work).as_posix(): path for path in sorted(work.glob("**/weights.pth"))}
     path = (work / name if (work / name).is_dir() else pathlib.Path(name)) / "weights.pth"
     if not path.exists():
-        advice = f"python publish.py {path.parent} writes it; work/ has those of {', '.join(runs)}"
-        raise ValueError(f"{path} is missing: {advice}")
+        names = ", ".join(path.parent.relative_to(work).as_posix() for path in sorted(work.glob("**/weights.pth")))
+        raise ValueError(f"{path} is missing: python publish.py {path.parent} writes it; work/ has those of {names}")
     checkpoint = _module("common.checkpoints").read_checkpoint(path)
     model = _module("inference").load_model(checkpoint)
     model.classes = checkpoint["classes"]
