@@ -1,4 +1,4 @@
-"""Say what a folder of images holds, and what is damaged or twice; or measure a data set.
+"""Say what a folder of images holds and what is damaged or duplicated; or measure a data set.
 
 Example: python check_data.py DIR --workers 2                 (reads every image; status 1 if something is wrong)
          python check_data.py --dataset digits --stats        (mean and standard deviation of each channel)
@@ -22,9 +22,9 @@ from inputs.splits import channel_statistics
 
 @patient
 def inspect(reader, path):
-    """("W×H", mode, what is lost in reading, digest of the pixels that are seen) of a file. Raises as Reader.read.
+    """("W×H", mode, what reading loses, digest of the pixels) of a file. Raises as Reader.read.
 
-    Of what is not read whole, or not in 8 bits, the digest is one of all bits: other pixels may look the same.
+    If reading loses anything, the digest is that of the file: different pixels may look the same.
     """
     with opened(path) as image:
         scale, losses = reader.scale(image, path), reader.lost(image, path)
@@ -62,7 +62,7 @@ def check_folder(root, reader):
 
 
 def print_twice(found, problems):
-    """Print which images are in two splits or classes, what that adds up to, and what to do. Returns how many are."""
+    """Print which images are in two splits or classes, how many, and what to do. Returns how many."""
     first, twice = {}, Counter()  # first: digest → the first file with these pixels
     for path, (split, name, *_, digest) in found.items():
         other = first.setdefault(digest, path)

@@ -1,7 +1,6 @@
 """Images as uint8 tensors on the training device, and batches of them, augmented as a whole.
 
-Shuffling, cropping and flipping are one gather per batch: no worker processes and no Python loop over images. Cutout
-and mixup come on top where they are asked for.
+Shuffling, cropping and flipping are one gather per batch: no worker processes and no Python loop over images.
 """
 
 from collections.abc import Sequence
@@ -10,10 +9,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-PAD = 4  # pixels by which the augmentation shifts an image at most (section 4.2 of the paper)
-FLIPS = {"horizontal": (1,), "vertical": (0,), "both": (1, 0), "none": ()}  # axes of (rows, columns) that are mirrored
+PAD = 4  # augmentation shifts an image by at most so many pixels (section 4.2 of the paper)
+FLIPS = {"horizontal": (1,), "vertical": (0,), "both": (1, 0), "none": ()}  # the mirrored axes of (rows, columns)
 POLICIES = {"trivial": "TrivialAugmentWide", "rand": "RandAugment", "auto": "AutoAugment"}  # of torchvision
-IGNORE_INDEX = -100  # the label that F.cross_entropy passes over
+IGNORE_INDEX = -100  # the label that F.cross_entropy ignores
 
 
 @dataclass(frozen=True)
@@ -53,12 +52,11 @@ class ImageTensors:
 class Batches:
     """Batches of images that live on the device.
 
-    ``crop_fill`` turns augmentation on and says what a shifted image shows beyond its border: "mean" (zero after
+    ``crop_fill`` turns augmentation on and says what fills the border of a shifted image: "mean" (zero after
     normalisation, as in the paper's Lua code) or "black" (zero before it, as bamos and gpleiss do). ``share``, (rank,
-    ranks), gives a rank every ranks-th image of each batch, so that all together see the batches of a single process.
-    ``flip`` and ``shift`` say how images are mirrored, and by how many pixels they are shifted at most.
-    ``cutout``: pixels of the side of a square that is filled likewise; ``mixup``: α of Beta(α, α). ``policy``, of
-    POLICIES, is for streamed images.
+    ranks): the rank gets every ranks-th image of each batch. ``flip``, of FLIPS, mirrors images; ``shift`` is in
+    pixels. ``cutout``: side in pixels of a square that is filled likewise. ``mixup``: α of Beta(α, α). ``policy``, of
+    POLICIES, changes streamed images.
     """
 
     def __init__(
@@ -82,16 +80,16 @@ class Batches:
     def shuffled(self, seed):
         """Yield every image once, shuffled and, with ``crop_fill``, augmented. ``seed`` alone decides both.
 
-        With each batch comes the number of images that all ranks together have in it. A rank whose share is empty gets
-        an image labelled IGNORE_INDEX, since it has to take part in the step. With mixup, each image is λ of itself,
-        and the rest its partner (arXiv 1710.09412); the partners' labels (B,) and λ (B,) come on top.
+        Each batch is (images, labels, number of images of all ranks together). A rank without an image in it gets one
+        labelled IGNORE_INDEX, since it has to take part in the step. With mixup, an image is λ · itself + (1 − λ) ·
+        its partner (arXiv 1710.09412), and the batch has the partners' labels (B,) and λ (B,), too.
         """
         draws = {name: values.to(self.images.labels.device) for name, values in self.draw(seed).items()}
         parts, plan = list(batch_positions(self.num_images, self.batch_size, self.share)), []
         for part, _ in parts:
             i = slice(part.start, part.stop, part.step) if part else slice(1)
             shown = {name: values[i] for name, values in draws.items()}
-            if self.mixup:  # images and their partners, of which each looks as it does in its own turn
+            if self.mixup:  # the images, then their partners, augmented as where they are images themselves
                 shown = {name: torch.cat((values, draws[name][shown["partners"]])) for name, values in shown.items()}
             plan.append(shown)
         for (part, count), shown, (images, labels) in zip(parts, plan, self.load(plan, seed), strict=True):
@@ -104,11 +102,10 @@ class Batches:
                 yield images, labels, count
 
     def draw(self, seed):
-        """All draws of an epoch, made at once and on the CPU: they do not depend on device or batch size.
+        """All random numbers of an epoch, drawn on the CPU: they do not depend on device or batch size.
 
-        "centres" of squares are rows and columns, each pixel as likely as another. "partners" is a permutation: every
-        image is once another's partner. "lam", λ, is the weight of an image in its mixture, from Beta(α, α), or one
-        minus that if that is more: i with a little of j is j with much of i.
+        "centres" of squares are rows and columns, uniform over the pixels. "partners" is a permutation: every image is
+        the partner of one. "lam", λ ≥ 1/2, is the weight of an image in its mixture: max(x, 1 − x), x ~ Beta(α, α).
         """
         generator, count = torch.Generator().manual_seed(seed), self.num_images
         draws = {"order": torch.randperm(count, generator=generator)} | self.draw_crops(generator)
@@ -130,16 +127,16 @@ class Batches:
         return {"offsets": offsets, "flips": flips} if self.crop_fill else {}
 
     def load(self, plan, seed=None):
-        """Yield (images, labels) for the draws of each batch, of which "order" says which images they are."""
+        """Yield (images, labels) for the random numbers of each batch; "order" says which images they are."""
         for shown in plan:
             yield self.augmented(**shown), self.images.labels[shown["order"]]
 
     def augmented(self, order, offsets=None, flips=None, centres=None, **_):
-        """The images at ``order`` (B,) as the other draws say, normalised: (B, C, H, W).
+        """The images at ``order`` (B,), augmented and normalised: (B, C, H, W).
 
-        They are shifted by ``offsets`` (B, 2), then mirrored where ``flips`` (B, 2) says. Shuffling, cropping and
-        flipping are one gather of pixels: image i shows at (row, column) its source pixel (±row + offset, ±column +
-        offset). The fill shows where that lies outside, or in a square around ``centres`` (B, 2).
+        They are shifted by ``offsets`` (B, 2), then mirrored along the axes of ``flips`` (B, 2), in one gather: image i
+        shows at (row, column) its pixel (±row + offset, ±column + offset). Pixels outside, and those in a square
+        around ``centres`` (B, 2), are filled.
         """
         pixels = self.images.pixels
         _, height, width, channels = pixels.shape
@@ -162,10 +159,7 @@ class Batches:
 
 
 def outside(centres, side, size):
-    """(B, H, W) bool, with ``size`` = (H, W): what squares around ``centres`` (B, 2) leave (arXiv 1708.04552).
-
-    A part of a square may lie beyond the image.
-    """
+    """(B, H, W) bool: False in the squares around ``centres`` (B, 2), cut at the border (arXiv 1708.04552)."""
     first = centres - side // 2
     rows, columns = (torch.arange(n, device=first.device) - first[:, i, None] for i, n in enumerate(size))
     within = [(distance >= 0) & (distance < side) for distance in (rows, columns)]  # (B, H), (B, W)
@@ -173,9 +167,9 @@ def outside(centres, side, size):
 
 
 def memory_format(device):
-    """That of images and convolutions: channels last, in which all but MPS is faster.
+    """The memory format of images and convolutions: channels last, which is faster.
 
-    There, batch norm's backward pass in channels-last memory is wrong, or fails, in many releases of torch.
+    Not on MPS, where batch norm's backward pass in it is wrong, or fails, in many releases of torch.
     """
     return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
 

@@ -21,9 +21,9 @@ DEFAULT_READER = Reader()
 def load(name, root, reader=DEFAULT_READER, test_size=0, manifest=None, groups=None, labels=None):
     """Load a data set by name; ``root`` holds the archives, or the folders of images.
 
-    ``reader`` says how image files are read; its image_size (pixels) and channels count for "digits", too. Where a
-    folder has no test images, ``test_size`` of its images are set apart. ``manifest`` is that of an earlier call, whose
-    splits are to be found again. ``groups`` and ``labels``: see load_folder. Raises Mistake.
+    ``reader`` says how image files are read; "digits" takes its image_size (pixels) and channels, too. ``manifest`` is
+    that of an earlier call with the same splits. ``test_size``, ``groups`` and ``labels``: see load_folder. Raises
+    Mistake.
     """
     if name == "digits":
         return load_digits(reader)
@@ -37,7 +37,7 @@ def load(name, root, reader=DEFAULT_READER, test_size=0, manifest=None, groups=N
 
 
 def load_run(arguments, root, reader, manifest=None):
-    """``load`` as the arguments of a run say, images held out and limits included."""
+    """Load the data set of a run, from its arguments, with images held out and limited."""
     test_size, groups = arguments["fold"] or arguments["test_size"], arguments["groups"]
     dataset = load(arguments["dataset"], root, reader, test_size, manifest, groups, arguments["labels"])
     if arguments["valid_size"]:
@@ -47,7 +47,7 @@ def load_run(arguments, root, reader, manifest=None):
 
 
 def load_test(name, root, reader, classes, manifest):
-    """The test images alone, where they are apart from the training images, and lines to print. As ``load``.
+    """The test images, and lines to print. Training images are not read, unless they are in the same archive.
 
     ``classes`` are the names of the run's classes, which a folder's must be.
     """
@@ -59,7 +59,7 @@ def load_test(name, root, reader, classes, manifest):
 
 
 def load_digits(reader):
-    """scikit-learn's 1,797 scanned digits, 8×8 grey, enlarged; always the same 1,437 for training, 360 for test."""
+    """scikit-learn's 1,797 scanned digits, 8×8 grey, enlarged; always the same 1,437 for training, 360 for testing."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -101,7 +101,7 @@ def load_svhn(root, *splits):
 
 
 def download(name, root, archives, make, unpacked=()):
-    """Call every function of ``make``, torchvision's data sets, which compare MD5s; download what is not whole.
+    """Call every function of ``make``, torchvision's data sets, which check MD5s; download what is missing or damaged.
 
     ``archives`` and ``unpacked``: (name below ``root``, MD5) of each file. Raises Mistake.
     """

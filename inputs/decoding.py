@@ -30,10 +30,10 @@ def unreadable(problems):
 
 
 def read_cached(cache, paths, reader):
-    """``read_all``, without pixels of images that are streamed; from the file ``cache`` if that has the answer.
+    """``read_all``, without pixels if images are streamed; from the file ``cache`` if that is up to date.
 
-    It has if the same files had the same contents (of images that are streamed: size and times) when it was written,
-    and were decoded in the same way.
+    It is if the files have the contents (if images are streamed: size and times) that they had when it was written, and
+    are decoded in the same way.
     """
     key = cache_key(paths, cache.parent, reader)
     try:
@@ -47,7 +47,7 @@ def read_cached(cache, paths, reader):
             print(f"{cache} cannot be read ({type(error).__name__}): decoding the images again", file=sys.stderr)
     pixels, problems = read_all(paths, reader, keep=not reader.streams)
     try:
-        with FileLock(cache.with_name(".cache.lock")), written_whole(cache) as file:  # others may decode this folder
+        with FileLock(cache.with_name(".cache.lock")), written_whole(cache) as file:  # other runs may write it
             torch.save({"key": key, "pixels": pixels, "unreadable": list(problems)}, file)
     except (OSError, RuntimeError) as error:  # RuntimeError: how torch.save reports a full disk
         reason = f"[Errno {error.errno}] {error.strerror}" if isinstance(error, OSError) else error
@@ -56,7 +56,7 @@ def read_cached(cache, paths, reader):
 
 
 def cache_key(paths, root, reader):
-    """A hash of the files' names and states, and of what decodes them: our modules and Pillow."""
+    """A hash of the files' names and contents, the reader, our modules that decode, and Pillow's version."""
     key = hashlib.sha256(Path(__file__).read_bytes() + Path(__file__).with_name("image.py").read_bytes())
     key.update(f"{PIL.__version__} {replace(reader, skip_unreadable=False, workers=0, progress=False)}".encode())
     with ThreadPoolExecutor(8) as threads:
@@ -67,7 +67,7 @@ def cache_key(paths, root, reader):
 
 @patient
 def state_of(path, reader):
-    """A digest of a file's bytes; of one that is streamed, which would take minutes to read, its size and times."""
+    """A digest of a file's bytes; if images are streamed, its size and times, since reading would take minutes."""
     if reader.streams:
         status = os.stat(path)
         return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}".encode()
@@ -75,9 +75,9 @@ def state_of(path, reader):
 
 
 def read_all(paths, reader, keep=True):
-    """(N, S, S, C) uint8 of image files, black where one is unreadable; {position: why} of those. Raises Mistake.
+    """(N, S, S, C) uint8 of image files, black for unreadable ones; {position: why} of those. Raises Mistake.
 
-    Without ``keep``, files are only looked at: there are no pixels.
+    Without ``keep``, files are checked only: there are no pixels.
     """
     pixels = torch.zeros(len(paths) if keep else 0, *(reader.image_size,) * 2, reader.channels, dtype=torch.uint8)
     problems, label = {}, "decoding images" if keep else "checking images"
@@ -94,7 +94,7 @@ def read_all(paths, reader, keep=True):
 def in_workers(function, paths, reader, label):
     """Yield function(path), or the Mistake that it raises, for each path, in order, with a progress bar.
 
-    The reader's workers compute it. An error of the system is raised.
+    The reader's workers call it. Raises an error of the system.
     """
     loader = make_loader(paths, reader.workers, collate_fn=partial(attempt, function))
     for found in tqdm(loader, desc=label, unit="img", disable=not reader.progress, leave=False):
@@ -105,7 +105,7 @@ def in_workers(function, paths, reader, label):
 
 
 def attempt(function, *args):
-    """The result of a function, or its Mistake or OSError as a value: torch would hand on a worker's traceback."""
+    """Return a function's result, or its Mistake or OSError: torch would show a worker's traceback."""
     try:
         return function(*args)
     except (Mistake, OSError) as error:
@@ -113,21 +113,20 @@ def attempt(function, *args):
 
 
 def make_loader(dataset, workers, **options):
-    """A DataLoader that hands on the items of a data set one by one."""
+    """A DataLoader that yields the items of a data set one by one."""
     return torch.utils.data.DataLoader(
         dataset,
         batch_size=None,
         num_workers=workers,
         worker_init_fn=set_up_worker,
-        generator=torch.Generator(),  # not torch's own: weights and dropout must not depend on who decoded what before
+        generator=torch.Generator(),  # not torch's default: weights and dropout must not depend on what was decoded
         **options,
     )
 
 
 def set_up_worker(worker):
-    # Ctrl-C and a closed terminal reach every process there, a scheduler's warning every one of a job; the parent then
-    # ends its workers.
+    # Ctrl-C, a closed terminal or a scheduler's warning reach all processes; the parent then ends its workers.
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
-    # A tensor would go to the parent through /dev/shm, of which containers have 64 MB; an array goes through a pipe.
+    # A tensor would go to the parent through /dev/shm, which has 64 MB in a container; an array goes through a pipe.
     ForkingPickler.register(torch.Tensor, lambda tensor: (torch.from_numpy, (tensor.numpy(),)))

@@ -18,20 +18,20 @@ from inputs.image import STREAM_FROM, Unreadable, formats, patient
 from inputs.splits import KINDS, NORMALIZE, Dataset, channel_statistics, check_memory, fingerprint, stratified
 from inputs.streaming import ImageFiles
 
-FIFTH = 0.2  # of the images of class folders alone is set apart for testing, unless --test-size says otherwise
+FIFTH = 0.2  # fraction of the images that is set apart for testing if nothing says otherwise
 LIKE_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
-OF_SYSTEMS = {  # lower case: bins, thumbnails and snapshots of macOS, Windows, Linux and network storage
+OF_SYSTEMS = {  # in lower case: bins, thumbnails and snapshots of macOS, Windows, Linux and network storage
     *("__macosx", "$recycle.bin", "recycler", "system volume information", "lost+found"),
     *("#recycle", "#snapshot", "@eadir", "@recycle", "@recently-snapshot"),
 }
 
 
 def load_folder(root, reader, test_size=0, manifest=None, groups=None, labels=None):
-    """Class folders of images, in the splits that ``find_splits`` finds; images of any format, size and mode.
+    """The Dataset of a folder, in the splits of ``find_splits``; images of any format, size and mode.
 
-    ``test_size`` is a number or share of images to set apart for testing, or a fold "I/K". ``groups``, a pattern of
-    ``groups_of``, names groups of images; no group is in two splits. ``labels`` is the
-    path of a table that ``read_labels`` reads instead of listing class folders. Raises Mistake.
+    ``test_size`` is a number or fraction of images to set apart for testing, or a fold "I/K". ``groups``: a pattern of
+    ``groups_of``; no group is in two splits. ``labels``: a table of ``read_labels``, instead of class folders. Raises
+    Mistake.
     """
     table, passed = read_labels(root, labels), Counter()
     folders, test_size, notes = find_splits(root, test_size, manifest, table)
@@ -47,13 +47,13 @@ def load_folder(root, reader, test_size=0, manifest=None, groups=None, labels=No
         instead = f", or one of {STREAM_FROM} or more, which streams from disk"
         check_memory(sum(map(len, files.values())), reader, reader.channels, instead)
     test_files = manifest["test_files"] if manifest else []
-    if test_size and not test_files:  # always the same ones, whatever the seed
+    if test_size and not test_files:  # the same for every --seed
         flag, names = "--fold" if isinstance(test_size, str) else "--test-size", files["train"].names
         drawn = stratified(files["train"].labels, test_size, 0, flag, groups_of(names, root, groups))[1]
         test_files = [below(root, names[i]) for i in drawn]
     if test_files:
         files["test"] = set_apart(root, test_files, class_finder(train, table), classes, reader)
-        apart = set(map(Path, files["test"].names))  # as paths: "./cat/0.png" is "cat/0.png"
+        apart = set(map(Path, files["test"].names))  # Path: "./cat/0.png" is "cat/0.png"
         kept = [i for i, name in enumerate(files["train"].names) if Path(name) not in apart]
         files["train"] = files["train"].select(torch.tensor(kept))
     if groups:
@@ -82,7 +82,7 @@ def load_test_folder(root, reader, classes, manifest):
         files = set_apart(root, manifest["test_files"], class_of, classes, reader)
     else:
         folder = existing(root / manifest["folders"]["test"])
-        files = interleave(folder, table["test"] if table else list_images(folder, passed), classes, reader)
+        files = interleave(folder, table.get("test", {}) if table else list_images(folder, passed), classes, reader)
     notes = passed_over(passed)
     return read_splits(root, {"test": files}, classes, notes)["test"], notes
 
@@ -93,9 +93,8 @@ def load_test_folder(root, reader, classes, manifest):
 def find_splits(root, test_size, manifest, table=None):
     """({split: folder}, test size, lines to print): train, test, and val for validation or, without test, for testing.
 
-    With a test size, test images are to be taken from the training images, which may lie in ``root`` itself. It is a
-    fifth for class folders alone, and for a ``table`` of ``read_labels`` without test images. The folders of a manifest
-    stay.
+    With a test size, test images are taken from the training images, which may lie in ``root`` itself. It is a fifth
+    for class folders alone and for a ``table`` without test images. The folders of a manifest stay.
     """
     if table:
         if test_size and "test" in table:
@@ -134,7 +133,8 @@ def read_labels(root, labels):
 
     file, found = root / labels, {"train": {}}
     try:
-        table = pd.read_csv(readable(file), dtype=str, keep_default_na=False, index_col=False, encoding="utf-8-sig")
+        options = {"keep_default_na": False, "index_col": False, "skipinitialspace": True}
+        table = pd.read_csv(readable(file), dtype=str, encoding="utf-8-sig", **options)
     except (OSError, ValueError) as error:
         raise Mistake(f"--labels: {file} cannot be read ({error}): name a CSV file by its path below --data") from error
     if absent := {"path", "label"} - set(table):
@@ -165,8 +165,8 @@ def existing(folder):
 def list_images(folder, passed):
     """{class: sorted paths} of the images below ``folder/<class>``, at any depth. Raises Mistake, OSError.
 
-    Every format that Pillow decodes counts; names that begin with a dot, and folders of systems, do not. ``passed``, a
-    Counter, is told the suffixes of all other files.
+    Names that begin with a dot are skipped. ``passed``, a Counter, counts the suffixes of other files that Pillow does
+    not decode, and folders of systems.
     """
     found = {}
     for name, kind in listed(folder, passed):
@@ -205,10 +205,10 @@ def images_below(top, passed):
 
 
 def listed(folder, passed):
-    """Yield (name, kind) of what a folder holds; ``passed`` is told what systems keep beside a user's files."""
+    """Yield (name, kind) of what a folder holds; ``passed`` counts the folders of systems, which are left out."""
     for name, kind in entries_of(folder):
         if kind == "folder" and name.lower() in OF_SYSTEMS:
-            passed[name] += 1  # as one: a snapshot holds a copy of all that there is
+            passed[name] += 1  # once: a snapshot holds a copy of everything
         else:
             yield name, kind
 
@@ -232,20 +232,20 @@ def kind_of(entry):
 
 
 def passed_over(passed):
-    """A line to print about files that are no images, from a Counter of their kinds."""
+    """A list of one line about files that are no images, from a Counter of their kinds; empty if there are none."""
     kinds = ", ".join(f"{kind} {count}" for kind, count in passed.most_common())
     return [f"passed over {counted(passed.total(), 'file')}: {kinds}"] if passed else []
 
 
 def convert(passed):
-    """The beginning of advice about a folder without images; ``passed`` counts its other files."""
+    """The start of advice about a folder without images; ``passed`` counts its other files."""
     return f" ({passed_over(passed)[0]}): convert or rename them, " if passed else ": "
 
 
 def interleave(folder, found, classes, reader):
     """ImageFiles from {class: paths} of a folder: the first path of each class, then the second of each, …
 
-    The first N images are then a fair sample of the classes. Raises Mistake if ``classes`` lack one of the folder's.
+    So the first N images are a fair sample of the classes. Raises Mistake if a class is not in ``classes``.
     """
     if unknown := [name for name in found if name not in classes]:
         raise Mistake(f"{folder} has classes that the training images have not: {', '.join(unknown[:5])}")
@@ -262,7 +262,7 @@ def class_finder(train, table):
 
 
 def set_apart(root, names, class_of, classes, reader):
-    """ImageFiles of the files that are set apart for testing, by their names. Raises Mistake."""
+    """ImageFiles of the files that are set apart for testing, from their names below ``root``. Raises Mistake."""
     paths = [root / name for name in names]
     if missing := [path for path in paths if not path.exists()]:
         raise Mistake(f"{len(missing)} of the run's {len(names)} test images are missing, such as {missing[0]}")
@@ -274,14 +274,14 @@ def set_apart(root, names, class_of, classes, reader):
 
 
 def below(root, path):
-    """A path relative to ``root``, with slashes on every system."""
+    """A path relative to ``root``, with forward slashes."""
     return Path(os.path.relpath(path, root)).as_posix()
 
 
 def groups_of(names, root, pattern):
-    """What the first group of a regular expression is in the path of each image, relative to ``root``.
+    """The patient, scene or writer of each image: the first group of a regular expression in its path below ``root``.
 
-    It names the image's patient, scene or writer. None without a pattern. Raises Mistake.
+    None without a pattern. Raises Mistake.
     """
     if pattern is None:
         return None
@@ -311,8 +311,8 @@ def check_groups(files, root, pattern):
 def read_splits(root, files, classes, notes):
     """{split: ImageTensors or, to be streamed, ImageFiles} from {split: ImageFiles}.
 
-    Images that are unreadable are left out with --skip-unreadable. Without it, streamed images are not looked at
-    beforehand. ``notes`` are told what is left out, and of which classes there is no image. Raises Mistake.
+    --skip-unreadable leaves out unreadable images; without it, streamed images are not checked here. Adds to ``notes``
+    what is left out, and which classes have no image. Raises Mistake.
     """
     images, problems, reader = dict(files), {}, files["test"].reader
     if not reader.streams or reader.skip_unreadable:
@@ -339,9 +339,9 @@ def read_splits(root, files, classes, notes):
 
 
 def look_at(images, reader):
-    """Lines to print about some 64 of the training images: what of them is lost in reading. Raises as Reader.read."""
+    """Lines to print about what reading loses of some 64 training images. Raises as Reader.read."""
     paths, counts = images.names[:: max(1, len(images) // 64)], Counter()
     for path in paths:
-        with contextlib.suppress(Unreadable):  # which will be told with all others
+        with contextlib.suppress(Unreadable):  # reported with all others
             counts.update(reader.losses(path))
     return [f"{count} of {len(paths)} training images that were looked at: {loss}" for loss, count in counts.items()]

@@ -18,13 +18,13 @@ from PIL.JpegImagePlugin import JpegImageFile
 from common.console import Mistake, number, workers
 from common.files import readable
 
-# Formats that Pillow recognises but cannot decode, and EPS, whose files are programs.
+# Formats that Pillow recognises but cannot decode, and EPS: its files are programs.
 NO_IMAGES = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS"}
 STREAM_FROM = 128  # pixels: folders of images this large or larger are decoded anew in every epoch
-# Errors that tell of the file, not of the system: it is not there, or damaged and sends its reader nowhere (EINVAL).
+# Errors of a file, not of the system: it is not there, or damaged and makes its reader seek to nowhere (EINVAL).
 OF_FILES = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL}
 BILINEAR = Image.Resampling.BILINEAR
-UPRIGHT = {  # EXIF orientation → what turns the image upright
+UPRIGHT = {  # EXIF orientation → the transposition that turns the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -40,7 +40,7 @@ class Unreadable(Mistake):
 
 
 def patient(read):
-    """Decorate what reads files: after an error of the system it tries again, three times, a second apart."""
+    """Decorate a function that reads files: after an error of the system it tries three times more, a second apart."""
 
     @functools.wraps(read)
     def read_again(*args, **options):
@@ -57,10 +57,10 @@ def patient(read):
 class Reader:
     """How image files become pixels: square, 8 bits a channel, upright, on white where they are transparent.
 
-    ``channels`` is 3, or 1 for grey. ``black`` and ``white`` are the values that are so in grey images of more than 8
-    bits; without ``white``, it is 65535 where a pixel has 16 bits, and images of 32 bits are refused. Without
-    ``alpha``, transparency is left out. ``workers`` is the number of processes that decode (0: this one), ``progress``
-    shows a bar, ``skip_unreadable`` goes on without files that cannot be read.
+    ``channels`` is 3, or 1 for grey. ``black`` and ``white`` are the values of black and white in grey images of more
+    than 8 bits; without ``white``, it is 65535 in images of 16 bits, and images of 32 bits are refused. Without
+    ``alpha``, transparency is ignored. ``workers`` processes decode (0: this one), ``progress`` shows a bar,
+    ``skip_unreadable`` goes on without files that cannot be read.
     """
 
     image_size: int = 32
@@ -90,11 +90,11 @@ class Reader:
 
     @patient
     def read(self, path, choose_box=None):
-        """(S, S, C) uint8 from a file: the part that ``choose_box`` chooses, resized.
+        """(S, S, C) uint8 from a file: the box that ``choose_box`` chooses, resized.
 
-        ``choose_box``: (width, height) → (left, top, right, bottom), of the image as it is stored, before anything is
-        decoded. Without it, the part is the one for evaluation: the centre of an image that is streamed, the whole of
-        another. Raises Unreadable, Mistake if nothing says which value is white, OSError where the system fails.
+        ``choose_box``: (width, height) → (left, top, right, bottom), of the image as it is stored. Without it, the box
+        is that of evaluation: the centre of an image that is streamed, else the whole image. Raises Unreadable, Mistake
+        if nothing says which value is white, OSError if the system fails.
         """
         with opened(path) as image:
             return self.pixels(image, path, choose_box)
@@ -102,7 +102,7 @@ class Reader:
     def pixels(self, image, name, choose_box=None):
         """The same from an image that Pillow has opened, whose ``name`` is for messages."""
         scale = self.scale(image, name)
-        if not isinstance(image, JpegImageFile):  # the one kind that may be decoded at a part of its size
+        if not isinstance(image, JpegImageFile):  # which may be decoded at a part of its size
             image.load()
         turned = orientation(image)
         whole = centre(image.size, turned, self.image_size) if self.streams else (0, 0, *image.size)
@@ -116,9 +116,9 @@ class Reader:
         return pixels.reshape(self.image_size, self.image_size, self.channels)
 
     def scale(self, image, name):
-        """The values that are (black, white) in an opened grey image of more than 8 bits; None of another one.
+        """The values of (black, white) in an opened grey image of more than 8 bits; None for another image.
 
-        Raises Mistake if nothing says them, or they cannot be chosen.
+        Raises Mistake if they are unknown, or given for colours of 16 bits.
         """
         tags = getattr(image, "tag_v2", {})  # of a TIFF file; 258: bits per sample, 284: whether bands are planes
         if max(tags.get(258, [8])) > 8 and tags.get(284) == 2 and "raw" in str(image.tile[:1]):
@@ -137,26 +137,26 @@ class Reader:
         return self.black, 65535 if self.white is None else self.white
 
     def in_8_bits(self, image, scale):
-        """An image of any mode in "RGB" or, with one channel, "L"; for ``scale``, see there."""
+        """An image of any mode in "RGB" or, with one channel, "L". ``scale``: what the method of this name returns."""
         if scale:
             black, white = scale
             values = np.nan_to_num(np.asarray(image, dtype=np.float64), nan=black) - black
             image = Image.fromarray((values * (255 / (white - black))).clip(0, 255).round().astype(np.uint8))
         if self.alpha and image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        if image.mode == "LAB":  # which Pillow converts to RGB alone
+        if image.mode == "LAB":  # Pillow converts it to RGB only
             image = image.convert("RGB")
         mode = "RGB" if self.channels == 3 else "L"
         return image if image.mode == mode else image.convert(mode)
 
     @patient
     def losses(self, path):
-        """A list of words: what reading an image file loses or may get wrong. Raises as ``read``."""
+        """What reading an image file loses or may get wrong, a phrase each. Raises as ``read``."""
         with opened(path) as image:
             return self.lost(image, path)
 
     def lost(self, image, name):
-        """The same of an image that Pillow has opened, and not yet decoded; ``name`` is for messages."""
+        """The same for an image that Pillow has opened but not decoded; ``name`` is for messages."""
         tags, found = getattr(image, "tag_v2", {}), []  # 277: samples per pixel, 262: 0 if 0 is white
         bands = tags.get(277, 1)
         if has_deep_colours(image):
@@ -178,7 +178,7 @@ class Reader:
 
 
 def add_reader_flags(add):
-    """The flags whose values a Reader takes as they are; ``add`` is a parser's add_argument."""
+    """Add the flags of a Reader; ``add`` is a parser's add_argument."""
     add("--channels", type=int, choices=(1, 3), default=3,
         help="of the images; 1: folder and digits in grey (default: %(default)s)")
     add("--white", type=number, metavar="X",
@@ -227,10 +227,10 @@ def formats():
 
 
 def decode_reduced(image, box, image_size):
-    """Decode an opened image and return the box in the pixels that were decoded.
+    """Decode an opened image and return the box in the decoded pixels.
 
-    A large JPEG file is decoded at a half, a quarter or an eighth of its size, as long as the box keeps twice the size
-    that it is resized to.
+    A large JPEG file is decoded at 1/2, 1/4 or 1/8 of its size, if the box still has twice the size that it is resized
+    to.
     """
     width, height = image.size
     factor = min(box[2] - box[0], box[3] - box[1]) / (2 * image_size)
@@ -244,7 +244,7 @@ def decode_reduced(image, box, image_size):
 
 
 def orientation(image):
-    """The EXIF orientation of a decoded image, or of an opened JPEG; None if it has none, or Pillow has turned it."""
+    """The EXIF orientation of a decoded image or an opened JPEG; None if there is none, or Pillow has turned it."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # damaged metadata make Pillow raise nearly anything; viewers show the image as it is stored
@@ -252,15 +252,15 @@ def orientation(image):
 
 
 def has_deep_colours(image):
-    """True if an opened, not yet decoded image has colours of 16 bits, of which Pillow hands on 8."""
+    """True if an image that is opened but not decoded has colours of 16 bits, of which Pillow keeps 8."""
     return not image.mode.startswith("I") and bool(re.search(";16[BLN]", str(getattr(image, "tile", [])[:1])))
 
 
 def centre(size, turned, image_size):
-    """The box in evaluation: as torchvision's Resize to 8/7 of the size, then CenterCrop, of the image when upright.
+    """The box of evaluation: torchvision's Resize to 8/7 of the size and CenterCrop of the upright image.
 
-    ``size`` is (width, height) as it is stored, ``turned`` its EXIF orientation: a box that is rounded to the left of
-    the middle is to the right of it where the image is mirrored.
+    ``size`` is (width, height) as it is stored, ``turned`` its EXIF orientation: in a mirrored image, a box that is
+    rounded to the left of the middle is rounded to the right.
     """
     first, last = [], []
     for side, mirrored in zip(size, (turned in (2, 3, 7, 8), turned in (3, 4, 6, 7)), strict=True):
@@ -273,9 +273,9 @@ def centre(size, turned, image_size):
 
 
 def random_box(size):
-    """A box as torchvision's RandomResizedCrop draws it, from torch's generator."""
+    """A box of torchvision's RandomResizedCrop, from torch's generator."""
     from torchvision.transforms import RandomResizedCrop
 
-    frame = torch.empty(0, *reversed(size))  # without data: it is asked for its size alone
+    frame = torch.empty(0, *reversed(size))  # only its size counts
     top, left, height, width = RandomResizedCrop.get_params(frame, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
     return left, top, left + width, top + height

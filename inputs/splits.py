@@ -27,10 +27,10 @@ KINDS = {"train": "training", "valid": "validation", "test": "test"}  # what the
 class Dataset:
     """Training and test images, names of the classes, and per-channel (mean, std) of 255.
 
-    ``train``, ``test`` and ``valid`` are ImageTensors, or ImageFiles where images are streamed from disk. ``notes`` are
-    lines that a user should read. With ``manifest``, a later call finds the same splits: it says which folders they
-    are, which files were set apart for testing, and what the images were, so that a change is noticed.
-    ``measured`` is what ``normalize`` was before ``normalized_as``.
+    ``train``, ``test`` and ``valid`` are ImageTensors, or ImageFiles if images are streamed from disk. ``notes`` are
+    lines to print. ``manifest`` says which folders the splits are, which files were set apart for testing, and has a
+    fingerprint of each split: a later call finds the same splits and notices changes. ``measured`` is ``normalize``
+    before ``normalized_as``.
     """
 
     train: ImageTensors | ImageFiles
@@ -44,7 +44,7 @@ class Dataset:
 
     @property
     def splits(self):
-        """The splits by name: "train", "valid" where images are held out, "test"."""
+        """The splits by name: "train", "valid" if images are held out, "test"."""
         splits = {"train": self.train, "valid": self.valid, "test": self.test}
         return {name: split for name, split in splits.items() if split is not None}
 
@@ -52,16 +52,13 @@ class Dataset:
         return replace(self, **{name: split.to(device) for name, split in self.splits.items()})
 
     def normalized_as(self, normalize):
-        """Normalised by other values, those of the weights that training starts from, if they have as many channels."""
+        """This data set, normalised as the weights that training starts from, if they have as many channels."""
         if not normalize or len(normalize[0]) != len(self.normalize[0]):
             return self
         return replace(self, normalize=tuple(map(tuple, normalize)), measured=self.normalize)
 
     def hold_out(self, count, seed, groups=None):
-        """Move ``count`` training images, the same share of each class, to ``valid``. Drawn by ``seed`` alone.
-
-        ``groups``: see ``stratified``.
-        """
+        """Move training images to ``valid``: see ``stratified``. Raises Mistake."""
         if self.valid is not None:
             raise Mistake(f"--valid-size {count}: the data set has validation images: leave it out")
         parts = stratified(self.train.labels, count, seed, "--valid-size", groups)
@@ -69,16 +66,16 @@ class Dataset:
         return replace(self, train=train, valid=valid)
 
     def limit(self, train=None, test=None):
-        """The first ``train`` training and the first ``test`` test (and validation) images."""
+        """Keep the first ``train`` training images and the first ``test`` test (and validation) images."""
         counts = {"train": train, "valid": test, "test": test}
         return replace(self, **{name: split.select(slice(counts[name])) for name, split in self.splits.items()})
 
 
 def stratified(labels, count, seed, flag, groups=None):
-    """Positions of all images but ``count``, and of those, the same share of each class. Raises Mistake.
+    """(positions of all other images, positions of ``count`` images), the same fraction of each class in both.
 
-    ``count`` is a number, a fraction, or a fold "I/K". With ``groups``, the name of each image's group, no group is in
-    both parts, which then have about as many images as they should.
+    ``count`` is a number, a fraction, or a fold "I/K". With ``groups``, the group of each image, no group is in both
+    parts, and ``count`` is met about. ``seed`` alone decides. Raises Mistake.
     """
     from sklearn import model_selection
 
@@ -98,12 +95,12 @@ def stratified(labels, count, seed, flag, groups=None):
                 parts = [*make(k, shuffle=True, random_state=seed).split(labels, labels, groups)][i - 1]
     except ValueError as error:
         needs = "every part needs an image of every class, and a whole group, if there are groups"
-        raise Mistake(f"{flag} {count}: cannot take the same share of each class: {needs}") from error
+        raise Mistake(f"{flag} {count}: cannot take the same fraction of each class: {needs}") from error
     return [sorted(part) for part in parts]
 
 
 def fingerprint(images, root):
-    """A digest of labels and pixels; of images that are streamed, of names: reading them would take minutes."""
+    """A digest of labels and pixels, or of labels and names if images are streamed: reading them takes minutes."""
     key = hashlib.sha256(images.labels.numpy())
     if isinstance(images, ImageFiles):
         key.update(os.fsencode("\0".join(os.path.relpath(path, root) for path in images.names)))
@@ -113,13 +110,13 @@ def fingerprint(images, root):
 
 
 def changed(manifest, dataset):
-    """The splits whose images are not those that the manifest of a run, or None, was made of."""
-    before = (manifest or {}).get("fingerprints", {})  # of early runs, nothing is known
+    """The splits that have changed since the manifest of a run, which may be None, was made."""
+    before = (manifest or {}).get("fingerprints", {})  # early runs have none
     return [split for split, digest in before.items() if digest != dataset.manifest["fingerprints"].get(split)]
 
 
 def check_memory(count, reader, bytes_per_pixel, instead=""):
-    """Raises Mistake if so many images do not fit; ``instead`` is what may help beside a smaller size."""
+    """Raises Mistake if so many images do not fit in memory; ``instead`` is more advice."""
     size, available = reader.image_size, psutil.virtual_memory().available / 1e9
     needed = count * size**2 * bytes_per_pixel / 1e9
     if needed > available:

@@ -47,8 +47,8 @@ class ImageFiles:
 class StreamedBatches(Batches):
     """Batches decoded from files by a DataLoader, whose workers live on.
 
-    Augmentation, on with any ``crop_fill``, and evaluation follow ImageNet practice: RandomResizedCrop, a flip and the
-    ``policy``, if any; resize to 8/7 and centre crop. With mixup, every image is decoded twice: once more as a partner.
+    As usual for ImageNet, augmentation, on with any ``crop_fill``, is RandomResizedCrop, a flip and the ``policy``, if
+    any; evaluation is a resize to 8/7 and a centre crop. With mixup, every image is decoded twice: also as a partner.
     """
 
     def __init__(self, files, *args, **options):
@@ -57,7 +57,7 @@ class StreamedBatches(Batches):
         decoded, workers = DecodedFiles(files, self.flip, self.policy), files.reader.workers
         options = {"persistent_workers": workers > 0, "pin_memory": "cuda" in str(files.device)}
         self.loader = make_loader(decoded, workers, sampler=self.plan, **options)
-        if self.crop_fill:  # before there are workers, which would each take seconds to import it
+        if self.crop_fill:  # now, or each worker would take seconds to import it
             import torchvision.transforms.v2  # noqa: F401
 
     def draw_crops(self, generator):  # DecodedFiles draws them
@@ -101,15 +101,15 @@ class DecodedFiles(torch.utils.data.Dataset):
         if seed is None:
             return reader.read(path)
         with torch.random.fork_rng(devices=[]):
-            # torch.manual_seed would seed the GPU, too, where the masks of dropout are drawn.
+            # torch.manual_seed would seed the GPU, too, which draws the masks of dropout.
             torch.default_generator.manual_seed((seed * 1_000_003 + i) % 2**63)
-            pixels = reader.read(path, cache(random_box))  # reading may be tried again, and is to draw no other box
+            pixels = reader.read(path, cache(random_box))  # a second attempt takes the same box
             pixels = np.flip(pixels, [axis for axis in FLIPS[self.flip] if torch.rand(1) < 0.5])
             return by_policy(self.policy, pixels) if self.policy else pixels
 
 
 def by_policy(name, pixels):
-    """(S, S, C) uint8 as one of POLICIES changes them, which draws from torch's generator."""
+    """(S, S, C) uint8, changed by one of POLICIES, which draws from torch's generator."""
     from torchvision.transforms import v2
 
     policy = getattr(v2, POLICIES[name])(interpolation=v2.InterpolationMode.BILINEAR)

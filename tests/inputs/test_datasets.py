@@ -59,7 +59,7 @@ def test_hold_out_is_stratified_and_follows_the_seed():
     assert sorted(torch.cat((held.train.pixels, held.valid.pixels))[:, 0, 0, 0].tolist()) == list(range(200))
     assert torch.equal(held.valid.pixels, same.valid.pixels) and not torch.equal(held.valid.pixels, other.valid.pixels)
     for count in (200, 3):
-        with pytest.raises(Mistake, match=f"valid-size {count}: cannot take the same share of each class"):
+        with pytest.raises(Mistake, match=f"valid-size {count}: cannot take the same fraction of each class"):
             dataset.hold_out(count, seed=1)
 
 

@@ -230,7 +230,7 @@ def test_class_folders_alone_are_divided_the_same_way_for_every_seed(tmp_path, i
     for find in (lambda: load(root, reader, 0, manifest), lambda: datasets.load_test("folder", root, reader, dataset.classes, manifest)):
         with pytest.raises(Mistake, match=r"1 of the run's 4 test images are missing, such as .*/flat/\w+/\d.png"):
             find()
-    with pytest.raises(Mistake, match="--test-size 1: cannot take the same share of each class: every part needs an image of every class"):
+    with pytest.raises(Mistake, match="--test-size 1: cannot take the same fraction of each class: every part needs an image of every class"):
         load(root, reader, test_size=1)
 
 
@@ -318,7 +318,7 @@ def test_folds_are_equal_parts_of_all_images_and_divide_no_group(tmp_path, group
         assert load(root, Reader(8), f"{i}/3", dataset.manifest, groups).manifest == dataset.manifest
         tested += dataset.test.names
     assert len(tested) == len(set(tested)) == 18
-    with pytest.raises(Mistake, match="--fold 1/19: cannot take the same share of each class"):
+    with pytest.raises(Mistake, match="--fold 1/19: cannot take the same fraction of each class"):
         load(root, Reader(8), "1/19", groups=groups)
 
 
