@@ -12,7 +12,7 @@ from common.console import Mistake
 from inputs.batches import ImageTensors
 from inputs.folders import groups_of, load_folder, load_test_folder
 from inputs.image import Reader
-from inputs.splits import NORMALIZE, Dataset, channel_statistics, check_memory
+from inputs.splits import NORMALIZE, Dataset, channel_statistics
 
 DATASETS = ("cifar10", "cifar100", "svhn", "digits", "folder")
 DEFAULT_READER = Reader()
@@ -63,7 +63,6 @@ def load_digits(reader):
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    check_memory(1797, reader, 8 + reader.channels)  # float32 before and after rounding, then uint8
     digits = load_digits()
     grey = torch.tensor(digits.images, dtype=torch.float32)[:, None] * (255 / 16)  # (N, 1, 8, 8), was 0 … 16
     size = (reader.image_size, reader.image_size)

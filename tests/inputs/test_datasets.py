@@ -11,11 +11,9 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT
 from helpers import NORMALIZE, random_images
 from torchvision.datasets import utils
 
-import train
 from common.console import Mistake
 from inputs import datasets, splits
 from inputs.image import Reader
@@ -37,11 +35,8 @@ def test_statistics_equal_numpy_in_float64():
         ("cifar100", ((0.50707516, 0.48654887, 0.44091784), (0.26733429, 0.25643846, 0.27615047))),
     ],
 )
-def test_constants_are_the_published_ones_and_those_of_the_data(name, published):
+def test_constants_are_the_published_ones(name, published):
     np.testing.assert_allclose(splits.NORMALIZE[name], np.array(published) * 255, atol=0.06)
-    if list((ROOT / "data").glob(f"{name[:5]}-{name[5:]}-*")):
-        pixels = datasets.load(name, ROOT / "data").train.pixels
-        np.testing.assert_allclose(splits.channel_statistics(pixels), splits.NORMALIZE[name], atol=0.06)
 
 
 def test_a_fingerprint_is_of_pixels_and_labels():
@@ -125,6 +120,7 @@ def test_cifar_is_read_as_torchvision_reads_it(tmp_path, monkeypatch, network, n
     dataset, packed = datasets.load(name, tmp_path), archive.read_bytes()
     assert torch.equal(dataset.train.pixels, torch.from_numpy(rows.reshape(-1, 3, 32, 32)).permute(0, 2, 3, 1))
     assert dataset.train.labels.tolist() == labels.tolist() and dataset.classes[3] == "class 3"
+    assert dataset.normalize == splits.NORMALIZE[name]
     for part, images in (("train", dataset.train), ("test", dataset.test)):
         theirs = kind(tmp_path, train=part == "train")
         assert torch.equal(images.pixels, torch.from_numpy(theirs.data)) and images.labels.tolist() == theirs.targets
@@ -182,16 +178,3 @@ def test_svhn_archives(tmp_path, monkeypatch):
     torch.testing.assert_close(x.permute(0, 2, 3, 1), dataset.test.pixels / 255)  # divided by 255 and no more
     (tmp_path / "extra_32x32.mat").unlink()
     assert torch.equal(datasets.load_test("svhn", tmp_path, Reader(), dataset.classes, None)[0].pixels, dataset.test.pixels)
-
-
-BAMOS = "--data . --batchSz 64 --nEpochs 1 --no-cuda --save RUN --seed 1 --opt adam --depth 10"
-GPLEISS = "--efficient True --data . --save RUN --depth 10 --growth_rate 12 --n_epochs 1 --batch_size 64 --valid_size 20 --seed 1"
-
-
-@pytest.mark.parametrize("command", [BAMOS, GPLEISS])
-def test_training_on_cifar_by_the_command_lines_of_older_programs(monkeypatch, command):
-    write_cifar(Path(), "cifar10", monkeypatch)
-    assert train.main([*command.split(), "--no-plot", "--no-progress"]) == 0
-    checkpoint = torch.load("RUN/latest.pth", weights_only=True)
-    assert len(checkpoint["classes"]) == 10 and checkpoint["normalize"] == splits.NORMALIZE["cifar10"]
-    assert (checkpoint["config"]["block"] == "checkpoint") == ("efficient" in command)

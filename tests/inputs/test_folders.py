@@ -333,20 +333,17 @@ def test_groups_are_kept_together_by_a_run_and_its_evaluation(tmp_path, test_siz
 
 
 @pytest.mark.parametrize(("pattern", "words"), [
-    ("(p[0-7])_", r"--groups \(p\[0-7\]\)_ does not match cat/p8_0.png: every image needs a group"),
+    ("(p[0-7])_", r"--groups \(p\[0-7\]\)_ does not match train/cat/p8_0.png: every image needs a group"),
     ("p.", "no such group: write a regular expression with a group"),
     ("(p", "missing \\)"),
+    (r"_(\d)", "0 is in training and test images: move all images of a group into one split"),
 ])  # fmt: skip
-def test_groups_that_are_none_are_refused(tmp_path, pattern, words):
+def test_groups_that_are_none_or_divided_are_refused(tmp_path, pattern, words):
+    root = grouped_folder(tmp_path / "train")
+    shutil.copytree(root, tmp_path / "test")
     with pytest.raises(Mistake, match=words):
-        load(grouped_folder(tmp_path), Reader(8), groups=pattern)
-
-
-def test_a_group_in_two_splits_of_the_users_own_is_refused(tmp_path):
-    root = write_folder(tmp_path)
-    with pytest.raises(Mistake, match="0 is in training and test images: move all images of a group into one split"):
-        load(root, groups=r"(\d).png")
-    assert len(load(root, groups=r"(\w+/\w+/\d).png").train) == 6
+        load(tmp_path, Reader(8), groups=pattern)
+    assert len(load(tmp_path, Reader(8), groups="(.*)").train) == 18
 
 
 @pytest.mark.parametrize("test_size", [["--test-size", "4"], []])

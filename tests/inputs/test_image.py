@@ -2,18 +2,17 @@
 
 import struct
 import zlib
-from collections import Counter
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from helpers import photo, write_folder
-from PIL import Image, ImageCms, PngImagePlugin, features
+from PIL import Image, ImageCms, PngImagePlugin
 from torchvision.transforms import v2
 
 from common.console import Mistake
-from inputs import datasets, decoding, folders
+from inputs import datasets, decoding
 from inputs.image import UPRIGHT, Reader, Unreadable, random_box
 from inputs.streaming import ImageFiles
 
@@ -211,17 +210,6 @@ def test_other_modes(tmp_path, mode):
         assert read_both_ways(path, channels=1) == [[76], [150], [29], [255]]
 
 
-@pytest.mark.parametrize("suffix", ["jfif", "gif", "avif", "jp2", "bmp", "ppm", "tga"])
-def test_formats_of_every_kind(tmp_path, suffix):
-    if not features.check({"avif": "avif", "jp2": "jpg_2000"}.get(suffix, "pil")):
-        pytest.skip("not in this Pillow")
-    (tmp_path / "a").mkdir()
-    path, passed = tmp_path / "a" / f"image.{suffix}", Counter()
-    quadrants().save(path, format="JPEG" if suffix == "jfif" else None)
-    assert folders.list_images(tmp_path, passed) == {"a": [str(path)]} and not passed
-    np.testing.assert_allclose(read_both_ways(path), [RED, GREEN, BLUE, WHITE], atol=12)
-
-
 @pytest.mark.parametrize("choose", [None, random_box])
 def test_an_odd_shape_costs_no_more_than_any_other(tmp_path, monkeypatch, choose):
     sizes, real = [], Image.Image.resize
@@ -299,8 +287,3 @@ def test_good_images_are_not_called_damaged(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50_000)
     with pytest.raises(Unreadable, match=r"image.png has more than 0.1 megapixels, the most that are read: make it smaller$"):
         Reader().read(tmp_path / "image.png")
-
-
-def test_a_run_s_reader():
-    arguments = {"image_size": 64, "epochs": 3, "workers": 2, "white": 4095.0, "channels": 1}
-    assert Reader.of_run(arguments, workers=0) == Reader(64, 1, 4095.0)
