@@ -182,8 +182,7 @@ def check_data(checkpoint, args, dataset):
     options, logs, run = model_options(args, len(dataset.classes)), logs_of(args, dataset), f"the run in {args.save}"
     before = options | checkpoint["config"]["model"], checkpoint["classes"], checkpoint["measured"]
     if before != (options, list(dataset.classes), dataset.normalize):
-        older = ", or by a release that read them differently" if checkpoint["manifest"] == FIRST_MANIFEST else ""
-        raise Mistake(f"{run} was trained on other images or classes than {args.data} holds now{older}")
+        raise Mistake(f"{run} was trained on other images or classes than {args.data} holds now")
     if changed := splits.changed(checkpoint["manifest"], dataset):
         raise Mistake(f"images in {args.data} ({', '.join(changed)}) have changed since {run} began")
     if checkpoint["metrics"].keys() != set(logs):

@@ -1,10 +1,4 @@
-"""Fine-tuning: find trained weights to start from, load those that fit a network, and freeze parts of it.
-
-    from training.finetune import freeze, read_source, take
-    source = read_source("work/digits.bc16/weights.pth")    # or torchvision's weights, from a file or by "imagenet"
-    print(take(model, source, "digits"))
-    print(freeze(model, "stem,blocks.0"))
-"""
+"""Fine-tuning: find trained weights to start from, load those that fit a network, and freeze parts of it."""
 
 import re
 import sys

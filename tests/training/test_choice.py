@@ -72,16 +72,13 @@ def test_twice_the_error_of_naive_is_allowed():
         assert trial.is_as_exact([{"output": error} for error in errors], naive) == expected
 
 
-@pytest.mark.parametrize(
-    ("fails", "error", "timed", "refused"),
-    [
-        (lambda block, count, dtype: block == "fused", "out of resource: shared memory", ["naive", "checkpoint"], ["fused"]),
-        (lambda block, count, dtype: block == "naive", "CUDA out of memory. Tried", ["checkpoint", "fused"], ["naive"]),
-        (lambda block, count, dtype: count > 1, "CUDA out of memory. Tried", JOB["blocks"], []),  # fewer images fit
-        (lambda block, count, dtype: dtype is torch.float64, "not implemented", [], ["reference"]),
-        (lambda block, count, dtype: block != "fused" and dtype is not torch.float64, "out of memory", [], JOB["blocks"]),  # not its own reference
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("fails", "error", "timed", "refused"), [
+    (lambda block, count, dtype: block == "fused", "out of resource: shared memory", ["naive", "checkpoint"], ["fused"]),
+    (lambda block, count, dtype: block == "naive", "CUDA out of memory. Tried", ["checkpoint", "fused"], ["naive"]),
+    (lambda block, count, dtype: count > 1, "CUDA out of memory. Tried", JOB["blocks"], []),  # fewer images fit
+    (lambda block, count, dtype: dtype is torch.float64, "not implemented", [], ["reference"]),
+    (lambda block, count, dtype: block != "fused" and dtype is not torch.float64, "out of memory", [], JOB["blocks"]),  # not its own reference
+])  # fmt: skip
 def test_what_fails_is_left_out(monkeypatch, fails, error, timed, refused):
     def outcomes(job, block, count, device, precision, dtype=torch.float32):
         if fails(block, count, dtype):
@@ -124,18 +121,15 @@ ROUND = "print(json.dumps({'at': 'fused', 'seconds': {'naive': [2, 2], 'checkpoi
 OTHERS = {"naive": [2, 2], "checkpoint": [1, 1]}
 
 
-@pytest.mark.parametrize(
-    ("source", "seconds", "refused", "taken"),
-    [
-        (ROUND + "time.sleep(60)", {"naive": [2], "checkpoint": [1], "fused": [4]}, {}, "checkpoint"),  # until the time was up
-        (ROUND + "os.kill(os.getpid(), 9)", OTHERS, {"fused": "ended with status -9"}, "checkpoint"),
-        (ROUND.replace("[4]", "[]") + "time.sleep(60)", OTHERS, {"fused": "did not end in time"}, "checkpoint"),
-        ("print('{\"at\": \"fused\"}', flush=True)\nos._exit(3)", {}, {"fused": "ended with status 3"}, "naive"),
-        ("print(0)\nsys.exit('no such module')", {}, {"the process": "ended with status 1: no such module"}, "fused"),
-        ("time.sleep(60)", {}, {"the process": "did not end in time"}, "fused"),
-        (None, {}, {"the process": "[Errno 2] No such file or directory: 'nowhere'"}, "fused"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("source", "seconds", "refused", "taken"), [
+    (ROUND + "time.sleep(60)", {"naive": [2], "checkpoint": [1], "fused": [4]}, {}, "checkpoint"),  # until the time was up
+    (ROUND + "os.kill(os.getpid(), 9)", OTHERS, {"fused": "ended with status -9"}, "checkpoint"),
+    (ROUND.replace("[4]", "[]") + "time.sleep(60)", OTHERS, {"fused": "did not end in time"}, "checkpoint"),
+    ("print('{\"at\": \"fused\"}', flush=True)\nos._exit(3)", {}, {"fused": "ended with status 3"}, "naive"),
+    ("print(0)\nsys.exit('no such module')", {}, {"the process": "ended with status 1: no such module"}, "fused"),
+    ("time.sleep(60)", {}, {"the process": "did not end in time"}, "fused"),
+    (None, {}, {"the process": "[Errno 2] No such file or directory: 'nowhere'"}, "fused"),
+])  # fmt: skip
 def test_a_process_that_dies_or_hangs_leaves_what_it_found_or_the_default(monkeypatch, cache, source, seconds, refused, taken):
     monkeypatch.setattr(choice, "PROGRAM", ["-c", f"import json, os, sys, time\n{source}"])
     monkeypatch.setattr(choice, "LONGEST", 2)
