@@ -70,9 +70,10 @@ def publish(directory, checkpoint, images, device):
 
 
 def misclassified(checkpoint, images, device):
-    """True for misclassified images, (images,) bool, evaluated in the precision of the training."""
-    amp, _ = choose_precision(stages(checkpoint["config"])[-1]["precision"], device)
-    batches = predictions(checkpoint, images, device, amp)
+    """True for misclassified images, (images,) bool, evaluated as in training: blocks round differently in bf16."""
+    trained = stages(checkpoint["config"])[-1]
+    amp, _ = choose_precision(trained["precision"], device)
+    batches = predictions(checkpoint, images, device, amp, block=trained["block"])
     return torch.cat([(logits.argmax(1) != labels).cpu() for logits, labels in batches])
 
 

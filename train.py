@@ -16,7 +16,7 @@ from tqdm import tqdm
 from common.checkpoints import FIRST_MANIFEST, load_weights
 from common.config import stages
 from common.console import Mistake, command, duration, one_line
-from common.hardware import choose_device, choose_precision, peak_memory_mib, set_up_device
+from common.hardware import busy_note, choose_device, choose_precision, peak_memory_mib, set_up_device
 from densenet import DenseNet
 from inputs import datasets, splits
 from inputs.batches import batch_positions, memory_format
@@ -289,6 +289,7 @@ def train(args, checkpoint, source, run):
         messages.append("few training images: weights trained on others may help, see --init-from")
     if checkpoint and checkpoint["manifest"] == FIRST_MANIFEST:
         messages.append("an earlier release began this run: it read turned, transparent, large images differently")
+    messages += busy_note(device) if distributed.world_size() == 1 else []  # several ranks keep each other busy
     model = DenseNet(**model_options(args, len(dataset.classes)))
     model.to(device, memory_format=memory_format(device))
     if source:

@@ -30,6 +30,12 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, formatter_class=argparse.RawDescriptionHelpFormatter, **options):
         super().__init__(formatter_class=formatter_class, **options)
 
+    def parse_known_args(self, args=None, namespace=None):
+        for text in sys.argv[1:] if args is None else args:
+            if text.startswith("-") and text.endswith("=--"):  # Python 3.11 makes an empty list of it
+                self.error(f"{text}: needs another value")
+        return super().parse_known_args(args, namespace)
+
     def print_help(self, file=None):  # argparse's own passes over a closed pipe
         print(self.format_help(), end="", file=file)
 

@@ -105,6 +105,21 @@ def device_name(device):
     return f"{name}, {counted(torch.get_num_threads(), 'thread')}"
 
 
+def busy_note(device, seconds=0.2):
+    """A list of a line if fewer threads may be faster beside other programs, which are watched for so many seconds.
+
+    A loop ends with its slowest thread: one that shares its core with another program slows down all.
+    """
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        return []
+    idle = sum(1 - busy / 100 for busy in psutil.cpu_percent(seconds, percpu=True))
+    if idle > threads - 0.5:
+        return []
+    fewer = max(1, round(idle))
+    return [f"{threads} threads for {idle:.1f} idle cores: OMP_NUM_THREADS={fewer} before the command may be faster"]
+
+
 def peak_memory_mib(device):
     """Peak memory: of the CUDA allocator since its last reset, else of the whole process."""
     if device.type == "cuda":

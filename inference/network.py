@@ -75,9 +75,11 @@ def load_split(checkpoint, split="test", directory=None, reader=None):
     return dataset.splits[split], dataset.notes
 
 
-def predictions(checkpoint, images, device="cpu", amp=contextlib.nullcontext, batch_size=None):
-    """``predict`` for ImageTensors or ImageFiles, with the network of a checkpoint."""
+def predictions(checkpoint, images, device="cpu", amp=contextlib.nullcontext, batch_size=None, block="naive"):
+    """``predict`` for ImageTensors or ImageFiles, with the network of a checkpoint, run as ``block``."""
     model = load_model(checkpoint).to(device, memory_format=memory_format(device))
+    if block != "naive":  # exported networks have none
+        model.set_block(block)
     batch_size = batch_size or checkpoint["config"]["arguments"]["batch_size"]
     return predict(model, images.to(device).batches(batch_size, checkpoint["normalize"]), amp)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fused
+from common import hardware
 from common.console import Mistake
 from common.hardware import choose_device, choose_precision, has_bf16, set_up_device
 from training.arguments import parse_args
@@ -80,3 +81,12 @@ def test_a_gpu_without_a_number_is_set_up():
     with torch.backends.cudnn.flags(allow_tf32=True):
         set_up_device(torch.device("cuda"))  # what "cuda" and "auto" choose; torch.cuda.set_device refuses it
         assert not torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize(("busy", "threads", "fewer"), [([100, 3], 2, 1), ([90, 100, 4, 6], 4, 2), ([2, 9], 2, None), ([100, 2], 1, None)])
+def test_a_busy_processor_is_named(monkeypatch, busy, threads, fewer):
+    monkeypatch.setattr(hardware.psutil, "cpu_percent", lambda seconds, percpu: busy)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    lines = hardware.busy_note(CPU)
+    assert [f"OMP_NUM_THREADS={fewer}" in line for line in lines] == ([True] if fewer else [])
+    assert hardware.busy_note(torch.device("cuda")) == []

@@ -23,7 +23,7 @@ COMMANDS = {  # with the arguments before the flags
 }  # fmt: skip
 VALUES = (
     "", "0", "1", "2", "-1", "16", "43", "0.5", "1e39", "-1e39", "1e-39", "nan", "inf", "1_0", "٣", "0x10", f"{2**31}", f"{10**20}", "9" * 5000,
-    "x", "x" * 300, "a b", "a\nb", "$x", "-", "-x", ".", "..", "*", "\udcff", "é", "cpu", "meta", "privateuseone", "mkldnn", "cuda:99",
+    "x", "x" * 300, "a b", "a\nb", "$x", "-", "--", "-x", ".", "..", "*", "\udcff", "é", "cpu", "meta", "privateuseone", "mkldnn", "cuda:99",
     "digits", "folder", "svhn", "adam", "densenet121", "densenet_40_12", "naive", "fused", "fp16", "black", "if-any", "auto", "cosine",
     "file", "file/x", "folder.svg", "x.svg", "x.png", "link", "loop", "pipe", "test", "train",
 )  # fmt: skip
