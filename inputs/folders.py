@@ -52,7 +52,7 @@ def load_folder(root, reader, test_size=0, manifest=None, groups=None, labels=No
         drawn = stratified(files["train"].labels, test_size, 0, flag, groups_of(names, root, groups))[1]
         test_files = [below(root, names[i]) for i in drawn]
     if test_files:
-        files["test"] = set_apart(root, test_files, class_finder(train, table), classes, reader)
+        files["test"] = set_apart(root, test_files, train, table, classes, reader)
         apart = set(map(Path, files["test"].names))  # Path: "./cat/0.png" is "cat/0.png"
         kept = [i for i, name in enumerate(files["train"].names) if Path(name) not in apart]
         files["train"] = files["train"].select(torch.tensor(kept))
@@ -78,8 +78,8 @@ def load_test_folder(root, reader, classes, manifest):
     """The test images of a folder, in the order of training, and lines to print. Needs no training images."""
     table, passed = read_labels(root, manifest.get("labels")), Counter()
     if manifest["test_files"]:
-        class_of = class_finder(root / manifest["folders"]["train"], table)
-        files = set_apart(root, manifest["test_files"], class_of, classes, reader)
+        train = root / manifest["folders"]["train"]
+        files = set_apart(root, manifest["test_files"], train, table, classes, reader)
     else:
         folder = existing(root / manifest["folders"]["test"])
         files = interleave(folder, table.get("test", {}) if table else list_images(folder, passed), classes, reader)
@@ -254,20 +254,17 @@ def interleave(folder, found, classes, reader):
     return ImageFiles([path for _, _, path in entries], labels, reader)
 
 
-def class_finder(train, table):
-    """A function from a training image's path to its class: the name of its folder below ``train``, or a table's."""
-    if table is None:
-        return lambda path: path.relative_to(train).parts[0]
-    return {Path(path): name for name, paths in table["train"].items() for path in paths}.__getitem__
+def set_apart(root, names, train, table, classes, reader):
+    """ImageFiles of the files that are set apart for testing, from their names below ``root``.
 
-
-def set_apart(root, names, class_of, classes, reader):
-    """ImageFiles of the files that are set apart for testing, from their names below ``root``. Raises Mistake."""
+    Their classes are those of ``table`` or, without it, the names of their folders below ``train``. Raises Mistake.
+    """
+    labelled = table and {Path(path): name for name, listed in table["train"].items() for path in listed}
     paths = [root / name for name in names]
     if missing := [path for path in paths if not path.exists()]:
         raise Mistake(f"{len(missing)} of the run's {len(names)} test images are missing, such as {missing[0]}")
     try:
-        labels = torch.tensor([classes.index(class_of(path)) for path in paths])
+        labels = torch.tensor([classes.index(labelled[p] if table else p.relative_to(train).parts[0]) for p in paths])
     except (ValueError, LookupError) as error:
         raise Mistake(f"the run's test images are not in its classes any more ({error})") from error
     return ImageFiles(list(map(str, paths)), labels, reader)
