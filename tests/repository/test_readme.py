@@ -172,7 +172,7 @@ def few_images():
 
 def ablation():
     runs = [[f"{fill}-{momentum}" for fill in ("mean", "black")] for momentum in ("nesterov", "plain")]
-    errors = np.array([[[published(f"ablation/{name}-seed{seed}").error.iloc[-1] for seed in (1, 2, 3)] for name in names] for names in runs])
+    errors = np.array([[[published(f"cifar10.ablation/{name}-seed{seed}").error.iloc[-1] for seed in (1, 2, 3)] for name in names] for names in runs])
     for name, cells in zip(("Nesterov momentum", "plain momentum"), errors, strict=True):
         yield row(name, *(spread(seeds, 2) for seeds in cells))
     for mine, other in ((errors[:, 1], errors[:, 0]), (errors[1], errors[0])):  # all else equal, seed included
