@@ -19,7 +19,7 @@ from common.console import Mistake, command, duration, one_line
 from common.hardware import busy_note, choose_device, choose_precision, peak_memory_mib, set_up_device
 from densenet import DenseNet
 from inputs import datasets, splits
-from inputs.batches import batch_positions, memory_format
+from inputs.batches import FLIPS, batch_positions, memory_format
 from inputs.image import Reader
 from training import distributed
 from training.arguments import parse_args
@@ -287,6 +287,10 @@ def train(args, checkpoint, source, run):
     messages, main_process = list(dataset.notes), distributed.rank() == 0
     if args.dataset == "folder" and not (args.init_from or args.resume) and len(dataset.train) < 5000:
         messages.append("few training images: weights trained on others may help, see --init-from")
+    names = {name.lower() for name in dataset.classes}
+    opposites = names & {name.replace("left", "right") for name in names if "left" in name}
+    if opposites and args.augment and 1 in FLIPS[args.flip]:
+        messages.append(f"class {min(opposites)} has an opposite, and images are mirrored: see --flip")
     if checkpoint and checkpoint["manifest"] == FIRST_MANIFEST:
         messages.append("an earlier release began this run: it read turned, transparent, large images differently")
     messages += busy_note(device) if distributed.world_size() == 1 else []  # several ranks keep each other busy

@@ -172,10 +172,13 @@ def measure_apart(job):
 def cache_path(job, device):
     """The file that keeps the answer to a job; its name is a hash of everything that the answer depends on."""
     parts = ("densenet.py", "common/hardware.py", "fused/*.py", "training/*.py")
+    driver = Path("/proc/driver/nvidia/version")
     sources = [path.read_bytes() for part in parts for path in sorted(ROOT.glob(part))]
     key = job | {
         "hardware": device_name(device),
+        "driver": driver.read_text() if driver.exists() else None,
         "versions": versions(),
+        "threads": {name: text for name, text in os.environ.items() if name[:3] in ("OMP", "GOM", "KMP", "MKL", "THP")},
         "sources": hashlib.sha256(b"".join(sources)).hexdigest(),
     }
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]

@@ -130,6 +130,15 @@ def test_patience_ends_a_run_early_and_a_larger_one_goes_on(tiny, capsys):
     assert not json.loads(Path("run/config.json").read_text())["stopped_early"]
 
 
+def test_classes_that_mirroring_makes_alike_are_told(tiny, capsys, tmp_path):
+    write_folder(tmp_path / "images", classes=("Left hand", "right hand"))
+    for flags, told in (([], 1), (["--flip", "vertical"], 0), (["--no-augment"], 0)):
+        tiny(*"--dataset folder --data images --depth 10 --epochs 1 --overwrite --save run".split(), *flags, args=[])
+        out = capsys.readouterr().out
+        assert out.count("class right hand has an opposite, and images are mirrored: see --flip\n") == told
+        assert "few training images: weights trained on others may help, see --init-from\n" in out
+
+
 def test_a_tensorboard_file_holds_the_logs_once_whatever_was_resumed(tiny):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     flags = ["--save", "run", "--tensorboard", "--log-every", "2"]
