@@ -15,7 +15,7 @@ import numpy as np
 from common.console import Mistake, Parser, amount, between, command, nonempty
 from inputs.datasets import DATASETS, load
 from inputs.decoding import in_workers
-from inputs.folders import existing, list_images, passed_over
+from inputs.folders import existing, list_images, passed_over, read_labels
 from inputs.image import STREAM_FROM, Reader, add_reader_flags, opened, orientation, patient
 from inputs.splits import channel_statistics
 
@@ -34,12 +34,15 @@ def inspect(reader, path):
         return f"{image.width}×{image.height}", image.mode, losses, hashlib.blake2b(content).digest()
 
 
-def check_folder(root, reader):
-    """Read every image below ``root`` and print what was found. Returns 1 if some are unreadable or twice."""
-    splits = [root / name for name in ("train", "val", "test") if (root / name).is_dir()] or [existing(root)]
+def check_folder(root, reader, labels=None):
+    """Read every image below ``root``, or of a table of ``labels``, and print what was found.
+
+    Returns 1 if some are unreadable or twice.
+    """
+    folders = [root / name for name in ("train", "val", "test") if (root / name).is_dir()] or [existing(root)]
     passed, found, problems = Counter(), {}, []  # found: path → (split, class, size, mode, losses, digest)
-    for split in splits:
-        classes = list_images(split, passed)
+    splits = read_labels(root, labels) or {folder: list_images(folder, passed) for folder in folders}
+    for split, classes in splits.items():
         files = [(path, name) for name, paths in classes.items() for path in paths]
         answers = in_workers(partial(inspect, reader), [path for path, _ in files], reader, "checking images")
         for (path, name), answer in zip(files, answers, strict=True):
@@ -91,6 +94,7 @@ def parse_args(argv=None):
         help="measure mean and standard deviation of the training images (default: read every image of the folder)")
     add("--image-size", type=between(1, 100_000, int), default=32, metavar="N",
         help="--stats: resize images of folder and digits to N×N pixels (default: %(default)s)")
+    add("--labels", metavar="FILE", help="a CSV file in the folder, as for train.py (default: classes are folders)")
     add_reader_flags(add)
     add("--test-size", type=amount, default=0, metavar="N",
         help="--stats of class folders alone: set N images, or a share of them, apart (default: 0.2)")
@@ -101,7 +105,7 @@ def print_statistics(args, reader):
     """Print the size of a data set, and mean and standard deviation of each channel of its training images."""
     if args.dataset == "folder" and reader.streams:
         raise Mistake(f"--stats needs images in memory: --image-size below {STREAM_FROM}")
-    dataset = load(args.dataset, args.data, reader, args.test_size)
+    dataset = load(args.dataset, args.data, reader, args.test_size, labels=args.labels)
     counts = f"{len(dataset.train):,} training and {len(dataset.test):,} test images"
     print("\n".join([*dataset.notes, f"{args.dataset}: {counts} in {len(dataset.classes)} classes"]))
     for name, values in zip(("mean", "std"), channel_statistics(dataset.train.pixels), strict=True):
@@ -113,7 +117,7 @@ def main(argv=None):
     args = parse_args(argv)
     reader = Reader.of_run(vars(args), progress=sys.stderr.isatty())
     if args.dataset == "folder" and not args.stats:
-        return check_folder(Path(args.data), reader)
+        return check_folder(Path(args.data), reader, args.labels)
     return print_statistics(args, reader)
 
 

@@ -300,6 +300,7 @@ def train(args, checkpoint, source, run):
         messages.append(take(model, source, args.init_from, list(dataset.classes)))
     if args.freeze is not None:
         messages.append(freeze(model, args.freeze))
+    distributed.share_weights(model)
     how, reasons = distributed.on_rank_0(choose_block, args, checkpoint, dataset, model, device, precision)
     model.set_block(how["block"])
 

@@ -319,7 +319,7 @@ class Buffer(NamedTuple):
         return Buffer(self.x[:, columns], self.d[:, columns], self.mean[columns], self.p[columns], self.q[columns])
 
     def defer(self, norm, d_weight, d_bias):
-        """Add the gradients of the batch's mean and variance to p and q, which ``gradient`` applies."""
+        """Add the gradients of the batch's mean and variance to p and q, which ``complete`` applies."""
         if norm.batch:
             scale = norm.scale / len(self.x)
             self.p.addcmul_(scale, d_bias)
@@ -389,7 +389,7 @@ def conv1x1_backward(d_relu, h, norm2, d_weight2, d_bias2, read, norm, weight, s
     a, d_weight, d_bias = passes.relu_backward(da, read.x, norm, read.d, read.latest)
     read.defer(norm, d_weight, d_bias)
     d_conv = (dh.t() @ a).to(weight.dtype)
-    return d_weight, d_bias, torch.empty_like(weight).copy_(d_conv.view(weight.shape))  # strides as DDP expects them
+    return d_weight, d_bias, torch.empty_like(weight).copy_(d_conv.view(weight.shape))  # with its strides
 
 
 def passes_for(x):

@@ -515,7 +515,7 @@ def finish_gradients(sums, partial, weight, norm, rows, read=None):
     """
     columns, size = sums.shape[2], partial[0].numel()
     d_weight, d_bias = sums.new_empty(2, columns)
-    d_conv = torch.empty_like(weight)  # with the strides of the weight, as DDP expects it
+    d_conv = torch.empty_like(weight)  # with the strides of the weight
     p, q = (read.p, read.q) if read else (d_weight, d_bias)
     finish_gradients_kernel[(triton.cdiv(columns, GRADIENTS["BC"]) + triton.cdiv(size, GRADIENTS["BC"]),)](
         sums, len(sums), d_weight, d_bias, partial, len(partial), d_conv, *d_conv.stride(),

@@ -66,6 +66,9 @@ def load_split(checkpoint, split="test", directory=None, reader=None):
         dataset = datasets.load_run(trained, root, reader, manifest)
         if list(dataset.classes) != checkpoint["classes"]:
             raise Mistake(f"the images in {root} have other classes than those of the training")
+        older = trained["valid_size"] and manifest and "fingerprints" not in manifest  # only statistics show a change
+        if older and not torch.equal(*map(torch.tensor, (checkpoint["measured"], dataset.normalize))):
+            raise Mistake(f"images in {root} have changed since the training")
         if changed := {"train", split} & {*splits.changed(manifest, dataset)}:
             raise Mistake(f"images in {root} ({', '.join(sorted(changed))}) have changed since the training")
     except Mistake as error:

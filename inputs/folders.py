@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import re
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def load_folder(root, reader, test_size=0, manifest=None, groups=None, labels=No
 
 def load_test_folder(root, reader, classes, manifest):
     """The test images of a folder, in the order of training, and lines to print. Needs no training images."""
-    table, passed = read_labels(root, manifest.get("labels")), Counter()
+    table, passed = read_labels(root, manifest.get("labels"), ["test"]), Counter()
     if manifest["test_files"]:
         train = root / manifest["folders"]["train"]
         files = set_apart(root, manifest["test_files"], train, table, classes, reader)
@@ -122,10 +123,11 @@ def find_splits(root, test_size, manifest, table=None):
     return splits if test_size else splits | {"test": existing(test)}, test_size, notes
 
 
-def read_labels(root, labels):
-    """{split: {class: sorted paths}} of a CSV file ``root / labels`` with columns path, label and, if any, split.
+def read_labels(root, labels, needed=tuple(KINDS)):
+    """{split: {class: sorted paths}} of a CSV file ``root / labels`` with columns path, label and optionally split.
 
-    Paths are relative to ``root``; without splits, all images are for training. None without labels. Raises Mistake.
+    Paths are relative to ``root``; without splits, all images are for training. The files of splits that are ``needed``
+    have to be there. None without labels. Raises Mistake.
     """
     if not labels:
         return None
@@ -133,18 +135,21 @@ def read_labels(root, labels):
 
     file, found = root / labels, {"train": {}}
     try:
-        options = {"keep_default_na": False, "index_col": False, "skipinitialspace": True}
-        table = pd.read_csv(readable(file), dtype=str, encoding="utf-8-sig", **options)
-    except (OSError, ValueError) as error:
+        options = {"keep_default_na": False, "skipinitialspace": True, "skip_blank_lines": False}
+        with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):  # of a cell too many
+            table = pd.read_csv(readable(file), dtype=str, index_col=False, encoding="utf-8-sig", **options)
+    except (OSError, ValueError, pd.errors.ParserWarning) as error:
         raise Mistake(f"--labels: {file} cannot be read ({error}): name a CSV file by its path below --data") from error
     if absent := {"path", "label"} - set(table):
-        raise Mistake(f"{file} has no column {' nor '.join(sorted(absent))}: it needs path, label and, if any, split")
-    table = table.fillna("").assign(split=table.get("split", "train"), path=table.path.map(os.path.normpath))
+        raise Mistake(f"{file} has no column {' nor '.join(sorted(absent))}: it needs path, label and optionally split")
+    table = table.fillna("").query("path != '' or label != ''")  # a line may be blank
+    paths = [os.path.relpath(os.path.join(root, path), root) for path in table.path]
+    table = table.assign(split=table.get("split", "train"), path=paths)
     for problem, wrong in (
         ("has no label", table.label == ""),
         ("has a split that is not train, valid or test", ~table.split.isin(KINDS)),
         ("is in an earlier line, too", table.path.duplicated()),
-        ("is missing", [not os.path.isfile(root / path) for path in table.path]),
+        ("is missing", table.split.isin(needed) & ~table.path.map(lambda path: os.path.isfile(root / path))),
     ):
         for line, path in table.path[wrong].items():
             raise Mistake(f"{file}, line {line + 2}: {path} {problem}: correct the table")

@@ -75,7 +75,8 @@ def stratified(labels, count, seed, flag, groups=None):
     """(positions of all other images, positions of ``count`` images), the same fraction of each class in both.
 
     ``count`` is a number, a fraction, or a fold "I/K". With ``groups``, the group of each image, no group is in both
-    parts, and ``count`` is met about. ``seed`` alone decides. Raises Mistake.
+    parts; of as many folds as ``count`` asks for, the one nearest to it is held out. ``seed`` alone decides. Raises
+    Mistake.
     """
     from sklearn import model_selection
 
@@ -86,14 +87,15 @@ def stratified(labels, count, seed, flag, groups=None):
                 range(len(labels)), test_size=count, stratify=labels, random_state=seed
             )
         else:
-            if not isinstance(count, str):
-                folds = 1 / count if isinstance(count, float) else len(labels) / count
-                count = f"1/{min(max(2, round(folds)), len(set(groups)))}"
-            i, k = map(int, count.split("/"))
+            wanted = len(labels) * count if isinstance(count, float) else 0 if isinstance(count, str) else count
+            least = min(wanted, len(labels) - wanted)  # the smaller part
+            i, k = map(int, count.split("/")) if not wanted else (0, min(round(len(labels) / least), len(set(groups))))
             make = model_selection.StratifiedGroupKFold if groups else model_selection.StratifiedKFold
             with warnings.catch_warnings(action="ignore"):  # of classes that some folds lack, which read_splits tells
-                parts = [*make(k, shuffle=True, random_state=seed).split(labels, labels, groups)][i - 1]
-    except ValueError as error:
+                folds = [*make(k, shuffle=True, random_state=seed).split(labels, labels, groups)]
+            parts = folds[i - 1] if i else min(folds, key=lambda fold: abs(len(fold[1]) - least))
+            parts = parts if least == wanted or i else parts[::-1]
+    except (ValueError, ZeroDivisionError) as error:
         needs = "every part needs an image of every class, and a whole group, if there are groups"
         raise Mistake(f"{flag} {count}: cannot take the same fraction of each class: {needs}") from error
     return [sorted(part) for part in parts]

@@ -27,7 +27,6 @@ NOT_COMPARED = {
     *("seed", "data", "workers", "block", "device", "precision", "compile", "cuda_graph", "deterministic"),
     *("save", "resume", "overwrite", "log_every", "keep_every", "tensorboard", "plot", "progress"),
     "recipe",  # a name for other arguments
-    "fold",  # one mean over all folds is what they are for
 }
 # The arguments of DenseNet that the paper has, or that the data and the name of the network imply.
 NETWORK = {
@@ -191,6 +190,8 @@ def recipe(config):
     """The arguments that a run's results depend on, other than the seed, if they are on; an image folder by name."""
     arguments = config.get("arguments", {})
     kept = {name: value for name, value in arguments.items() if name not in NOT_COMPARED and value}
+    if "fold" in kept:  # I/K: a mean over all K is what they are for
+        kept["folds"] = kept.pop("fold").partition("/")[2]
     return kept | ({"data": dataset_name(arguments)} if arguments.get("dataset") == "folder" else {})
 
 

@@ -18,7 +18,8 @@ def comparison(logs):
     recipes = [recipe(log.config) for log in logs.values()]
     for log, each in zip(logs.values(), recipes, strict=True):
         if log.config and not log.members:
-            each["seed"] = log.config["arguments"].get("seed")
+            arguments = log.config["arguments"]
+            each |= {"seed": arguments.get("seed"), "fold": arguments.get("fold") or "–"}
     columns, outcomes = {"run": list(logs)} | differing(recipes), [outcome(log) for log in logs.values()]
     for name in COLUMNS:
         values = [each.get(name) for each in outcomes]

@@ -84,11 +84,13 @@ def test_splits_that_are_not_the_run_s(root, capsys):
     assert "of 6 images wrong" in evaluated(capsys, "run.pth", "--split", "valid").out
     shutil.rmtree(root / "val")
     dataset = datasets.load("folder", root, Reader(8))
-    checkpoint = write_checkpoint(root, valid_size=2)
+    checkpoint = write_checkpoint(root, valid_size=2) | {"normalize": [*map(list, dataset.normalize)]}  # as of JSON
     torch.save(checkpoint | {"layout": dataset.manifest | {"fingerprints": {"train": "of others"}}}, "run.pth")
     refused(f"images in {root} (train) have changed since the training; say with --data where")
     torch.save(checkpoint, "run.pth")
     assert "of 2 images wrong" in evaluated(capsys, "run.pth", "--split", "valid").out
+    shutil.copy(root / "train/dog/0.png", root / "train/dog/9.png")
+    refused(f"images in {root} have changed since the training; say with --data where")
     (root / "train/dog").rename(root / "train/hound")
     (root / "test/dog").rename(root / "test/hound")
     refused("have other classes than those of the training; say with --data where")

@@ -144,6 +144,13 @@ def all_reduce(tensor):
     return tensor
 
 
+def share_weights(model):
+    """Give every rank the weights of rank 0: processors of two kinds may round the initial ones differently."""
+    if world_size() > 1:
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, 0)
+
+
 def average_statistics(model):
     """Give every rank the mean of the ranks' running statistics, each measured on its own part of the batches.
 

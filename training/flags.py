@@ -105,7 +105,7 @@ def add_data_flags(add):
         help="folder without test images: hold out N images for testing, or a fraction, the same for every seed "
         "(default: 0.2 if there are only class folders)")
     add("--labels", type=nonempty, metavar="FILE",
-        help="folder: a CSV file in --data with columns path, label and, if any, split (train, valid, test), "
+        help="folder: a CSV file in --data with columns path, label and optionally split (train, valid, test), "
         "instead of class folders")
     add("--fold", type=fold, metavar="I/K",
         help="folder without test images: test on the Ith of K equal parts, the same parts for every seed")

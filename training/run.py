@@ -204,7 +204,11 @@ class Figures:
     def finish(self):
         """Wait for the drawing that was begun last, if any."""
         if self.process:
-            errors = self.process.communicate()[1].strip().splitlines()
+            try:
+                errors = self.process.communicate(timeout=600)[1].strip().splitlines()
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                errors = [*self.process.communicate()[1].splitlines(), "it took longer than ten minutes"]
             if self.process.returncode:
                 self.report(errors[-1] if errors else f"exit status {self.process.returncode}")
             self.process = None
@@ -218,6 +222,8 @@ class Figures:
         return self
 
     def __exit__(self, kind, *_):
+        if kind and self.process:
+            self.process.kill()
         if kind is None:
             self.finish()  # which may miss the last rows
             self.due = 0.0

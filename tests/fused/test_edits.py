@@ -254,7 +254,7 @@ def test_a_run_takes_naive_for_a_block_that_differs(tiny, edit, capsys):
 def test_auto_measures_what_computes_the_same(tiny, edit, monkeypatch):
     edit("after_conv1")
     jobs = []
-    monkeypatch.setattr(choice, "SHARE", 1e9)
-    monkeypatch.setattr(choice, "measure_apart", lambda job, budget: jobs.append(job) or {"seconds": {}, "refused": {}})
+    monkeypatch.setattr(choice, "STEPS", 1)
+    monkeypatch.setattr(choice, "measure_apart", lambda job: jobs.append(job) or {"seconds": {}, "refused": {}})
     assert tiny("--save", "run", "--epochs", "1") == 0
     assert jobs[0]["blocks"] == ["naive", "checkpoint"] and config_of("run")["refused"].keys() == {"fused"}

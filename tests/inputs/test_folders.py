@@ -261,6 +261,8 @@ def test_a_table_names_labels_and_splits(tmp_path, table, sizes, image_size):
     for split in dataset.splits.values():
         assert [int(Path(name).stem) % 2 for name in split.names] == split.labels.tolist()
     assert load(root, reader, 0, dataset.manifest, labels="labels.csv").manifest == dataset.manifest
+    for name in dataset.train.names:
+        Path(name).unlink()
     test, _ = datasets.load_test("folder", root, reader, dataset.classes, dataset.manifest)
     assert test.names == dataset.test.names and torch.equal(test.labels, dataset.test.labels)
 
@@ -269,7 +271,7 @@ def test_a_run_keeps_its_table(tmp_path, capsys):
     root = labelled(tmp_path / "images", table_of())
     trained(root, "--labels", "labels.csv", "--valid-size", "3", "--groups", r"(\d+).png")
     test_files = resumed(2)["manifest"]["test_files"]
-    assert len(test_files) == 3 and publish.main(["run"]) == 0
+    assert len(test_files) == 2 and publish.main(["run"]) == 0
     assert evaluate.main(["run/weights.pth", "--split", "valid"]) == evaluate.main(["run/weights.pth"]) == 0
     (root / "labels.csv").write_text(table_of().replace("NA", "new"))
     capsys.readouterr()
@@ -278,14 +280,15 @@ def test_a_run_keeps_its_table(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("table", "words"), [
-    ("path;label\n", "has no column label nor path: it needs path, label and, if any, split"),
+    ("path;label\n", "has no column label nor path: it needs path, label and optionally split"),
     ("", "labels.csv cannot be read"),
     ("path,label\n", "at least two classes, and .* has none"),
     ("path,label\n0/0.png,cat\n0/9.png,", "line 3: 0/9.png has no label"),
     ("path,label\n0/0.png\n", "line 2: 0/0.png has no label"),
     ("path,label\n0/0.png,a\n0/../0/0.png,a\n", "line 3: 0/0.png is in an earlier line, too"),
     ("path,label,split\n0/0.png,a,val\n", "line 2: 0/0.png has a split that is not train, valid or test"),
-    ("path,label\n0/1.png,a\n", "line 2: 0/1.png is missing"),
+    ("path,label\n\n0/1.png,a\n", "line 3: 0/1.png is missing"),
+    ("path,label\n0/0.png,a, b\n", "labels.csv cannot be read"),
     ("path,label,split\n0/0.png,a,train\n0/3.png,b,train\n0/6.png,c,test", "has classes that the training images have not: c"),
 ])  # fmt: skip
 def test_mistakes_in_a_table_are_named(tmp_path, table, words):
@@ -330,6 +333,18 @@ def test_groups_are_kept_together_by_a_run_and_its_evaluation(tmp_path, test_siz
     assert sum(map(len, parts)) == 18 and sum(len(patients(part)) for part in parts) == 9
     assert 3 <= len(parts[1]) <= 5 and 4 <= len(parts[2]) <= 7
     assert resumed(2)["config"]["arguments"]["groups"] == r"(p\d)_\d.png$"
+
+
+@pytest.mark.parametrize(("count", "held_out"), [(1, 4), (4, 4), (10, 10), (0.05, 4), (0.2, 20), (0.9, 90), (1000, None)])
+def test_with_groups_as_many_images_are_held_out_as_they_allow(count, held_out):
+    """Groups of 50, 10, 10, 10, 10, 6 and 4 images of one class."""
+    groups = [0] * 50 + [1 + i // 10 for i in range(40)] + [9] * 6 + [10] * 4
+    if held_out is None:
+        with pytest.raises(Mistake, match="cannot take the same fraction"):
+            splits.stratified(torch.zeros(100), count, 0, "--valid-size", groups)
+        return
+    kept, apart = splits.stratified(torch.zeros(100), count, 0, "--valid-size", groups)
+    assert (len(kept) + len(apart), len(apart)) == (100, held_out) and not {groups[i] for i in kept} & {groups[i] for i in apart}
 
 
 @pytest.mark.parametrize(("pattern", "words"), [

@@ -121,6 +121,7 @@ def test_the_name_of_a_mean_is_what_its_runs_share():
         ({"mixup": 0.5}, "they differ in mixup (–, 0.5)"),
         ({"limit_train": 500}, "they differ in limit_train (–, 500)"),
         ({"dataset": "folder", "data": "data/birds"}, "they differ in dataset (digits, folder), data (–, birds)"),
+        ({"fold": "1/5"}, "they differ in folds (–, 5)"),
     ],
 )
 def test_a_mean_is_over_runs_that_differ_in_their_seed(tmp_path, change, words):
@@ -145,7 +146,7 @@ def test_a_mean_is_not_cut_to_the_shortest_run_in_silence(tmp_path):
 
 
 def test_what_is_not_compared_changes_at_most_the_rounding():
-    assert {"seed"} < logs.NOT_COMPARED <= arguments.RESUMABLE | {"seed", "fold", "recipe"}  # a name for others
+    assert {"seed"} < logs.NOT_COMPARED <= arguments.RESUMABLE | {"seed", "recipe"}  # a name for others
 
 
 def test_flags_that_old_runs_do_not_know_have_the_value_of_what_these_did():
