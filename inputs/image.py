@@ -186,7 +186,7 @@ def add_reader_flags(add):
     add("--black", type=number, metavar="X", default=0.0,
         help="folder: the value that is black in them, such as -1000 (default: %(default)s)")
     add("--alpha", action=argparse.BooleanOptionalAction, default=True,
-        help="folder: show images on white where they are transparent; else leave their last band out (default: on)")
+        help="folder: put transparent images on white; off: drop their last band (default: on)")
     add("--skip-unreadable", action="store_true",
         help="folder: go on without images that cannot be read (default: off)")
     add("--workers", type=workers, default=0, metavar="N",

@@ -88,7 +88,7 @@ def make_parser(description=None):
 def add_data_flags(add):
     add("--dataset", choices=datasets.DATASETS, default="cifar10", help="data set; digits and folder need no download")
     add("--data", type=nonempty, metavar="DIR", default="data",
-        help="directory of the data sets; with --dataset folder: of train/<class>/* and test/<class>/*")
+        help="directory of the data sets; with --dataset folder: holds train/<class>/ and test/<class>/")
     add("--image-size", type=pixels, metavar="N",
         help="folder and digits: resize images to N×N pixels (default: 32; folder with ImageNet's networks 224); "
         f"a folder is streamed from disk, not held in memory, from {STREAM_FROM} on")
@@ -110,8 +110,8 @@ def add_data_flags(add):
     add("--fold", type=fold, metavar="I/K",
         help="folder without test images: test on the Ith of K equal parts, the same parts for every seed")
     add("--groups", type=nonempty, metavar="REGEX",
-        help="folder: keep images of one patient, scene or writer in one split: those with the same first group of "
-        "a regular expression in their paths below --data")
+        help="folder: keep images of one patient, scene or writer in one split; the first group of a regular expression, "
+        "in the path below --data, names it")
     add("--limit-train", type=positive, metavar="N", help="train on the first N images only (default: all)")
     add("--limit-test", type=positive, metavar="N", help="test and validate on the first N images only (default: all)")
 
@@ -184,9 +184,9 @@ def add_newer_flags(add):
     add("--warmup", type=rate, default=0.0, metavar="EPOCHS",
         help="let the learning rate rise from 1 %% to all in the first EPOCHS epochs")
     add("--ema", type=between(0, 0.999999), default=0.0, metavar="DECAY",
-        help="also keep and test an average of the weights; DECAY is what it keeps of itself per update, such as 0.999")
+        help="also keep and test an average of the weights; DECAY is the fraction it keeps per update, such as 0.999")
     add("--decay", choices=("all", "weights"), default="all",
-        help="what weight decay is for: all parameters, or weights only, without batch norms and biases")
+        help="decay all parameters, or only weights, not batch norms and biases")
     add("--accumulate", type=positive, default=1, metavar="N",
         help="batches per update; batch norm sees each of them by itself")
     add("--clip-grad", type=rate, default=0.0, metavar="X", help="shorten gradients whose norm is above X")
@@ -205,7 +205,7 @@ def add_run_flags(add):
         help="number format; auto is bf16 if the hardware has it, fp16 on older GPUs with tensor cores, else fp32")
     add("--compile", action=switch, default=False, help="compile the network by torch.compile (default: off)")
     add("--cuda-graph", action=switch, default=None,
-        help="replay training steps as CUDA graphs, if they compute what eager steps do; not with --compile "
+        help="replay training steps as CUDA graphs, if their results match eager steps; not with --compile "
         "(default: on, on CUDA GPUs)")
     add("--deterministic", action=switch, default=False,
         help="make runs on a GPU repeat bit for bit, as on a CPU (default: off)")
