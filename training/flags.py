@@ -110,8 +110,8 @@ def add_data_flags(add):
     add("--fold", type=fold, metavar="I/K",
         help="folder without test images: test on the Ith of K equal parts, the same parts for every seed")
     add("--groups", type=nonempty, metavar="REGEX",
-        help="folder: keep images of one patient, scene or writer in one split; the first group of a regular expression, "
-        "in the path below --data, names it")
+        help="folder: keep images of one patient, scene or writer in one split; the first group of a regular "
+        "expression, in the path below --data, names it")
     add("--limit-train", type=positive, metavar="N", help="train on the first N images only (default: all)")
     add("--limit-test", type=positive, metavar="N", help="test and validate on the first N images only (default: all)")
 
