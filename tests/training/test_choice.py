@@ -126,7 +126,7 @@ OTHERS = {"naive": [2, 2], "checkpoint": [1, 1]}
     (ROUND + "os.kill(os.getpid(), 9)", OTHERS, {"fused": "ended with status -9"}, "checkpoint"),
     (ROUND.replace("[4]", "[]") + "time.sleep(60)", OTHERS, {"fused": "did not end in time"}, "checkpoint"),
     ("print('{\"at\": \"fused\"}', flush=True)\nos._exit(3)", {}, {"fused": "ended with status 3"}, "naive"),
-    ("print(0)\nsys.exit('no such module')", {}, {"the process": "ended with status 1: no such module"}, "fused"),
+    ("print(0, flush=True)\nsys.exit('no such module')", {}, {"the process": "ended with status 1: no such module"}, "fused"),
     ("time.sleep(60)", {}, {"the process": "did not end in time"}, "fused"),
     (None, {}, {"the process": "[Errno 2] No such file or directory: 'nowhere'"}, "fused"),
 ])  # fmt: skip
