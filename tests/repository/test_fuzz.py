@@ -30,7 +30,7 @@ VALUES = (
 DRAWN = st.sampled_from(VALUES) | st.text(st.characters(blacklist_characters="/\0"), max_size=8)
 
 
-def no_data(*args):
+def no_data(*args, **options):
     raise Mistake("no data")
 
 
