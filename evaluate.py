@@ -19,7 +19,7 @@ from inference.export import read_network
 from inference.network import averaged, classifier, classify_each, load_split, predictions, reader_of
 from inputs.folders import find_images, passed_over
 from inputs.splits import KINDS
-from reports import curves, scores
+from reports import scores
 from reports.logs import title_of
 from training.arguments import parse_again
 
@@ -61,9 +61,12 @@ def check_args(args):
         if getattr(args, name) is not None:
             meant = "images of the run's data set: leave out the paths" if args.paths else "image files: name some"
             raise Mistake(f"--{name} is for {meant}")
+    for path in filter(None, (args.mistakes, args.confusion)):
+        from reports.curves import FORMATS  # imports matplotlib
+
+        if path.suffix[1:].lower() not in FORMATS:
+            raise Mistake(f"{path}: a picture is written as {', '.join(FORMATS)}")
     for path in filter(None, (args.csv, args.mistakes, args.confusion)):
-        if path is not args.csv and path.suffix[1:].lower() not in curves.FORMATS:
-            raise Mistake(f"{path}: a picture is written as {', '.join(curves.FORMATS)}")
         path.parent.mkdir(parents=True, exist_ok=True)
 
 

@@ -57,7 +57,7 @@ def publish(directory, checkpoint, images, device):
     """Write and return weights.pth of a finished run. Raises Mistake if the test error differs from the log's."""
     wrong = misclassified(checkpoint, images, device)
     count, error = len(wrong), checkpoint["metrics"][test_log(checkpoint)][-1]["error"]
-    if abs(int(wrong.sum()) - error * count / 100) > 1 + count / 1000:  # in bf16, hardware decides close cases
+    if abs(int(wrong.sum()) - error * count / 100) > 1 + count / 5000:  # close cases depend on the hardware
         raise Mistake(
             f"{directory}: latest.pth misclassifies {int(wrong.sum())} of {count} test images, but its log says "
             f"{error} %: say with --data where the data set of the training is"

@@ -226,6 +226,17 @@ def train_and_test(args, epoch, step, batches):
     return rows
 
 
+def advice(args, dataset):
+    """Lines about a data set that the flags may not suit."""
+    lines, names = [], {name.lower() for name in dataset.classes}
+    if args.dataset == "folder" and not (args.init_from or args.resume) and len(dataset.train) < 5000:
+        lines.append("few training images: weights trained on others may help, see --init-from")
+    opposites = names & {name.replace("left", "right") for name in names if "left" in name}
+    if opposites and args.augment and 1 in FLIPS[args.flip]:
+        lines.append(f"class {min(opposites)} has an opposite, and images are mirrored: see --flip")
+    return lines
+
+
 def print_start(args, checkpoint, process, dataset, messages):
     name = args.arch or f"DenseNet{'-BC' if args.bottleneck else ''}-{args.depth} (k = {args.growth_rate})"
     counts = ", ".join(f"{len(split):,} {splits.KINDS[name]}" for name, split in dataset.splits.items())
@@ -284,13 +295,7 @@ def train(args, checkpoint, source, run):
     dataset = dataset.normalized_as((checkpoint or source or {}).get("normalize"))
     batches = make_batches(args, dataset, device)
 
-    messages, main_process = list(dataset.notes), distributed.rank() == 0
-    if args.dataset == "folder" and not (args.init_from or args.resume) and len(dataset.train) < 5000:
-        messages.append("few training images: weights trained on others may help, see --init-from")
-    names = {name.lower() for name in dataset.classes}
-    opposites = names & {name.replace("left", "right") for name in names if "left" in name}
-    if opposites and args.augment and 1 in FLIPS[args.flip]:
-        messages.append(f"class {min(opposites)} has an opposite, and images are mirrored: see --flip")
+    messages, main_process = [*dataset.notes, *advice(args, dataset)], distributed.rank() == 0
     if checkpoint and checkpoint["manifest"] == FIRST_MANIFEST:
         messages.append("an earlier release began this run: it read turned, transparent, large images differently")
     messages += busy_note(device) if distributed.world_size() == 1 else []  # several ranks keep each other busy

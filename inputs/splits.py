@@ -78,27 +78,38 @@ def stratified(labels, count, seed, flag, groups=None):
     parts; of as many folds as ``count`` asks for, the one nearest to it is held out. ``seed`` alone decides. Raises
     Mistake.
     """
-    from sklearn import model_selection
+    from sklearn.model_selection import train_test_split
 
     labels = labels.cpu().numpy()
     try:
-        if groups is None and not isinstance(count, str):
-            parts = model_selection.train_test_split(
-                range(len(labels)), test_size=count, stratify=labels, random_state=seed
-            )
+        if isinstance(count, str):
+            i, k = map(int, count.split("/"))
+            parts = folds_of(labels, k, seed, groups)[i - 1]
+        elif groups:
+            parts = nearest_fold(labels, len(labels) * count if isinstance(count, float) else count, seed, groups)
         else:
-            wanted = len(labels) * count if isinstance(count, float) else 0 if isinstance(count, str) else count
-            least = min(wanted, len(labels) - wanted)  # the smaller part
-            i, k = map(int, count.split("/")) if not wanted else (0, min(round(len(labels) / least), len(set(groups))))
-            make = model_selection.StratifiedGroupKFold if groups else model_selection.StratifiedKFold
-            with warnings.catch_warnings(action="ignore"):  # of classes that some folds lack, which read_splits tells
-                folds = [*make(k, shuffle=True, random_state=seed).split(labels, labels, groups)]
-            parts = folds[i - 1] if i else min(folds, key=lambda fold: abs(len(fold[1]) - least))
-            parts = parts if least == wanted or i else parts[::-1]
+            parts = train_test_split(range(len(labels)), test_size=count, stratify=labels, random_state=seed)
     except (ValueError, ZeroDivisionError) as error:
         needs = "every part needs an image of every class, and a whole group, if there are groups"
         raise Mistake(f"{flag} {count}: cannot take the same fraction of each class: {needs}") from error
     return [sorted(part) for part in parts]
+
+
+def folds_of(labels, k, seed, groups):
+    """The (positions of all others, positions in the fold) of each of k folds."""
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+
+    folds = (StratifiedGroupKFold if groups else StratifiedKFold)(k, shuffle=True, random_state=seed)
+    with warnings.catch_warnings(action="ignore"):  # of classes that some folds lack, which read_splits tells
+        return list(folds.split(labels, labels, groups))
+
+
+def nearest_fold(labels, count, seed, groups):
+    """The fold nearest to ``count`` images in size; for more than half of the images, what such a fold leaves."""
+    smaller = min(count, len(labels) - count)
+    k = min(round(len(labels) / smaller), len(set(groups)))
+    others, fold = min(folds_of(labels, k, seed, groups), key=lambda parts: abs(len(parts[1]) - smaller))
+    return (others, fold) if smaller == count else (fold, others)
 
 
 def fingerprint(images, root):

@@ -9,11 +9,9 @@ import sys
 
 import numpy as np
 import torch
-from matplotlib.colors import PowerNorm
 
 from common.console import printable
 from common.files import written_whole
-from reports import curves
 from reports.tables import wilson
 
 PER_ROW = 8  # images
@@ -91,6 +89,8 @@ def csv_table(path, column, classes, labelled=False):
 
 def draw_mistakes(path, images, captions, title):
     """Draw misclassified ImageTensors or ImageFiles; a caption is (true class, predicted class, probability)."""
+    from reports import curves
+
     columns = min(PER_ROW, len(images))
     rows = -(-len(images) // columns)
     figure = curves.Figure(figsize=(max(1.4 * columns, 6), 2 * rows + 0.6), layout="constrained")
@@ -109,6 +109,10 @@ def draw_mistakes(path, images, captions, title):
 
 def draw_confusion(path, matrix, classes, title):
     """Draw a confusion matrix (classes, classes), each row in percent: right predictions in blue, wrong ones in red."""
+    from matplotlib.colors import PowerNorm
+
+    from reports import curves
+
     counts, size = matrix.numpy(), len(classes)
     percent = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
     right = np.eye(size, dtype=bool)

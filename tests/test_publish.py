@@ -123,7 +123,7 @@ def test_rows_of_published_runs_agree_with_their_logs(run, row):
 @pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("run", RUNS, ids=NAMES)
 def test_published_weights_misclassify_what_was_counted(run, whole):
-    """Among the first test images, or all; in bf16, other hardware decides close cases otherwise."""
+    """Among the first test images, or all; other hardware may decide close cases otherwise."""
     weights = read_checkpoint(run / "weights.pth")
     arguments, test = weights["config"]["arguments"], weights["test"]
     if arguments["dataset"] != "digits" and not (ROOT / arguments["data"]).exists():
@@ -131,4 +131,4 @@ def test_published_weights_misclassify_what_was_counted(run, whole):
     images, _ = load_split(weights, directory=ROOT / arguments["data"])
     wrong = publish.misclassified(weights, images if whole else images.select(slice(test["sample"])), CPU)
     expected = test["error"] * test["images"] / 100 if whole else test["wrong_in_sample"]
-    assert abs(int(wrong.sum()) - expected) <= 1 + len(wrong) / 1000
+    assert abs(int(wrong.sum()) - expected) <= 1 + len(wrong) / 5000

@@ -222,13 +222,13 @@ class Figures:
         return self
 
     def __exit__(self, kind, *_):
-        if kind and self.process:
-            self.process.kill()
         if kind is None:
             self.finish()  # which may miss the last rows
             self.due = 0.0
             self.redraw()
             self.finish()
+        elif self.process:
+            self.process.kill()
 
 
 def provenance(device, launcher="python"):
